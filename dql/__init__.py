@@ -1,0 +1,42 @@
+"""Diffusion Q-learning with its reverse-diffusion loop as one fused kernel. See README.md and `dql --help`."""
+
+from dql import noise
+from dql.agent import DiffusionBC, DiffusionQL, load
+from dql.backends import BackendUnavailable, backends
+from dql.checkpoint import CheckpointError
+from dql.config import TUNED, Config
+from dql.data import Batch, TransitionDataset, load_dataset
+from dql.networks import Denoiser, TwinCritic
+from dql.policy import DiffusionPolicy
+from dql.sampler import sample, select, set_policy
+from dql.schedule import NoiseSchedule, StepTable
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # the calls
+    "sample",
+    "select",
+    "set_policy",
+    "backends",
+    "noise",
+    # policies and their parts
+    "DiffusionPolicy",
+    "Denoiser",
+    "TwinCritic",
+    "NoiseSchedule",
+    "StepTable",
+    # training
+    "DiffusionQL",
+    "DiffusionBC",
+    "Config",
+    "TUNED",
+    "load",
+    # data
+    "load_dataset",
+    "TransitionDataset",
+    "Batch",
+    # errors
+    "BackendUnavailable",
+    "CheckpointError",
+]

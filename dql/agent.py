@@ -1,0 +1,385 @@
+"""The agents: DiffusionBC (behaviour cloning by diffusion) and DiffusionQL, which adds the twin critic.
+
+All randomness of an update is a function of (config.seed, step): a resumed run continues exactly, and a run is the
+same on every backend, to rounding.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dql import noise
+from dql.checkpoint import CheckpointError, load_tensors, save_tensors
+from dql.config import Config
+from dql.networks import FlatModule, TwinCritic
+from dql.policy import DiffusionPolicy
+from dql.sampler import run_chain, sample, select
+
+if TYPE_CHECKING:
+    from dql.data import Batch
+
+Tensor = torch.Tensor
+_FILE = "agent.safetensors"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class UpdateSeeds:
+    """The seeds of one update's randomness, see `dql.noise`."""
+
+    target: int
+    """Chain of the next actions: normal(target, K, B * N, A)."""
+    bc_t: int
+    """Timesteps of the bc_loss: integers(bc_t, T, B)."""
+    bc_noise: int
+    """Noise of the bc_loss: normal(bc_noise, 1, B, A)[0]."""
+    actor: int
+    """Chain of the actor's actions: normal(actor, K, B, A)."""
+    coin: int
+    """integers(coin, 2, 1): 1 if Q_1 is maximised and |Q_2| divides, else the other way round."""
+
+    @classmethod
+    def of(cls, seed: int, step: int) -> "UpdateSeeds":
+        return cls(*(noise.derive(seed, name, step) for name in ("target", "bc_t", "bc_noise", "actor", "coin")))
+
+
+class _FlatAdam:
+    """Adam over a module's flat buffer, with the gradient's norm clipped; no host sync."""
+
+    def __init__(self, module: FlatModule, lr: float, grad_norm: float) -> None:
+        self.module, self.lr, self.grad_norm = module, lr, grad_norm
+        self.adam = torch.optim.Adam([module.flat], lr=lr, fused=True)
+
+    def step(self, loss: Tensor, lr_scale: float) -> Tensor:
+        """Backpropagates the loss and takes a step; returns the gradient's norm before clipping."""
+        self.module.zero_grad()
+        loss.backward()
+        gradient = self.module.flat.grad
+        assert gradient is not None
+        norm = torch.linalg.vector_norm(gradient)
+        if self.grad_norm > 0:
+            gradient.mul_((self.grad_norm / (norm + 1e-6)).clamp_(max=1))
+        self.adam.param_groups[0]["lr"] = self.lr * lr_scale
+        self.adam.step()
+        return norm
+
+    def tensors(self) -> dict[str, Tensor]:
+        state = self.adam.state.get(self.module.flat)
+        if not state:
+            return {}
+        return {name: state[name] for name in ("step", "exp_avg", "exp_avg_sq")}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        flat = self.module.flat
+        if tensors:
+            state = {k: v.to(flat) if k != "step" else v.to(flat.device, torch.float32) for k, v in tensors.items()}
+            self.adam.state[flat] = state
+
+
+@contextlib.contextmanager
+def _frozen(module: FlatModule) -> Iterator[None]:
+    """Gradients pass through the module to its inputs, but none is computed for its parameters."""
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)
+
+
+class DiffusionBC:
+    """Behaviour cloning with a diffusion policy: the paper's ablation. No critic, no averaging, no clipping.
+
+    Args:
+        state_dim: S.
+        action_dim: A.
+        config: hyper-parameters; `algorithm` is set to this class's.
+        device: where the networks live.
+        dtype: of the parameters; float64 is for tests.
+
+    Attributes:
+        policy: the DiffusionPolicy that is trained.
+        step: updates done.
+    """
+
+    algorithm = "diffusion-bc"
+
+    def __init__(
+        self,
+        state_dim: int,
+        action_dim: int,
+        config: Config | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        from dataclasses import replace
+
+        self.config = replace(config or Config(), algorithm=self.algorithm)  # type: ignore[arg-type]
+        self.step = 0
+        # Built on the CPU from the seed alone: the same weights on every device, torch's own generator untouched.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed & (2**63 - 1))
+            self._build(state_dim, action_dim, torch.device(device), dtype)
+
+    def _build(self, state_dim: int, action_dim: int, device: torch.device, dtype: torch.dtype) -> None:
+        c = self.config
+        policy = DiffusionPolicy(
+            state_dim,
+            action_dim,
+            c.max_action,
+            c.hidden_dim,
+            c.num_hidden,
+            c.T,
+            c.beta_schedule,
+            activation=c.activation,
+        )
+        self.policy = policy.to(device=device, dtype=dtype)
+        self._actor_adam = _FlatAdam(self.policy.denoiser, c.lr, self._actor_grad_norm())
+
+    def _actor_grad_norm(self) -> float:
+        return 0.0
+
+    @property
+    def device(self) -> torch.device:
+        return self.policy.device
+
+    def lr_scale(self) -> float:
+        """Factor of both learning rates at this step: 1, or a cosine from 1 to 0 over config.num_updates."""
+        if self.config.lr_schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * min(self.step / self.config.num_updates, 1.0)))
+
+    def update(self, batch: "Batch") -> dict[str, Tensor]:
+        """One update from a batch.
+
+        Args:
+            batch: states [B, S], actions [B, A], and so on, on the agent's device and in its dtype.
+
+        Returns:
+            scalar tensors by name, still on the device: `actor/bc_loss`, `actor/grad_norm`.
+        """
+        seeds = UpdateSeeds.of(self.config.seed, self.step)
+        loss = self._bc_loss(batch, seeds)
+        norm = self._actor_adam.step(loss, self.lr_scale())
+        self.step += 1
+        return {"actor/bc_loss": loss.detach(), "actor/grad_norm": norm}
+
+    def _bc_loss(self, batch: "Batch", seeds: UpdateSeeds) -> Tensor:
+        B, A = batch.actions.shape
+        t = noise.integers(seeds.bc_t, self.policy.T, B).to(self.device, non_blocking=True)
+        eps = noise.normal(seeds.bc_noise, 1, B, A, dtype=self.policy.dtype, device=self.device)[0]
+        return self.policy.bc_loss(batch.states, batch.actions, t, eps)
+
+    @torch.no_grad()
+    def act(self, states: Tensor | np.ndarray, *, seed: int | None = None) -> Tensor | np.ndarray:
+        """Actions to take: DiffusionBC draws one a state, DiffusionQL chooses among candidates (`dql.select`).
+
+        Args:
+            states: [B, S] or one state [S]; a tensor, or a NumPy array of any float type.
+            seed: of the draws; None takes one from torch's generator.
+
+        Returns:
+            [B, A] or [A], a tensor or array as the states were.
+        """
+        if isinstance(states, np.ndarray):
+            tensor = torch.as_tensor(states, dtype=self.policy.dtype, device=self.device)
+            return self.act(tensor, seed=seed).cpu().numpy()  # type: ignore[union-attr]
+        if states.dim() == 1:
+            return self._act(states[None], seed)[0]
+        return self._act(states, seed)
+
+    def _act(self, states: Tensor, seed: int | None) -> Tensor:
+        return sample(states, self.policy, backend=self.config.backend, seed=seed)
+
+    def _modules(self) -> dict[str, FlatModule]:
+        return {"actor": self.policy.denoiser}
+
+    def _optimizers(self) -> dict[str, _FlatAdam]:
+        return {"actor_adam": self._actor_adam}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything an exact continuation needs, beside the config and the step."""
+        tensors = {}
+        for prefix, module in self._modules().items():
+            tensors |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
+        for prefix, optimizer in self._optimizers().items():
+            tensors |= {f"{prefix}.{name}": value for name, value in optimizer.tensors().items()}
+        return tensors
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes `agent.safetensors` (networks, optimizers, config, step) into the folder, atomically.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        about = {
+            "kind": "agent",
+            "format": _FORMAT,
+            "state_dim": self.policy.state_dim,
+            "action_dim": self.policy.action_dim,
+            "step": self.step,
+            "config": self.config.to_dict(),
+        }
+        save_tensors(Path(folder) / _FILE, self.tensors(), about)
+
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
+
+        for prefix, module in self._modules().items():
+            module.load_state_dict(under(prefix))
+        for prefix, optimizer in self._optimizers().items():
+            optimizer.load(under(prefix))
+
+
+class DiffusionQL(DiffusionBC):
+    """Diffusion Q-learning (arXiv 2208.06193, algorithm 1).
+
+    An update is: (1) critics towards r + mask * discount * min(Q_1', Q_2')(s', a'), a' from the averaged actor's
+    chain; (2) actor down bc_loss - eta * mean(Q_i(s, a)) / mean|Q_j(s, a)|, a from its chain with the gradient through
+    all steps; (3) target critics by tau, and every `ema_every` updates from `ema_start` on the averaged actor.
+
+    Args: as DiffusionBC.
+
+    Attributes:
+        policy, step: as DiffusionBC.
+        ema_policy: the averaged actor.
+        critic, critic_target: TwinCritic.
+    """
+
+    algorithm = "diffusion-ql"
+
+    def _actor_grad_norm(self) -> float:
+        return self.config.grad_norm
+
+    def _build(self, state_dim: int, action_dim: int, device: torch.device, dtype: torch.dtype) -> None:
+        super()._build(state_dim, action_dim, device, dtype)
+        c = self.config
+        self.ema_policy = deepcopy(self.policy).requires_grad_(False)
+        critic = TwinCritic(state_dim, action_dim, c.hidden_dim, c.num_hidden, c.activation)
+        self.critic = critic.to(device=device, dtype=dtype)
+        self.critic_target = deepcopy(self.critic).requires_grad_(False)
+        self._critic_adam = _FlatAdam(self.critic, c.critic_lr, c.grad_norm)
+
+    def update(self, batch: "Batch") -> dict[str, Tensor]:
+        """One update of critics, actor and averages from a batch.
+
+        Args:
+            batch: states [B, S], actions [B, A], rewards [B], next_states [B, S], masks [B].
+
+        Returns:
+            scalar tensors by name, still on the device (no host sync): `critic/loss`, `critic/q` (mean of both),
+            `critic/target_q`, `critic/grad_norm`, `actor/loss`, `actor/bc_loss`, `actor/q_loss`, `actor/grad_norm`.
+        """
+        seeds = UpdateSeeds.of(self.config.seed, self.step)
+        metrics = self._update_critic(batch, seeds)
+        metrics |= self._update_actor(batch, seeds)
+        self._update_averages()
+        self.step += 1
+        return metrics
+
+    @torch.no_grad()
+    def target_q(self, batch: "Batch", seed: int) -> Tensor:
+        """r + mask * discount * min(Q_1', Q_2')(s', a') [B]; with max_q_backup each Q' is its best of 10 actions."""
+        c = self.config
+        next_actions = run_chain(
+            batch.next_states,
+            self.ema_policy,
+            backend=c.backend,
+            num_candidates=c.backup_candidates if c.max_q_backup else None,
+            seed=seed,
+        )
+        q1, q2 = self.critic_target(batch.next_states, next_actions)
+        if c.max_q_backup:
+            q1, q2 = q1.amax(dim=1), q2.amax(dim=1)
+        return batch.rewards + batch.masks * c.discount * torch.minimum(q1, q2)
+
+    def _update_critic(self, batch: "Batch", seeds: UpdateSeeds) -> dict[str, Tensor]:
+        target_q = self.target_q(batch, seeds.target)
+        q1, q2 = self.critic(batch.states, batch.actions)
+        loss = F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q)
+        norm = self._critic_adam.step(loss, self.lr_scale())
+        return {
+            "critic/loss": loss.detach(),
+            "critic/q": (q1.detach().mean() + q2.detach().mean()) / 2,
+            "critic/target_q": target_q.mean(),
+            "critic/grad_norm": norm,
+        }
+
+    def _update_actor(self, batch: "Batch", seeds: UpdateSeeds) -> dict[str, Tensor]:
+        bc_loss = self._bc_loss(batch, seeds)
+        actions = run_chain(batch.states, self.policy, backend=self.config.backend, seed=seeds.actor)
+        maximised = 1 if int(noise.integers(seeds.coin, 2, 1)) else 2
+        with _frozen(self.critic):
+            q = self.critic.q(maximised, batch.states, actions)
+            with torch.no_grad():
+                scale = self.critic.q(3 - maximised, batch.states, actions).abs().mean()
+        q_loss = -q.mean() / scale
+        loss = bc_loss + self.config.eta * q_loss
+        norm = self._actor_adam.step(loss, self.lr_scale())
+        return {
+            "actor/loss": loss.detach(),
+            "actor/bc_loss": bc_loss.detach(),
+            "actor/q_loss": q_loss.detach(),
+            "actor/grad_norm": norm,
+        }
+
+    @torch.no_grad()
+    def _update_averages(self) -> None:
+        c = self.config
+        if self.step >= c.ema_start and self.step % c.ema_every == 0:
+            self.ema_policy.denoiser.flat.lerp_(self.policy.denoiser.flat, 1 - c.ema_decay)
+        self.critic_target.flat.lerp_(self.critic.flat, c.tau)
+
+    def _act(self, states: Tensor, seed: int | None) -> Tensor:
+        c = self.config
+        return select(
+            states, self.policy, self.critic_target, num_candidates=c.num_candidates, backend=c.backend, seed=seed
+        )
+
+    def _modules(self) -> dict[str, FlatModule]:
+        return super()._modules() | {
+            "ema_actor": self.ema_policy.denoiser,
+            "critic": self.critic,
+            "critic_target": self.critic_target,
+        }
+
+    def _optimizers(self) -> dict[str, _FlatAdam]:
+        return super()._optimizers() | {"critic_adam": self._critic_adam}
+
+
+def make_agent(
+    state_dim: int, action_dim: int, config: Config, *, device: torch.device | str = "cpu"
+) -> DiffusionBC | DiffusionQL:
+    """The agent that `config.algorithm` names."""
+    cls = DiffusionQL if config.algorithm == "diffusion-ql" else DiffusionBC
+    return cls(state_dim, action_dim, config, device=device)
+
+
+def load(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> DiffusionBC | DiffusionQL:
+    """The agent that `agent.save(folder)` wrote, ready to act or to train on. No code in the file is run.
+
+    Args:
+        folder: a folder with `agent.safetensors`, such as a run's `checkpoints/best`.
+        device: where to put it.
+
+    Raises:
+        CheckpointError: missing, damaged, or no agent.
+    """
+    path = Path(folder) / _FILE
+    tensors, about = load_tensors(path)
+    if about.get("kind") != "agent":
+        raise CheckpointError(f"{path} holds a {about.get('kind', 'file')}, no agent; use DiffusionPolicy.load for a policy")
+    agent = make_agent(about["state_dim"], about["action_dim"], Config.from_dict(about["config"]), device=device)
+    agent._load(tensors)
+    agent.step = about["step"]
+    return agent

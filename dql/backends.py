@@ -1,0 +1,152 @@
+"""The registry of backends: who can run the reverse chain, and if not, why not and what mends it.
+
+A backend is three functions: `check` (None, or one sentence with the reason and the remedy), `forward` and `backward`.
+The same sentence serves `BackendUnavailable`, `dql.backends()`, `dql doctor` and the tests' skip reasons.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from dql import noise as noise_stream
+from dql.kernels import reference
+from dql.kernels.layout import DenoiserSpec
+from dql.schedule import StepTable
+
+Tensor = torch.Tensor
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend that was asked for cannot run this problem here; the message says why and what would mend it."""
+
+
+@dataclass(slots=True)
+class Chain:
+    """One reverse chain to run: what every backend is handed.
+
+    Attributes:
+        flat: the denoiser's parameters [P], laid out as `spec.layout`.
+        weights: the same as named views.
+        spec: sizes of the denoiser.
+        states: [B, S].
+        candidates: N actions a state.
+        noise: [K, B * N, A], or None: then the backend draws `dql.noise.normal(seed, K, B * N, A)`.
+        seed: of the noise stream, where `noise` is None.
+        table: the K steps.
+        max_action: the bound of actions and predicted x0.
+        precision: "fp32", "tf32" or "bf16".
+    """
+
+    flat: Tensor
+    weights: dict[str, Tensor]
+    spec: DenoiserSpec
+    states: Tensor
+    candidates: int
+    noise: Tensor | None
+    seed: int
+    table: StepTable
+    max_action: float
+    precision: str
+
+
+class Backend(ABC):
+    """A way to run chains. `name` is what callers say; see `register` for the order of "auto"."""
+
+    name: str
+
+    @abstractmethod
+    def check(self, chain: Chain | None = None) -> str | None:
+        """None if this backend can run `chain` (or, without one, anything at all) here; else reason and remedy."""
+
+    @abstractmethod
+    def forward(self, chain: Chain, save: bool) -> tuple[Tensor, Any]:
+        """(actions [B * N, A], what `backward` needs or None)."""
+
+    @abstractmethod
+    def backward(
+        self, chain: Chain, saved: Any, d_actions: Tensor, need_parameters: bool, need_states: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(d_flat [P], d_states [B, S]), None where not needed."""
+
+
+class EagerBackend(Backend):
+    """Plain torch (`dql.kernels.reference`): any device, any float dtype, any size. The reference of all others."""
+
+    name = "eager"
+
+    def check(self, chain: Chain | None = None) -> str | None:
+        if chain is not None and chain.precision != "fp32":
+            return (
+                f"it computes in the parameters' own dtype and has no precision={chain.precision!r}; "
+                "use precision='fp32'"
+            )
+        return None
+
+    def forward(self, chain: Chain, save: bool) -> tuple[Tensor, Any]:
+        flat, table = chain.flat, chain.table
+        noise = chain.noise
+        if noise is None:
+            rows = chain.states.shape[0] * chain.candidates
+            noise = noise_stream.normal(
+                chain.seed, table.num_steps, rows, chain.spec.action_dim, dtype=flat.dtype, device=flat.device
+            )
+        embedding = _embedding(table.timesteps, chain.spec.time_dim, flat.dtype, flat.device)
+        return reference.chain_fwd(
+            chain.weights, chain.spec, chain.states, noise, table.rows, embedding, chain.max_action, save
+        )
+
+    def backward(
+        self, chain: Chain, saved: Any, d_actions: Tensor, need_parameters: bool, need_states: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return reference.chain_bwd(saved, chain.spec, d_actions, need_parameters, need_states)
+
+
+@lru_cache(maxsize=64)
+def _embedding(timesteps: tuple[int, ...], dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The timesteps' embedding [K, D]: no parameter is in it, so it is made once."""
+    return reference.time_embedding(torch.tensor(timesteps, dtype=dtype, device=device), dim)
+
+
+_REGISTRY: dict[str, Backend] = {}
+
+
+def register(backend: Backend) -> None:
+    """Adds a backend. "auto" takes the first that can run the problem, in the order of registration."""
+    _REGISTRY[backend.name] = backend
+
+
+register(EagerBackend())
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend with None if it can run here, else one sentence: the reason and what mends it."""
+    return {name: backend.check() for name, backend in _REGISTRY.items()}
+
+
+def pick(name: str, chain: Chain) -> Backend:
+    """The backend that runs `chain`: the named one, never another; for "auto" the first that can.
+
+    Raises:
+        ValueError: no backend of that name exists.
+        BackendUnavailable: it cannot run this problem here.
+    """
+    if name == "auto":
+        for backend in _REGISTRY.values():
+            if backend.check(chain) is None:
+                return backend
+        reasons = "; ".join(f"{b.name}: {b.check(chain)}" for b in _REGISTRY.values())
+        raise BackendUnavailable(f"no backend can run this problem: {reasons}")
+    if name not in _REGISTRY:
+        raise ValueError(f"unknown backend {name!r}; this version of dql has: auto, {', '.join(_REGISTRY)}")
+    backend = _REGISTRY[name]
+    reason = backend.check(chain)
+    if reason is not None:
+        able = [b.name for b in _REGISTRY.values() if b.check(chain) is None]
+        raise BackendUnavailable(
+            f"backend {name!r} cannot run this: {reason} (able to: {', '.join(able) or 'no backend'})"
+        )
+    return backend

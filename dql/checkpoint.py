@@ -1,0 +1,107 @@
+"""Files that survive: tensors as safetensors (loading runs no code), written atomically."""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class CheckpointError(RuntimeError):
+    """A file that could not be written or read; the message says which, why, and what to do."""
+
+
+def _explain(path: Path, error: OSError) -> CheckpointError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return CheckpointError(
+            f"cannot write {path}: {error.strerror}; nothing that was there before is lost; free some space and try again"
+        )
+    return CheckpointError(f"cannot write {path}: {error.strerror or error}; choose a folder that you may write to")
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes `data` to a temporary file beside `path`, flushes it to the disk, and renames it into place.
+
+    Raises:
+        CheckpointError: no space, no permission; the old file, if any, is untouched.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise _explain(path, error) from error
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise _explain(path, error) from error
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # the rename itself
+    finally:
+        os.close(descriptor)
+
+
+def save_tensors(path: str | os.PathLike[str], tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
+    """Writes tensors and a JSON description (in the file's header) as one safetensors file, atomically.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    from safetensors.torch import save
+
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_atomically(path, save(plain, metadata={"dql": json.dumps(about)}))
+
+
+def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Reads what `save_tensors` wrote: (tensors on the CPU, description).
+
+    Raises:
+        CheckpointError: missing, damaged, or not written by dql.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no file {path}; check the path")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or no safetensors file ({error}); take another checkpoint of the run"
+        ) from error
+    if "dql" not in metadata:
+        raise CheckpointError(
+            f"{path} was not written by dql; for the authors' .pth files use DiffusionPolicy.from_published"
+        )
+    return tensors, json.loads(metadata["dql"])
+
+
+def replace_folder(folder: Path, target: Path) -> None:
+    """Renames a finished folder to `target`, dropping what stood there; a reader sees the old or the new, whole."""
+    doomed = None
+    if target.exists():
+        doomed = target.with_name(f".{target.name}.old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(target, doomed)
+    os.rename(folder, target)
+    _flush_folder(target.parent)
+    if doomed is not None:
+        shutil.rmtree(doomed, ignore_errors=True)

@@ -1,0 +1,212 @@
+"""Hyper-parameters: `Config` of an agent, `RunConfig` of a run, and the paper's 20 tuned tasks."""
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+REWARD_TUNES = ("none", "normalize", "iql_antmaze", "iql_locomotion", "cql_antmaze", "antmaze")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What an agent is made of. The defaults are the paper's; `Config.tuned` gives its choice for a task."""
+
+    algorithm: Literal["diffusion-ql", "diffusion-bc"] = "diffusion-ql"
+    """diffusion-ql, or its ablation diffusion-bc: no critic, no Q term, one sample to act."""
+    max_action: float = 1.0
+    """Actions lie in [-max_action, max_action]; a run takes it from its dataset."""
+    hidden_dim: int = 256
+    """Width of the hidden layers, denoiser and critics."""
+    num_hidden: int = 3
+    """Hidden layers, denoiser and critics."""
+    activation: Literal["mish", "relu", "silu"] = "mish"
+    """Activation of the hidden layers."""
+    T: int = 5
+    """Diffusion steps."""
+    beta_schedule: Literal["vp", "linear", "cosine"] = "vp"
+    """Noise schedule."""
+    eta: float = 1.0
+    """Weight of the Q term in the actor's loss."""
+    discount: float = 0.99
+    """Discount of the return."""
+    tau: float = 0.005
+    """Step of the target critics towards the critics, every update."""
+    max_q_backup: bool = False
+    """Bootstrap from the best of `backup_candidates` actions instead of from one."""
+    backup_candidates: int = 10
+    """Actions per next state for max_q_backup."""
+    lr: float = 3e-4
+    """Adam's learning rate for the actor."""
+    critic_lr: float = 3e-4
+    """Adam's learning rate for the critics; the published code never changes it."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """constant (what the published commands amount to), or a cosine to zero over num_updates."""
+    grad_norm: float = 1.0
+    """Gradients are clipped to this norm, actor and critics each; 0 for no clipping. diffusion-bc never clips."""
+    ema_decay: float = 0.995
+    """Decay of the averaged actor, from which the critic's targets act."""
+    ema_every: int = 5
+    """Updates between two steps of the average."""
+    ema_start: int = 1000
+    """First update with such a step; until then the averaged actor is the initial one."""
+    batch_size: int = 256
+    """Transitions per update."""
+    num_updates: int = 1_000_000
+    """Length of a run, and of the cosine."""
+    num_candidates: int = 50
+    """Actions drawn to act, of which one is chosen by softmax(Q)."""
+    reward_tune: Literal["none", "normalize", "iql_antmaze", "iql_locomotion", "cql_antmaze", "antmaze"] = "none"
+    """Transformation of the rewards."""
+    backend: str = "auto"
+    """Who runs the reverse chain: auto or one of dql.backends()."""
+    seed: int = 0
+    """Of everything random: initial weights, data order, noise."""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_dim", "num_hidden", "T", "backup_candidates", "ema_every", "batch_size", "num_updates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("num_candidates",):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "critic_lr", "max_action"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("discount", "tau", "ema_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
+        for name in ("eta", "grad_norm", "ema_start"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"seed must be from 0 to 2^64 - 1, got {self.seed}")
+
+    @classmethod
+    def tuned(cls, task: str, **changes: Any) -> "Config":
+        """The paper's hyper-parameters for one of its 20 tasks, e.g. "hopper-medium-expert-v2".
+
+        Raises:
+            ValueError: no such task.
+        """
+        if task not in TUNED:
+            raise ValueError(f"no tuned hyper-parameters for {task!r}; known: {', '.join(TUNED)}")
+        t = TUNED[task]
+        return cls(
+            lr=t.lr,
+            eta=t.eta,
+            max_q_backup=t.max_q_backup,
+            reward_tune=t.reward_tune,  # type: ignore[arg-type]
+            num_updates=t.epochs * 1000,
+            grad_norm=t.grad_norm,
+            **changes,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Config":
+        """The inverse of `to_dict`. Raises ValueError for a field that this version does not have."""
+        return cls(**_known(cls, values))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run: the data, how long, and what is written when."""
+
+    dataset: str
+    """A Minari dataset id, ids joined by +, a folder of one, or a D4RL .hdf5 file."""
+    agent: Config = field(default_factory=Config)
+    """The agent's hyper-parameters."""
+    run_dir: Path | None = None
+    """Where the run is written; by default runs/<dataset>-<algorithm>-seed<seed>."""
+    device: str = "auto"
+    """auto (cuda if there is one), cpu, cuda, cuda:1, ..."""
+    log_every: int = 100
+    """Updates between two lines of metrics.csv, each the mean since the last."""
+    checkpoint_every: int = 5000
+    """Updates between two checkpoints; a killed run loses at most this many."""
+    keep: int = 3
+    """Newest checkpoints kept, beside the best."""
+    eval_every: int = 50_000
+    """Updates between two evaluations, and once at the end; 0 for none."""
+    eval_episodes: int = 10
+    """Episodes of an evaluation."""
+    env: str | None = None
+    """Gymnasium id to evaluate in, where the dataset names none."""
+    top_k: int = 1
+    """Offline model selection takes the checkpoint whose bc_loss ranks this (0 is the lowest)."""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "checkpoint_every", "keep", "eval_episodes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("eval_every", "top_k", "threads"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        values["run_dir"] = None if self.run_dir is None else str(self.run_dir)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
+        """The inverse of `to_dict`. Raises ValueError for a field that this version does not have."""
+        values = _known(cls, values)
+        values["agent"] = Config.from_dict(values["agent"])
+        if values.get("run_dir") is not None:
+            values["run_dir"] = Path(values["run_dir"])
+        return cls(**values)
+
+    def with_agent(self, **changes: Any) -> "RunConfig":
+        return replace(self, agent=replace(self.agent, **changes))
+
+
+def _known(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(values.keys() - names)
+    if unknown:
+        raise ValueError(f"unknown {cls.__name__} field {unknown[0]!r}; written by another version of dql?")
+    return dict(values)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The published choices for one task (arXiv 2208.06193, appendix; repository main.py)."""
+
+    lr: float
+    eta: float
+    max_q_backup: bool
+    reward_tune: str
+    epochs: int
+    """Of 1,000 updates."""
+    grad_norm: float
+    top_k: int
+    """Rank by bc_loss of the checkpoint that offline selection takes; see RunConfig.top_k."""
+
+
+TUNED: dict[str, Tuned] = {
+    "halfcheetah-medium-v2": Tuned(3e-4, 1.0, False, "none", 2000, 9.0, 1),
+    "hopper-medium-v2": Tuned(3e-4, 1.0, False, "none", 2000, 9.0, 2),
+    "walker2d-medium-v2": Tuned(3e-4, 1.0, False, "none", 2000, 1.0, 1),
+    "halfcheetah-medium-replay-v2": Tuned(3e-4, 1.0, False, "none", 2000, 2.0, 0),
+    "hopper-medium-replay-v2": Tuned(3e-4, 1.0, False, "none", 2000, 4.0, 2),
+    "walker2d-medium-replay-v2": Tuned(3e-4, 1.0, False, "none", 2000, 4.0, 1),
+    "halfcheetah-medium-expert-v2": Tuned(3e-4, 1.0, False, "none", 2000, 7.0, 0),
+    "hopper-medium-expert-v2": Tuned(3e-4, 1.0, False, "none", 2000, 5.0, 2),
+    "walker2d-medium-expert-v2": Tuned(3e-4, 1.0, False, "none", 2000, 5.0, 1),
+    "antmaze-umaze-v0": Tuned(3e-4, 0.5, False, "cql_antmaze", 1000, 2.0, 2),
+    "antmaze-umaze-diverse-v0": Tuned(3e-4, 2.0, True, "cql_antmaze", 1000, 3.0, 2),
+    "antmaze-medium-play-v0": Tuned(1e-3, 2.0, True, "cql_antmaze", 1000, 2.0, 1),
+    "antmaze-medium-diverse-v0": Tuned(3e-4, 3.0, True, "cql_antmaze", 1000, 1.0, 1),
+    "antmaze-large-play-v0": Tuned(3e-4, 4.5, True, "cql_antmaze", 1000, 10.0, 2),
+    "antmaze-large-diverse-v0": Tuned(3e-4, 3.5, True, "cql_antmaze", 1000, 7.0, 1),
+    "pen-human-v1": Tuned(3e-5, 0.15, False, "normalize", 1000, 7.0, 2),
+    "pen-cloned-v1": Tuned(3e-5, 0.1, False, "normalize", 1000, 8.0, 2),
+    "kitchen-complete-v0": Tuned(3e-4, 0.005, False, "none", 250, 9.0, 2),
+    "kitchen-partial-v0": Tuned(3e-4, 0.005, False, "none", 1000, 10.0, 2),
+    "kitchen-mixed-v0": Tuned(3e-4, 0.005, False, "none", 1000, 10.0, 0),
+}

@@ -1,0 +1,329 @@
+"""The denoiser and the twin critic. Parameter names are the published code's, so its checkpoints load unchanged.
+
+Each network's parameters are views into one flat buffer (`FlatModule.flat`), laid out as `dql.kernels.layout` says: the
+optimiser, the gradient norm, EMA and the target update are one elementwise pass each, and a kernel takes one pointer.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from dql.kernels.layout import ACTIVATIONS, CriticSpec, DenoiserSpec, FlatLayout
+from dql.kernels.reference import activation_bwd, activation_fwd, time_embedding
+
+Tensor = torch.Tensor
+
+
+class _ActivationFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, kind: str) -> Tensor:
+        h, saved = activation_fwd(z, kind, save=True)
+        ctx.save_for_backward(saved)
+        ctx.kind = kind
+        return h
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_h: Tensor) -> tuple[Tensor, None]:
+        (saved,) = ctx.saved_tensors
+        return activation_bwd(d_h, saved, ctx.kind), None
+
+
+class Activation(nn.Module):
+    """mish, relu or silu, with the kernels' own forward and backward (the same values as everywhere else)."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        if kind not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {kind!r}; known: {', '.join(ACTIVATIONS)}")
+        self.kind = kind
+
+    def forward(self, z: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and z.requires_grad:
+            return _ActivationFunction.apply(z, self.kind)
+        return activation_fwd(z, self.kind)[0]
+
+    def extra_repr(self) -> str:
+        return self.kind
+
+
+class FlatModule(nn.Module):
+    """A module whose parameters are views into one flat buffer.
+
+    Attributes:
+        flat: [P] the buffer, a leaf with `flat.grad` [P], of which the parameters' `.grad` are views. Give it to an
+            optimiser: `torch.optim.Adam([module.flat])`.
+        weights: the parameters by name, detached; for code that computes its own gradients.
+    """
+
+    layout: FlatLayout
+    flat: nn.Parameter
+    weights: dict[str, Tensor]
+    _places: list[tuple[dict[str, Any], str, int]]  # of each slot: its owner's parameters, its name there, its offset
+
+    def flatten_parameters(self) -> None:
+        """Moves the parameters into a fresh flat buffer (at the start, and whenever torch replaced them)."""
+        parameters = dict(self.named_parameters())
+        first = next(iter(parameters.values()))
+        flat = torch.zeros(self.layout.size, dtype=first.dtype, device=first.device)
+        gradients = torch.zeros_like(flat)
+        for name, view in self.layout.views(flat).items():
+            view.copy_(parameters[name].detach())
+        # Outside the registered parameters: state_dict() and parameters() keep the published names alone.
+        object.__setattr__(self, "flat", nn.Parameter(flat))
+        self.flat.grad = gradients
+        places = []
+        views, gradient_views = self.layout.views(self.flat.detach()), self.layout.views(gradients)
+        for name, view in views.items():
+            owner, _, leaf = name.rpartition(".")
+            parameter = nn.Parameter(view, requires_grad=parameters[name].requires_grad)
+            parameter.grad = gradient_views[name]
+            module = self.get_submodule(owner)
+            setattr(module, leaf, parameter)
+            places.append((module._parameters, leaf, view.storage_offset() * view.element_size()))
+        object.__setattr__(self, "_places", places)
+        object.__setattr__(self, "weights", views)
+
+    def flat_parameters(self) -> list[nn.Parameter]:
+        """The parameters in the layout's order, each known to be a view of `flat`.
+
+        Raises:
+            RuntimeError: one was taken out of the buffer, which a kernel would not notice.
+        """
+        base = self.flat.data_ptr()
+        parameters = [owner[leaf] for owner, leaf, _ in self._places]
+        for slot, parameter, (_, _, offset) in zip(self.layout.slots, parameters, self._places, strict=True):
+            if parameter.data_ptr() != base + offset:
+                raise RuntimeError(
+                    f"parameter {slot.name!r} was replaced and is no view of the flat buffer any more: write into it "
+                    "(parameter.data.copy_(...)), or call flatten_parameters() and make its optimizer anew"
+                )
+        return parameters
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Zeroes the flat gradient; the parameters' gradients stay views of it whatever `set_to_none` says."""
+        gradients = self.flat.grad
+        if gradients is None or any(p.grad is None for p in self.parameters()):
+            gradients = self.flat.grad = torch.zeros_like(self.flat)
+            for name, view in self.layout.views(gradients).items():
+                self.get_parameter(name).grad = view
+        gradients.zero_()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "FlatModule":
+        super()._apply(fn, recurse)
+        self.flatten_parameters()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for derived in ("flat", "weights", "_places"):
+            state.pop(derived, None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.flatten_parameters()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        if local_metadata.get("assign_to_params_buffers"):
+            raise ValueError(
+                "load_state_dict(assign=True) would take the parameters out of their flat buffer; leave assign out"
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def _check_size(name: str, value: int, minimum: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoidal embedding of the timestep: [...] -> [..., dim]."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, t: Tensor) -> Tensor:
+        return time_embedding(t, self.dim)
+
+
+class Denoiser(FlatModule):
+    """eps(x, t, s): concat [x, time_mlp(t), s] -> hidden_dim x num_hidden (Mish) -> action_dim.
+
+    Args:
+        state_dim: S.
+        action_dim: A.
+        hidden_dim: H; the paper's is 256.
+        num_hidden: hidden layers; the paper's is 3.
+        time_dim: size of the time embedding, even; the paper's is 16.
+        activation: "mish" (the paper's), "relu" or "silu".
+
+    Raises:
+        ValueError: a size that is no positive integer, an odd time_dim, an unknown activation.
+    """
+
+    def __init__(
+        self,
+        state_dim: int,
+        action_dim: int,
+        hidden_dim: int = 256,
+        num_hidden: int = 3,
+        time_dim: int = 16,
+        activation: str = "mish",
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("state_dim", state_dim),
+            ("action_dim", action_dim),
+            ("hidden_dim", hidden_dim),
+            ("num_hidden", num_hidden),
+        ):
+            _check_size(name, value)
+        _check_size("time_dim", time_dim, minimum=4)
+        if time_dim % 2:
+            raise ValueError(f"time_dim must be even (half sines, half cosines), got {time_dim}")
+        self.spec = DenoiserSpec(state_dim, action_dim, hidden_dim, num_hidden, time_dim, activation)
+        self.layout = self.spec.layout
+        self.time_mlp = nn.Sequential(
+            TimeEmbedding(time_dim),
+            nn.Linear(time_dim, 2 * time_dim),
+            Activation(activation),
+            nn.Linear(2 * time_dim, time_dim),
+        )
+        self.mid_layer = _hidden_layers(action_dim + time_dim + state_dim, hidden_dim, num_hidden, activation)
+        self.final_layer = nn.Linear(hidden_dim, action_dim)
+        self.flatten_parameters()
+
+    def forward(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+        """The predicted noise (or x_0, for a policy with predict_epsilon=False).
+
+        Args:
+            x: noisy actions [B, A].
+            t: timesteps [B], integers or floats of 0 .. T - 1.
+            states: [B, S].
+
+        Returns:
+            [B, A].
+        """
+        features = self.time_mlp(t.to(x.dtype))  # [B, D]
+        return self.final_layer(self.mid_layer(torch.cat([x, features, states], dim=1)))
+
+
+class TwinCritic(FlatModule):
+    """Two independent Q functions: concat [state, action] -> hidden_dim x num_hidden (Mish) -> 1.
+
+    Args:
+        state_dim: S.
+        action_dim: A.
+        hidden_dim: H; the paper's is 256.
+        num_hidden: hidden layers; the paper's is 3.
+        activation: "mish" (the paper's), "relu" or "silu".
+
+    Raises:
+        ValueError: a size that is no positive integer, an unknown activation.
+    """
+
+    def __init__(
+        self, state_dim: int, action_dim: int, hidden_dim: int = 256, num_hidden: int = 3, activation: str = "mish"
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("state_dim", state_dim),
+            ("action_dim", action_dim),
+            ("hidden_dim", hidden_dim),
+            ("num_hidden", num_hidden),
+        ):
+            _check_size(name, value)
+        self.spec = CriticSpec(state_dim, action_dim, hidden_dim, num_hidden, activation)
+        self.layout = self.spec.layout
+
+        def q_model() -> nn.Sequential:
+            hidden = _hidden_layers(state_dim + action_dim, hidden_dim, num_hidden, activation)
+            return nn.Sequential(*hidden, nn.Linear(hidden_dim, 1))
+
+        self.q1_model = q_model()
+        self.q2_model = q_model()
+        self.flatten_parameters()
+
+    @classmethod
+    def from_published(cls, state_dict: dict[str, Tensor], action_dim: int) -> "TwinCritic":
+        """A critic of the authors' repository: the state_dict that its `critic*.pth` holds.
+
+        Args:
+            state_dict: with the keys `q1_model.{0,2,4,6}.*` and `q2_model.*`.
+            action_dim: A; the file knows only S + A.
+
+        Raises:
+            ValueError: naming the keys that are missing, unknown or of the wrong shape.
+        """
+        first = state_dict.get("q1_model.0.weight")
+        if first is None:
+            raise ValueError("not a published critic: the state_dict has no 'q1_model.0.weight'")
+        if not 1 <= action_dim < first.shape[1]:
+            raise ValueError(
+                f"action_dim must be from 1 to below the critic's {first.shape[1]} inputs, got {action_dim}"
+            )
+        num_hidden = sum(k.startswith("q1_model.") and k.endswith(".weight") for k in state_dict) - 1
+        critic = cls(first.shape[1] - action_dim, action_dim, first.shape[0], num_hidden)
+        load_published(critic, state_dict, "critic")
+        return critic
+
+    def q(self, i: int, states: Tensor, actions: Tensor) -> Tensor:
+        """Q_i of states [B, S] and actions [B, A] -> [B], or actions [B, N, A] -> [B, N]; i is 1 or 2.
+
+        With N candidates the state's part of the first layer is computed once a state.
+        """
+        model = self.q1_model if i == 1 else self.q2_model
+        if actions.dim() == 2:
+            return model(torch.cat([states, actions], dim=1)).squeeze(-1)
+        first = model[0]
+        S = states.shape[1]
+        state_part = F.linear(states, first.weight[:, :S], first.bias)  # [B, H]
+        z = F.linear(actions, first.weight[:, S:]) + state_part[:, None]  # [B, N, H]
+        return model[1:](z).squeeze(-1)
+
+    def forward(self, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """(Q_1, Q_2), each [B] for actions [B, A] and [B, N] for actions [B, N, A]."""
+        return self.q(1, states, actions), self.q(2, states, actions)
+
+    def q_min(self, states: Tensor, actions: Tensor) -> Tensor:
+        """min(Q_1, Q_2), the pessimistic value: [B] or [B, N]."""
+        return torch.minimum(*self(states, actions))
+
+
+def _hidden_layers(inputs: int, hidden_dim: int, num_hidden: int, activation: str) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for _ in range(num_hidden):
+        layers += [nn.Linear(inputs, hidden_dim), Activation(activation)]
+        inputs = hidden_dim
+    return nn.Sequential(*layers)
+
+
+def load_published(module: FlatModule, state_dict: dict[str, Tensor], what: str) -> None:
+    """Copies a published network's tensors into `module`.
+
+    Raises:
+        ValueError: a key is missing or unknown, or a shape does not fit; the sentence names the first of each.
+    """
+    own = module.state_dict()
+    missing = sorted(own.keys() - state_dict.keys())
+    unknown = sorted(state_dict.keys() - own.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"not a published {what}: "
+            + " and ".join(
+                f"{len(names)} {kind} key{'s' * (len(names) > 1)} ({names[0]!r}, ...)"
+                for kind, names in (("missing", missing), ("unknown", unknown))
+                if names
+            )
+        )
+    for name, tensor in own.items():
+        if tensor.shape != state_dict[name].shape:
+            raise ValueError(
+                f"not a published {what} of this size: {name!r} is {list(state_dict[name].shape)}, "
+                f"expected {list(tensor.shape)}"
+            )
+    module.load_state_dict(state_dict)

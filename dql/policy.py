@@ -1,0 +1,202 @@
+"""DiffusionPolicy: a denoiser, the schedule it was trained with, and the action bound."""
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from dql.checkpoint import CheckpointError, load_tensors, save_tensors
+from dql.networks import Denoiser, load_published
+from dql.schedule import BETA_SCHEDULES, NoiseSchedule, StepTable
+
+Tensor = torch.Tensor
+_FORMAT = 1
+
+
+class DiffusionPolicy(nn.Module):
+    """A policy pi(a | s) given by the reverse diffusion of a conditional MLP (Diffusion-QL, arXiv 2208.06193).
+
+    Args:
+        state_dim: S.
+        action_dim: A.
+        max_action: actions lie in [-max_action, max_action].
+        hidden_dim: H.
+        num_hidden: hidden layers of the denoiser.
+        T: diffusion steps.
+        beta_schedule: "vp" (the paper's), "linear" or "cosine".
+        time_dim: size of the time embedding.
+        activation: "mish" (the paper's), "relu" or "silu".
+        predict_epsilon: the denoiser predicts the noise (the paper's); False: it predicts x_0.
+
+    Attributes:
+        denoiser: the network; `denoiser.flat` holds its parameters.
+        schedule: the NoiseSchedule.
+
+    Raises:
+        ValueError: an argument that makes no policy, named with its value.
+    """
+
+    def __init__(
+        self,
+        state_dim: int,
+        action_dim: int,
+        max_action: float = 1.0,
+        hidden_dim: int = 256,
+        num_hidden: int = 3,
+        T: int = 5,
+        beta_schedule: str = "vp",
+        time_dim: int = 16,
+        activation: str = "mish",
+        predict_epsilon: bool = True,
+    ) -> None:
+        super().__init__()
+        if not (np.isfinite(max_action) and max_action > 0):
+            raise ValueError(f"max_action must be a positive number, got {max_action!r}")
+        self.max_action = float(max_action)
+        self.schedule = NoiseSchedule(beta_schedule, T)
+        self.predict_epsilon = bool(predict_epsilon)
+        self.denoiser = Denoiser(state_dim, action_dim, hidden_dim, num_hidden, time_dim, activation)
+        self._q_sample_table: Tensor | None = None
+
+    @property
+    def state_dim(self) -> int:
+        return self.denoiser.spec.state_dim
+
+    @property
+    def action_dim(self) -> int:
+        return self.denoiser.spec.action_dim
+
+    @property
+    def T(self) -> int:
+        return self.schedule.T
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.denoiser.flat.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.denoiser.flat.device
+
+    def extra_repr(self) -> str:
+        return f"T={self.T}, beta_schedule={self.schedule.name!r}, max_action={self.max_action:g}"
+
+    def step_table(self, sampler: str = "ddpm", num_steps: int | None = None) -> StepTable:
+        """The rows that `dql.sample` runs; None steps means T. Raises ValueError for what `StepTable.make` refuses."""
+        return StepTable.make(sampler, self.schedule, num_steps, predict_epsilon=self.predict_epsilon)
+
+    def forward(self, states: Tensor, **options: Any) -> Tensor:
+        """Actions for states: `dql.sample(states, self, **options)`."""
+        from dql.sampler import sample
+
+        return sample(states, self, **options)
+
+    def q_sample(self, actions: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t = sqrt(alphas_cumprod_t) x_0 + sqrt(1 - alphas_cumprod_t) noise (arXiv 2006.11239, eq. 4).
+
+        Args:
+            actions: x_0 [B, A].
+            t: int64 [B], 0 .. T - 1.
+            noise: [B, A].
+
+        Returns:
+            [B, A].
+        """
+        table = self._q_sample_table
+        if table is None or table.dtype != actions.dtype or table.device != actions.device:
+            schedule = self.schedule
+            columns = np.stack([schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod], axis=1)
+            table = self._q_sample_table = torch.as_tensor(columns, dtype=actions.dtype, device=actions.device)
+        coefficients = table[t]  # [B, 2]
+        return coefficients[:, :1] * actions + coefficients[:, 1:] * noise
+
+    def bc_loss(self, states: Tensor, actions: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """The behaviour-cloning loss, the mean squared error of the predicted noise (arXiv 2208.06193, eq. 2).
+
+        Args:
+            states: [B, S].
+            actions: [B, A].
+            t: timesteps, int64 [B], 0 .. T - 1.
+            noise: [B, A].
+
+        Returns:
+            a scalar: the mean over B and A.
+        """
+        prediction = self.denoiser(self.q_sample(actions, t, noise), t, states)
+        return F.mse_loss(prediction, noise if self.predict_epsilon else actions)
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, as JSON can hold them."""
+        spec = self.denoiser.spec
+        return {
+            "state_dim": spec.state_dim,
+            "action_dim": spec.action_dim,
+            "max_action": self.max_action,
+            "hidden_dim": spec.hidden_dim,
+            "num_hidden": spec.num_hidden,
+            "T": self.T,
+            "beta_schedule": self.schedule.name,
+            "time_dim": spec.time_dim,
+            "activation": spec.activation,
+            "predict_epsilon": self.predict_epsilon,
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the policy to one safetensors file, atomically.
+
+        Raises:
+            CheckpointError: it cannot be written (no space, no permission); the message says what to do.
+        """
+        about = {"kind": "policy", "format": _FORMAT, "config": self.config()}
+        save_tensors(path, self.denoiser.state_dict(), about)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "DiffusionPolicy":
+        """Reads a policy written by `save`. No code in the file is run.
+
+        Raises:
+            CheckpointError: missing, damaged, or no policy of this package.
+        """
+        tensors, about = load_tensors(path)
+        if about.get("kind") != "policy":
+            raise CheckpointError(f"{path} holds a {about.get('kind', 'file')}, no policy; use dql.load for an agent")
+        policy = cls(**about["config"]).to(next(iter(tensors.values())).dtype)
+        policy.denoiser.load_state_dict(tensors)
+        return policy.to(device)
+
+    @classmethod
+    def from_published(cls, state_dict: dict[str, Tensor], max_action: float = 1.0) -> "DiffusionPolicy":
+        """A policy of the authors' repository: the state_dict that its `actor*.pth` holds.
+
+        T and the beta schedule are recognised from its `betas`; the sizes from its weights.
+
+        Args:
+            state_dict: with the keys `betas`, ... and `model.time_mlp.*`, `model.mid_layer.*`, `model.final_layer.*`.
+            max_action: the bound of the environment's actions; the file does not hold it.
+
+        Raises:
+            ValueError: it is no such state_dict; the sentence names what is missing or does not fit.
+        """
+        for key in ("betas", "model.mid_layer.0.weight", "model.time_mlp.3.weight", "model.final_layer.weight"):
+            if key not in state_dict:
+                raise ValueError(f"not a published actor: the state_dict has no {key!r}")
+        betas = state_dict["betas"].double().cpu().numpy()
+        for name in BETA_SCHEDULES:
+            # the file holds float32
+            if np.allclose(NoiseSchedule(name, len(betas)).betas, betas, rtol=1e-5, atol=1e-7):
+                break
+        else:
+            raise ValueError(
+                f"the file's {len(betas)} betas are none of the published schedules ({', '.join(BETA_SCHEDULES)})"
+            )
+        weights = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
+        H, inputs = weights["mid_layer.0.weight"].shape
+        A = weights["final_layer.weight"].shape[0]
+        D = weights["time_mlp.3.weight"].shape[0]
+        num_hidden = sum(k.startswith("mid_layer.") and k.endswith(".weight") for k in weights)
+        policy = cls(inputs - A - D, A, max_action, H, num_hidden, len(betas), name, D)
+        load_published(policy.denoiser, weights, "actor")
+        return policy

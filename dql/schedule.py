@@ -1,0 +1,264 @@
+"""Noise schedules and step tables, computed in float64 on the host.
+
+A `NoiseSchedule` is what a policy is trained with: T betas and what follows from them. A `StepTable` is what a sampler
+runs: K rows of six coefficients. DDPM, DDIM and DPM-Solver++(2M) are three ways to fill the same table, so a kernel
+that runs tables runs them all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+BETA_SCHEDULES = ("vp", "linear", "cosine")
+SAMPLERS = ("ddpm", "ddim", "dpm-solver++")
+_MIN_VARIANCE = 1e-20  # the published clip of the posterior variance; it only ever acts at t = 0, where noise is off
+
+
+def vp_beta_schedule(T: int) -> np.ndarray:
+    """Variance-preserving betas [T]: 1 - exp(-0.1 / T - 0.5 (10 - 0.1)(2 t - 1) / T^2), t = 1 .. T.
+
+    Source: Xiao, Kreis, Vahdat, "Tackling the generative learning trilemma" (arXiv 2112.07804); Diffusion-QL's default.
+    """
+    t = np.arange(1, T + 1, dtype=np.float64)
+    beta_min, beta_max = 0.1, 10.0
+    return 1 - np.exp(-beta_min / T - 0.5 * (beta_max - beta_min) * (2 * t - 1) / T**2)
+
+
+def linear_beta_schedule(T: int) -> np.ndarray:
+    """T betas evenly from 1e-4 to 2e-2, whatever T is. Source: Ho et al., arXiv 2006.11239, as Diffusion-QL uses it."""
+    return np.linspace(1e-4, 2e-2, T)
+
+
+def cosine_beta_schedule(T: int) -> np.ndarray:
+    """Cosine betas [T], clipped to [0, 0.999], at the points the published code uses.
+
+    Those are T + 1 points from 0 to T + 1 inclusive, not the usual spacing of Nichol and Dhariwal (arXiv 2102.09672).
+    """
+    points = np.linspace(0, T + 1, T + 1)
+    alphas_cumprod = np.cos((points / (T + 1) + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.clip(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], 0, 0.999)
+
+
+_BETAS = {"vp": vp_beta_schedule, "linear": linear_beta_schedule, "cosine": cosine_beta_schedule}
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The forward process q(x_t | x_0) of T steps; every array is float64 [T] and indexed by t = 0 .. T - 1.
+
+    Args:
+        name: "vp" (the paper's), "linear" or "cosine".
+        T: diffusion steps; the paper's is 5.
+
+    Raises:
+        ValueError: unknown name, or T is not in 1 .. 1000.
+    """
+
+    name: str = "vp"
+    T: int = 5
+
+    def __post_init__(self) -> None:
+        if self.name not in _BETAS:
+            raise ValueError(f"unknown beta schedule {self.name!r}; known: {', '.join(BETA_SCHEDULES)}")
+        if not isinstance(self.T, int) or not 1 <= self.T <= 1000:
+            raise ValueError(f"T must be an integer from 1 to 1000, got {self.T!r}")
+
+    @cached_property
+    def betas(self) -> np.ndarray:
+        return _BETAS[self.name](self.T)
+
+    @cached_property
+    def alphas_cumprod(self) -> np.ndarray:
+        return np.cumprod(1 - self.betas)
+
+    @cached_property
+    def alphas_cumprod_prev(self) -> np.ndarray:
+        return np.concatenate([[1.0], self.alphas_cumprod[:-1]])
+
+    @cached_property
+    def sqrt_alphas_cumprod(self) -> np.ndarray:
+        return np.sqrt(self.alphas_cumprod)
+
+    @cached_property
+    def sqrt_one_minus_alphas_cumprod(self) -> np.ndarray:
+        return np.sqrt(1 - self.alphas_cumprod)
+
+    @cached_property
+    def posterior_variance(self) -> np.ndarray:
+        return self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+
+    @cached_property
+    def posterior_mean_coef1(self) -> np.ndarray:
+        """Weight of x_0 in the mean of q(x_{t-1} | x_t, x_0)."""
+        return self.betas * np.sqrt(self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+
+    @cached_property
+    def posterior_mean_coef2(self) -> np.ndarray:
+        """Weight of x_t in the mean of q(x_{t-1} | x_t, x_0)."""
+        return (1 - self.alphas_cumprod_prev) * np.sqrt(1 - self.betas) / (1 - self.alphas_cumprod)
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """The rows that a sampler runs.
+
+    Row k is (a, b, c0, cx, cp, s) and belongs to `timesteps[k]`, descending:
+        x0 = clamp(a x - b eps);  x' = c0 x0 + cx x + cp x0_prev + s noise[k + 1]
+
+    Attributes:
+        sampler: which rule filled it.
+        rows: K tuples of six floats.
+        timesteps: K integers, T - 1 first.
+    """
+
+    sampler: str
+    rows: tuple[tuple[float, float, float, float, float, float], ...]
+    timesteps: tuple[int, ...]
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.rows)
+
+    @classmethod
+    def ddpm(
+        cls, schedule: NoiseSchedule, num_steps: int | None = None, *, predict_epsilon: bool = True
+    ) -> "StepTable":
+        """Ancestral sampling (arXiv 2006.11239, eq. 6 and 7), the paper's sampler.
+
+        With fewer steps than T the posterior is that of the chosen timesteps: alpha_t becomes
+        alphas_cumprod(t) / alphas_cumprod(next chosen t), as in arXiv 2102.09672, section 4.
+
+        Args:
+            schedule: what the policy was trained with.
+            num_steps: K, 1 .. T; None means T.
+            predict_epsilon: False for a denoiser that predicts x_0.
+        """
+        timesteps, bar, bar_next = _respace(schedule, num_steps)
+        alpha = bar / bar_next
+        c0 = (1 - alpha) * np.sqrt(bar_next) / (1 - bar)
+        cx = (1 - bar_next) * np.sqrt(alpha) / (1 - bar)
+        s = np.sqrt(np.maximum((1 - alpha) * (1 - bar_next) / (1 - bar), _MIN_VARIANCE))
+        return cls._fill("ddpm", timesteps, bar, c0, cx, np.zeros_like(bar), s, predict_epsilon)
+
+    @classmethod
+    def ddim(
+        cls,
+        schedule: NoiseSchedule,
+        num_steps: int | None = None,
+        *,
+        stochasticity: float = 0.0,
+        predict_epsilon: bool = True,
+    ) -> "StepTable":
+        """DDIM (arXiv 2010.02502, eq. 12 and 16), eps taken from the clamped x0.
+
+        Args:
+            schedule: what the policy was trained with.
+            num_steps: K, 1 .. T; None means T.
+            stochasticity: the paper's eta: 0 is deterministic after x_T, 1 is DDPM.
+            predict_epsilon: False for a denoiser that predicts x_0.
+
+        Raises:
+            ValueError: stochasticity is not in [0, 1].
+        """
+        if not 0 <= stochasticity <= 1:
+            raise ValueError(f"stochasticity must be from 0 to 1, got {stochasticity!r}")
+        timesteps, bar, bar_next = _respace(schedule, num_steps)
+        s = stochasticity * np.sqrt((1 - bar_next) / (1 - bar) * (1 - bar / bar_next))
+        towards_x = np.sqrt(np.maximum(1 - bar_next - s**2, 0))
+        cx = towards_x / np.sqrt(1 - bar)
+        c0 = np.sqrt(bar_next) - cx * np.sqrt(bar)
+        return cls._fill("ddim", timesteps, bar, c0, cx, np.zeros_like(bar), s, predict_epsilon)
+
+    @classmethod
+    def dpm_solver_pp_2m(
+        cls, schedule: NoiseSchedule, num_steps: int | None = None, *, predict_epsilon: bool = True
+    ) -> "StepTable":
+        """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): data prediction, multistep of order 2, deterministic.
+
+        The first step has no history and the last goes to zero noise, where the log-SNR is infinite: both are of
+        first order.
+
+        Args:
+            schedule: what the policy was trained with.
+            num_steps: K, 1 .. T; None means T.
+            predict_epsilon: False for a denoiser that predicts x_0.
+        """
+        timesteps, bar, bar_next = _respace(schedule, num_steps)
+        cx = np.sqrt((1 - bar_next) / (1 - bar))  # sigma_next / sigma
+        log_snr = 0.5 * np.log(bar / (1 - bar))  # lambda; [K]
+        h = np.diff(log_snr)  # of every step but the last
+        towards_data = np.sqrt(bar_next)  # alpha_next (1 - exp(-h)); exp(-h) = 0 in the last step
+        towards_data[:-1] *= -np.expm1(-h)
+        extrapolate = np.zeros_like(bar)  # 1 / (2 r), r = h_previous / h
+        extrapolate[1:-1] = h[1:] / (2 * h[:-1])
+        c0 = towards_data * (1 + extrapolate)
+        cp = -towards_data * extrapolate
+        return cls._fill("dpm-solver++", timesteps, bar, c0, cx, cp, np.zeros_like(bar), predict_epsilon)
+
+    @classmethod
+    def make(
+        cls, sampler: str, schedule: NoiseSchedule, num_steps: int | None = None, *, predict_epsilon: bool = True
+    ) -> "StepTable":
+        """The table of a sampler by name: "ddpm", "ddim" (stochasticity 0) or "dpm-solver++".
+
+        Raises:
+            ValueError: unknown sampler, or num_steps is not in 1 .. T.
+        """
+        return _make(sampler, schedule, num_steps, predict_epsilon)
+
+    @classmethod
+    def _fill(
+        cls,
+        sampler: str,
+        timesteps: np.ndarray,
+        bar: np.ndarray,
+        c0: np.ndarray,
+        cx: np.ndarray,
+        cp: np.ndarray,
+        s: np.ndarray,
+        predict_epsilon: bool,
+    ) -> "StepTable":
+        a = 1 / np.sqrt(bar) if predict_epsilon else np.zeros_like(bar)
+        b = np.sqrt(1 / bar - 1) if predict_epsilon else np.full_like(bar, -1.0)
+        s = s.copy()
+        s[-1] = 0.0  # x' of the last row is the action
+        rows = np.stack([a, b, c0, cx, cp, s], axis=1).tolist()
+        return cls(sampler, tuple(tuple(row) for row in rows), tuple(int(t) for t in timesteps))
+
+
+def _respace(schedule: NoiseSchedule, num_steps: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """K timesteps, evenly from T - 1 down to 0, with alphas_cumprod there and at the next (1 after the last)."""
+    T = schedule.T
+    K = T if num_steps is None else num_steps
+    if isinstance(K, bool) or not isinstance(K, int) or not 1 <= K <= T:
+        raise ValueError(f"num_steps must be an integer from 1 to the {T} steps the policy was trained with, got {K!r}")
+    timesteps = np.round(np.linspace(T - 1, 0, K)).astype(int)
+    bar = schedule.alphas_cumprod[timesteps]
+    return timesteps, bar, np.append(bar[1:], 1.0)
+
+
+@lru_cache(maxsize=256)
+def _make(sampler: str, schedule: NoiseSchedule, num_steps: int | None, predict_epsilon: bool) -> StepTable:
+    fill = {"ddpm": StepTable.ddpm, "ddim": StepTable.ddim, "dpm-solver++": StepTable.dpm_solver_pp_2m}
+    if sampler not in fill:
+        raise ValueError(
+            f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}, or a StepTable, "
+            "e.g. StepTable.ddim(policy.schedule, stochasticity=0.5)"
+        )
+    return fill[sampler](schedule, num_steps, predict_epsilon=predict_epsilon)
+
+
+def check_rows(rows: Sequence[Sequence[float]], timesteps: Sequence[int], T: int) -> None:
+    """Refuses a hand-made table that no policy with T steps can run.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    if len(rows) != len(timesteps) or not rows:
+        raise ValueError(f"a step table needs one timestep per row, got {len(rows)} rows, {len(timesteps)} timesteps")
+    if any(not 0 <= t < T for t in timesteps):
+        raise ValueError(f"the table's timesteps {tuple(timesteps)} do not fit a policy trained with T = {T}")
+    if rows[-1][5] != 0:
+        raise ValueError("the last row of a step table adds noise: its s must be 0")
