@@ -1,0 +1,348 @@
+"""Datasets: Minari and D4RL files -> TransitionDataset (flat float32 tensors on one device) -> Batch.
+
+    load_dataset("mujoco/hopper/medium-v0")                              a local Minari dataset
+    load_dataset("mujoco/hopper/medium-v0+mujoco/hopper/expert-v0")      both, one after the other
+    load_dataset("mujoco/hopper/medium-expert-v0")                       the same, where only the halves exist
+    load_dataset("path/to/dataset")                                      a Minari folder (holds data/main_data.hdf5)
+    load_dataset("hopper_medium-v2.hdf5")                                a D4RL file (see `dql.d4rl`)
+
+Every transition keeps its true next observation, and `masks = 1 - terminations`: an episode that was cut by a time
+limit still bootstraps. Observations are flattened by one written rule (`dql.observations`); AntMaze episodes of Minari
+end at their first success. The flat arrays are cached in $DQL_CACHE, or ~/.cache/dql.
+
+Whatever cannot be used (NaN, mismatched lengths, actions outside their bounds, a discrete action space, a missing or
+half-downloaded file, ...) is refused by a `DatasetError`: one sentence with the dataset, the episode and the remedy.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import noise
+from .dataset_info import FIELDS, DatasetError, DatasetInfo, DatasetNotFoundError, FlatData
+from .datasources import DatasetSummary, list_datasets, resolve
+
+__all__ = [
+    "REWARD_TUNES",
+    "Batch",
+    "DatasetError",
+    "DatasetInfo",
+    "DatasetNotFoundError",
+    "DatasetSummary",
+    "TransitionDataset",
+    "describe",
+    "list_datasets",
+    "load_dataset",
+]
+
+REWARD_TUNES = ("none", "normalize", "iql_antmaze", "iql_locomotion", "cql_antmaze", "antmaze")
+BLOCK_STEPS = 256  # steps whose rows are drawn at once; part of the stream: another value draws other rows
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Transitions as the learner takes them, float32 tensors on one device."""
+
+    states: torch.Tensor  # [B, S]
+    actions: torch.Tensor  # [B, A]
+    rewards: torch.Tensor  # [B]
+    next_states: torch.Tensor  # [B, S]
+    masks: torch.Tensor  # [B]; 1 - termination, a truncation keeps 1
+
+    def __len__(self) -> int:
+        return len(self.rewards)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on `device`."""
+        return Batch(*(getattr(self, name).to(device) for name in FIELDS))
+
+    def __repr__(self) -> str:
+        return f"Batch({_shapes(self)}, device={self.rewards.device})"
+
+
+def _shapes(tensors: Any) -> str:
+    return ", ".join(f"{name} {list(getattr(tensors, name).shape)}" for name in FIELDS)
+
+
+class TransitionDataset:
+    """All transitions of a dataset on one device, drawn from by a stateless rule.
+
+    Attributes:
+        states, actions, rewards, next_states, masks: float32 [N, S], [N, A], [N], [N, S], [N].
+        info: where they come from.
+        reward_tune: how the rewards were changed; `info.episode_returns` are raw always.
+    """
+
+    def __init__(
+        self,
+        states: torch.Tensor,
+        actions: torch.Tensor,
+        rewards: torch.Tensor,
+        next_states: torch.Tensor,
+        masks: torch.Tensor,
+        info: DatasetInfo,
+        *,
+        reward_tune: str = "none",
+    ) -> None:
+        """Takes tensors that fit together.
+
+        Raises:
+            ValueError: a dtype other than float32, no rows, or shapes or devices that do not fit.
+        """
+        self.states, self.actions, self.rewards, self.next_states, self.masks = (
+            states,
+            actions,
+            rewards,
+            next_states,
+            masks,
+        )
+        self.info, self.reward_tune = info, reward_tune
+        if states.ndim != 2 or actions.ndim != 2 or len(states) == 0:
+            raise ValueError(f"states and actions must be [N, size] with N > 0, got {_shapes(self)}")
+        N, S = states.shape
+        expected = {"states": (N, S), "actions": (N, actions.shape[1]), "next_states": (N, S)}
+        for name in FIELDS:
+            tensor = getattr(self, name)
+            if tuple(tensor.shape) != expected.get(name, (N,)):
+                raise ValueError(f"{name} must be {list(expected.get(name, (N,)))}, got {_shapes(self)}")
+            if tensor.dtype != torch.float32 or tensor.device != states.device:
+                raise ValueError(f"{name} must be float32 on {states.device}, got {tensor.dtype} on {tensor.device}")
+        self._block: tuple[tuple[int, int, int], torch.Tensor] | None = None
+
+    @property
+    def state_dim(self) -> int:
+        """S."""
+        return self.states.shape[1]
+
+    @property
+    def action_dim(self) -> int:
+        """A."""
+        return self.actions.shape[1]
+
+    @property
+    def max_action(self) -> float:
+        """The action space is [-max_action, max_action] in every dimension."""
+        return self.info.max_action
+
+    @property
+    def size(self) -> int:
+        """N, the number of transitions."""
+        return len(self.rewards)
+
+    def __len__(self) -> int:
+        return self.size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.states.device
+
+    def __repr__(self) -> str:
+        tune = "" if self.reward_tune == "none" else f", reward_tune={self.reward_tune!r}"
+        return (
+            f"TransitionDataset({self.info.dataset_id!r}: {_shapes(self)}, {self.info.num_episodes} episodes, "
+            f"max_action={self.max_action:g}{tune}, device={self.device})"
+        )
+
+    def to(self, device: torch.device | str) -> "TransitionDataset":
+        """The dataset on `device`; tensors that are there already are shared, not copied."""
+        tensors = {name: getattr(self, name).to(device) for name in FIELDS}
+        return TransitionDataset(**tensors, info=self.info, reward_tune=self.reward_tune)
+
+    def tune_rewards(self, name: str) -> "TransitionDataset":
+        """A dataset with rewards changed as the paper's tasks ask; the other tensors are shared.
+
+        none             r
+        normalize        (r - mean) / std, the unbiased standard deviation of all rewards
+        iql_antmaze      r - 1
+        iql_locomotion   1000 r / (best - worst episode return)
+        cql_antmaze      4 (r - 0.5)
+        antmaze          2 (r - 0.25)
+
+        In `iql_locomotion` an episode ends by a termination or a truncation, as in IQL. The published Diffusion-QL
+        code ends it at terminations only: for an environment that never terminates (HalfCheetah) it finds no episode,
+        elsewhere it adds up the returns of all episodes up to the next termination.
+
+        Raises:
+            DatasetError: an unknown name, rewards tuned already, or equal rewards or returns that leave nothing to
+                divide by.
+        """
+        dataset_id, r = self.info.dataset_id, self.rewards
+        if name not in REWARD_TUNES:
+            raise DatasetError(f"reward_tune must be one of {', '.join(REWARD_TUNES)}, got {name!r}")
+        if name == "none":
+            return self
+        if self.reward_tune != "none":
+            raise DatasetError(
+                f"dataset {dataset_id} has its rewards tuned by {self.reward_tune!r} already: tune the raw dataset"
+            )
+        if name == "normalize":
+            exact = r.double()
+            std = exact.std().item() if len(r) > 1 else 0.0
+            if std == 0:
+                raise DatasetError(f"dataset {dataset_id} has equal rewards, which cannot be normalised: use 'none'")
+            rewards = ((exact - exact.mean()) / std).float()
+        elif name == "iql_locomotion":
+            returns = self.info.episode_returns
+            spread = float(returns.max() - returns.min()) if len(returns) else 0.0
+            if spread == 0:
+                raise DatasetError(
+                    f"dataset {dataset_id} has {len(returns)} complete episodes and no two different returns, which "
+                    "iql_locomotion divides by: use 'none' or 'normalize'"
+                )
+            rewards = r * (1000.0 / spread)
+        else:
+            scale, shift = {"iql_antmaze": (1.0, 1.0), "cql_antmaze": (4.0, 0.5), "antmaze": (2.0, 0.25)}[name]
+            rewards = scale * (r - shift)
+        return TransitionDataset(
+            self.states, self.actions, rewards, self.next_states, self.masks, self.info, reward_tune=name
+        )
+
+    def indices(self, batch_size: int, seed: int, step: int) -> torch.Tensor:
+        """Rows of the batch of `step`, int64 [B] on the data's device: uniform with replacement.
+
+        A function of (seed, step, batch_size, N) alone, so that a resumed run goes on with the rows it would have
+        drawn. The rows of BLOCK_STEPS steps are drawn on the host at once and kept.
+
+        Raises:
+            ValueError: a negative step, no batch, or a bad seed.
+        """
+        if batch_size < 1 or step < 0:
+            raise ValueError(f"batch_size must be at least 1 and step at least 0, got {batch_size} and {step}")
+        block, row = divmod(step, BLOCK_STEPS)
+        key = (seed, batch_size, block)
+        cached = self._block
+        if cached is None or cached[0] != key:
+            child = noise.derive(seed, "data", block)
+            rows = noise.integers(child, self.size, BLOCK_STEPS * batch_size).view(BLOCK_STEPS, batch_size)
+            cached = self._block = (key, rows.to(self.device))
+        return cached[1][row]
+
+    def sample(self, batch_size: int, seed: int, step: int) -> Batch:
+        """The batch of `step`: see `indices`."""
+        rows = self.indices(batch_size, seed, step)
+        return Batch(*(getattr(self, name).index_select(0, rows) for name in FIELDS))
+
+
+def load_dataset(
+    name_or_path: str,
+    *,
+    reward_tune: str = "none",
+    device: torch.device | str = "cpu",
+    cache: bool = True,
+    download: bool = False,
+) -> TransitionDataset:
+    """Loads a dataset; the forms of its name stand at the top of this module.
+
+    Args:
+        name_or_path: Minari id, several ids joined by `+`, a Minari folder or a D4RL `.hdf5` file.
+        reward_tune: of REWARD_TUNES, see `TransitionDataset.tune_rewards`.
+        device: where the tensors go.
+        cache: read and write the flat arrays in $DQL_CACHE (default ~/.cache/dql).
+        download: fetch a Minari id that is not on this machine.
+
+    Raises:
+        DatasetError: it cannot be used; DatasetNotFoundError (also a FileNotFoundError): it is not there.
+    """
+    from .datacache import cached
+
+    if reward_tune not in REWARD_TUNES:
+        raise DatasetError(f"reward_tune must be one of {', '.join(REWARD_TUNES)}, got {reward_tune!r}")
+    name = str(name_or_path)
+    parts = [cached(source, _read, enabled=cache) for source in resolve(name, download)]
+    flat = parts[0] if len(parts) == 1 else _concatenate(parts, name)
+    tensors = {field: torch.from_numpy(getattr(flat, field)).to(device) for field in FIELDS}
+    return TransitionDataset(**tensors, info=flat.info, reward_tune="none").tune_rewards(reward_tune)
+
+
+def _read(source: Any) -> FlatData:
+    if source.kind == "d4rl":
+        from .d4rl import read_d4rl
+
+        return read_d4rl(source)
+    from .minari_data import read_minari
+
+    return read_minari(source)
+
+
+def _concatenate(parts: list[FlatData], name: str) -> FlatData:
+    """The parts one after the other, under the name that was asked for.
+
+    Raises:
+        DatasetError: parts of different sizes, action bounds, environments or reference scores.
+    """
+    first = parts[0].info
+    must_agree = (
+        "state_dim",
+        "action_dim",
+        "max_action",
+        "observation_rule",
+        "env_id",
+        "ref_min_score",
+        "ref_max_score",
+    )
+    for part in parts[1:]:
+        for what in must_agree:
+            values = getattr(first, what), getattr(part.info, what)
+            if values[0] != values[1]:
+                raise DatasetError(
+                    f"datasets {first.dataset_id} and {part.info.dataset_id} cannot be joined: their {what} are "
+                    f"{values[0]} and {values[1]}; join datasets of one environment and one pair of reference scores"
+                )
+    infos = [part.info for part in parts]
+    truncations = [info.num_truncations for info in infos if info.num_truncations is not None]
+    info = replace(
+        first,
+        dataset_id=name,
+        num_episodes=sum(info.num_episodes for info in infos),
+        episode_returns=np.concatenate([info.episode_returns for info in infos]),
+        episode_lengths=np.concatenate([info.episode_lengths for info in infos]),
+        num_truncations=sum(truncations) if len(truncations) == len(infos) else None,
+    )
+    arrays = {field: np.concatenate([getattr(part, field) for part in parts]) for field in FIELDS}
+    return FlatData(**arrays, info=info)
+
+
+def describe(dataset: TransitionDataset) -> dict[str, Any]:
+    """The figures of `dql data info`; plain numbers, lists and None, ready for JSON."""
+    info = dataset.info
+
+    def spread(values: np.ndarray) -> dict[str, float] | None:
+        if len(values) == 0:
+            return None
+        return {
+            "mean": values.mean().item(),
+            "std": values.std().item(),
+            "min": values.min().item(),
+            "max": values.max().item(),
+        }
+
+    def bounds(tensor: torch.Tensor) -> dict[str, list[float]]:
+        return {"min": tensor.amin(0).tolist(), "max": tensor.amax(0).tolist()}
+
+    scores = info.normalized_score(info.episode_returns)
+    return {
+        "dataset_id": info.dataset_id,
+        "env_id": info.env_id,
+        "steps": dataset.size,
+        "episodes": info.num_episodes,
+        "complete_episodes": len(info.episode_returns),
+        "state_dim": dataset.state_dim,
+        "action_dim": dataset.action_dim,
+        "max_action": info.max_action,
+        "observation_rule": info.observation_rule,
+        "episode_return": spread(info.episode_returns),
+        "normalized_score": None if scores is None else spread(scores),
+        "episode_length": spread(info.episode_lengths),
+        "terminations": int((dataset.masks == 0).sum()),
+        "truncations": info.num_truncations,
+        "reward_tune": dataset.reward_tune,
+        "rewards": {"min": dataset.rewards.min().item(), "max": dataset.rewards.max().item()},
+        "actions": bounds(dataset.actions),
+        "states": bounds(dataset.states),
+        "ref_min_score": info.ref_min_score,
+        "ref_max_score": info.ref_max_score,
+        "note": info.note,
+    }

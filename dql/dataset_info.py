@@ -1,0 +1,140 @@
+"""What every reader hands over, a dataset's arrays and what it says about itself, and the errors it is refused with."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+ACTION_TOLERANCE = 1e-5  # relative; what lies outside by less is rounding, and is clipped
+FIELDS = ("states", "actions", "rewards", "next_states", "masks")  # of FlatData, TransitionDataset and Batch
+
+
+class DatasetError(ValueError):
+    """A dataset cannot be used as it is: one sentence with the dataset, the episode or file, and the remedy."""
+
+
+class DatasetNotFoundError(DatasetError, FileNotFoundError):
+    """There is no such dataset on this machine, or only a part of it."""
+
+
+@dataclass(frozen=True, eq=False)
+class DatasetInfo:
+    """Everything about a dataset that is not a transition.
+
+    Equality compares the JSON, so that two infos with the same returns are equal.
+    """
+
+    dataset_id: str
+    """Minari id, ids joined by `+`, or the path that was loaded."""
+    env_spec: str | None
+    """Gymnasium `EnvSpec` JSON of the evaluation environment (`dql.environments.make_env` builds it), or None."""
+    ref_min_score: float | None
+    """Mean return of a random policy: normalised score 0."""
+    ref_max_score: float | None
+    """Mean return of the reference expert: normalised score 100."""
+    num_episodes: int
+    """Episodes stored, complete or not."""
+    episode_returns: np.ndarray = field(repr=False)
+    """Undiscounted raw return of each COMPLETE episode (ended by a termination or a truncation), float64 [E]."""
+    observation_rule: str
+    """How an observation becomes a flat row: see `dql.observations`."""
+    max_action: float
+    """The action space is [-max_action, max_action] in every dimension."""
+    state_dim: int | None = None
+    action_dim: int | None = None
+    episode_lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
+    """Steps of each complete episode, int64 [E], in the order of `episode_returns`."""
+    num_truncations: int | None = None
+    """Episodes cut short by a time limit and not terminated, where that is known."""
+    note: str = ""
+    """What a reader of the numbers has to know, e.g. that episodes were cut at their first success."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "episode_returns", np.asarray(self.episode_returns, np.float64).reshape(-1))
+        object.__setattr__(self, "episode_lengths", np.asarray(self.episode_lengths, np.int64).reshape(-1))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DatasetInfo) and self.to_json() == other.to_json()
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
+
+    @property
+    def env_id(self) -> str | None:
+        """Id of the evaluation environment, e.g. `Hopper-v5`."""
+        return None if self.env_spec is None else json.loads(self.env_spec)["id"]
+
+    @property
+    def is_antmaze(self) -> bool:
+        """Whether this is an AntMaze task, whose episodes end at the first success."""
+        return is_antmaze(self.dataset_id, self.env_id)
+
+    def normalized_score(self, returns: np.ndarray | float) -> np.ndarray | None:
+        """100 (R - random) / (expert - random), as D4RL defines it; None without reference scores."""
+        if self.ref_min_score is None or self.ref_max_score is None:
+            return None
+        return 100.0 * (np.asarray(returns) - self.ref_min_score) / (self.ref_max_score - self.ref_min_score)
+
+    def to_json(self) -> str:
+        """One JSON object; floats keep every digit."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return json.dumps(values, default=lambda array: array.tolist())
+
+    @classmethod
+    def from_json(cls, text: str) -> "DatasetInfo":
+        """The inverse of `to_json`; keys that a later version added are left out."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{key: value for key, value in json.loads(text).items() if key in known})
+
+
+def is_antmaze(dataset_id: str, env_id: str | None) -> bool:
+    """AntMaze by its dataset id, D4RL file name (`Ant_maze_...`) or environment id."""
+    return any("antmaze" in re.sub(r"[-_]", "", name.lower()) for name in (dataset_id, env_id or ""))
+
+
+@dataclass
+class FlatData:
+    """Transitions as float32 arrays [N, ...], as they are cached."""
+
+    states: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray
+    next_states: np.ndarray
+    masks: np.ndarray
+    info: DatasetInfo
+
+
+def check_transitions(name: str, label: Callable[[int], str], data: FlatData) -> None:
+    """Refuses what no learner can use, and clips actions that are outside by rounding only (in place).
+
+    Raises:
+        DatasetError: NaN or infinity, or an action outside the action space.
+    """
+    for what in ("states", "actions", "rewards", "next_states"):
+        array = getattr(data, what)
+        finite = np.isfinite(array)
+        if not finite.all():
+            row = int(np.argwhere(~finite)[0, 0])
+            raise DatasetError(
+                f"dataset {name}, {label(row)}: {what} hold NaN or infinity (in float32): remove or repair that episode"
+            )
+    bound = data.info.max_action
+    size = np.abs(data.actions)
+    if size.max(initial=0.0) > bound * (1 + ACTION_TOLERANCE):
+        row = int(size.max(axis=1).argmax())
+        raise DatasetError(
+            f"dataset {name}, {label(row)}: an action of size {size[row].max():.6g} lies outside the action space "
+            f"[-{bound:g}, {bound:g}]: rescale or clip the actions to it"
+        )
+    np.clip(data.actions, -bound, bound, out=data.actions)
+
+
+def broken_file(name: str, path: Path, error: Exception, remedy: str) -> DatasetError:
+    """The sentence for an HDF5 file that ends too early or is none."""
+    return DatasetError(
+        f"dataset {name}: {path} cannot be read and seems to be half-downloaded or damaged ({error}): {remedy}"
+    )
