@@ -1,0 +1,352 @@
+"""The command line: `dql demo | data | train | eval | doctor`."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from dql.config import Config, RunConfig
+
+if TYPE_CHECKING:
+    from dql.evaluate import Evaluation
+
+_SIGNALS = {"SIGINT": 130, "SIGTERM": 143}  # exit codes, as a shell reports them
+
+
+def demo(
+    out: Path = Path("runs/demo"), updates: int = 4000, episodes: int = 50, seed: int = 0, fresh: bool = False
+) -> int:
+    """Make a dataset, train DiffusionBC and Diffusion-QL on it, compare them, draw pictures: minutes on a CPU.
+
+    Args:
+        out: Folder of runs, pictures and the policy.
+        updates: Updates of each agent.
+        episodes: Episodes of the final evaluation.
+        seed: Of training.
+        fresh: Drop what the folder holds and start over.
+    """
+    from dql.demo import demo as run_demo
+
+    run_demo(out, updates=updates, episodes=episodes, seed=seed, fresh=fresh, console=Console())
+    return 0
+
+
+def data_list(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> int:
+    """The datasets on this machine, and the recipes that `dql data make` knows.
+
+    Args:
+        as_json: Print JSON.
+    """
+    from dql.collect import RECIPES
+    from dql.datasources import datasets_root, list_datasets
+
+    found = list_datasets()
+    if as_json:
+        print(json.dumps([asdict(d) for d in found], indent=2))
+        return 0
+    console = Console()
+    table = Table(title=f"datasets in {datasets_root()}")
+    for header in ("id", "steps", "episodes", "MB", "environment", "random .. expert return"):
+        table.add_column(header, justify="right" if header in ("steps", "episodes", "MB") else "left", overflow="fold")
+    for d in found:
+        scores = "" if d.ref_min_score is None or d.ref_max_score is None else f"{d.ref_min_score:.4g} .. {d.ref_max_score:.4g}"
+        table.add_row(
+            d.dataset_id, f"{d.steps:,}", f"{d.episodes:,}", f"{d.size_mb:.1f}", d.env_id or "", d.problem or scores
+        )
+    console.print(table)
+    here = {d.dataset_id for d in found}
+    table = Table(title="recipes: dql data make ID")
+    for header in ("id", "steps", "made", "what"):
+        table.add_column(header, no_wrap=header != "what")
+    for recipe in RECIPES.values():
+        table.add_row(recipe.id, f"{recipe.steps:,}", "yes" if recipe.id in here else "", recipe.description)
+    console.print(table)
+    return 0
+
+
+def data_info(dataset: tyro.conf.Positional[str], as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> int:
+    """What a dataset holds.
+
+    Args:
+        dataset: A Minari id, ids joined by +, a folder, or a D4RL .hdf5 file.
+        as_json: Print JSON.
+    """
+    from dql.data import describe, load_dataset
+
+    facts = describe(load_dataset(dataset))
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    table = Table(title=facts["dataset_id"], show_header=False)
+    for key, value in facts.items():
+        if value not in (None, ""):
+            table.add_row(key.replace("_", " "), _brief(value))
+    Console().print(table)
+    return 0
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_brief(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        return "[" + ", ".join(_brief(v) for v in value) + "]"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def data_make(
+    recipe: tyro.conf.Positional[str], steps: int | None = None, seed: int = 0, overwrite: bool = False
+) -> int:
+    """Make a dataset on this machine, offline, from behaviour policies that ship with the package.
+
+    Args:
+        recipe: An id or short name of `dql data list`, e.g. pendulum-mixed.
+        steps: Transitions; by default the recipe's own number.
+        seed: Of environments and actions.
+        overwrite: Replace a dataset of that id.
+    """
+    from dql.collect import make_dataset
+
+    made = make_dataset(recipe, steps=steps, seed=seed, overwrite=overwrite)
+    Console().print(
+        f"{made.dataset_id}: {made.steps:,} steps in {made.episodes:,} episodes, return {made.return_mean:.1f} ± "
+        f"{made.return_std:.1f} ({made.return_min:.1f} to {made.return_max:.1f}), random {made.ref_min_score:.1f}, "
+        f"expert {made.ref_max_score:.1f}; {made.seconds:.0f} s\ntrain on it: dql train --dataset {made.dataset_id}",
+        highlight=False,
+    )
+    return 0
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """Train an agent on a dataset, or continue a run."""
+
+    dataset: str | None = None
+    """A Minari dataset id, ids joined by +, a folder of one, or a D4RL .hdf5 file."""
+    resume: Path | None = None
+    """Continue the run in this folder; of the other flags only --num-updates is heeded."""
+    tuned: str | None = None
+    """Start from the paper's hyper-parameters for this task, e.g. hopper-medium-expert-v2."""
+    run_dir: Path | None = None
+    """Where the run is written; by default runs/<dataset>-<algorithm>-seed<seed>."""
+    device: str = RunConfig.device
+    """auto (cuda if there is one), cpu, cuda, cuda:1, ..."""
+    log_every: int = RunConfig.log_every
+    """Updates between two lines of metrics.csv, each the mean since the last."""
+    checkpoint_every: int = RunConfig.checkpoint_every
+    """Updates between two checkpoints; a killed run loses at most this many."""
+    keep: int = RunConfig.keep
+    """Newest checkpoints kept, beside those that model selection may ask for."""
+    eval_every: int = RunConfig.eval_every
+    """Updates between two evaluations, and once at the end; 0 for none."""
+    eval_episodes: int = RunConfig.eval_episodes
+    """Episodes of an evaluation."""
+    env: str | None = None
+    """Gymnasium id to evaluate in, where the dataset names none."""
+    top_k: int = RunConfig.top_k
+    """Offline model selection takes the checkpoint whose bc_loss ranks this (0 is the lowest)."""
+    threads: int = RunConfig.threads
+    """CPU threads; 0 leaves torch's choice."""
+    agent: tyro.conf.OmitArgPrefixes[Config] = field(default_factory=Config)
+
+
+def train(arguments: list[str]) -> int:
+    """`dql train`: parses the flags, then trains."""
+    from dql import train as training
+
+    defaults = TrainArguments()
+    task = _value_of("--tuned", arguments)
+    if task is not None:
+        from dql.config import TUNED
+
+        defaults = replace(defaults, tuned=task, agent=Config.tuned(task), top_k=TUNED[task].top_k)
+    args = tyro.cli(tyro.conf.OmitArgPrefixes[TrainArguments], args=arguments, default=defaults, prog="dql train")
+    console = Console()
+    if args.resume is not None:
+        changed = _value_of("--num-updates", arguments)
+        result = training.resume(args.resume, num_updates=None if changed is None else int(changed), console=console)
+    elif args.dataset is None:
+        raise ValueError("dql train needs --dataset ID (see `dql data list`) or --resume RUN")
+    else:
+        values = {k: v for k, v in vars(args).items() if k not in ("resume", "tuned")}
+        result = training.train(RunConfig(**values), console=console)
+    if result.stopped_by is not None:
+        console.print(
+            f"stopped by {result.stopped_by} after update {result.step:,}, checkpoint written; continue with\n"
+            f"    dql train --resume {result.path}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return _SIGNALS.get(result.stopped_by, 1)
+    console.print(
+        f"{result.step:,} updates in {result.seconds:.0f} s ({result.step / max(result.seconds, 1e-9):.1f}/s); "
+        f"evaluate with\n    dql eval {result.path}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _value_of(flag: str, arguments: list[str]) -> str | None:
+    for i, argument in enumerate(arguments):
+        if argument.replace("_", "-") == flag and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.replace("_", "-").startswith(f"{flag}="):
+            return argument.split("=", 1)[1]
+    return None
+
+
+def evaluate(
+    run: tyro.conf.Positional[Path],
+    checkpoint: str = "all",
+    episodes: int = 10,
+    seed: int = 0,
+    device: str = "auto",
+    env: str | None = None,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> int:
+    """Roll out a run's checkpoints in its environment, with episodes that training did not see.
+
+    Args:
+        run: A run folder.
+        checkpoint: last, best, offline, a step, or all of the selected ones.
+        episodes: Episodes of each checkpoint.
+        seed: Of environments and actions.
+        device: auto, cpu, cuda, ...
+        env: Gymnasium id, where the dataset names none.
+        as_json: Print JSON.
+    """
+    from dql import noise
+    from dql.agent import load
+    from dql.data import DatasetInfo
+    from dql.evaluate import evaluate as roll_out
+    from dql.rundir import RunDir, find_checkpoint
+    from dql.train import resolve_device
+
+    folder = RunDir(run)
+    written = folder.read_config()
+    info = DatasetInfo.from_json(json.dumps(written["dataset"]["info"]))
+    if (env := env or written["run"]["env"]) is not None:
+        info = replace(info, env_spec=json.dumps({"id": env}))
+    names = list(folder.selection()) or ["last"] if checkpoint == "all" else [checkpoint]
+    done: dict[Path, Evaluation] = {}
+    rows = {}
+    for name in names:
+        path = find_checkpoint(run, name)
+        if path not in done:
+            agent = load(path, device=resolve_device(device))
+            done[path] = roll_out(agent, info, episodes=episodes, seed=noise.derive(seed, "eval"))
+        rows[name] = {"step": int(path.name.removeprefix("step-")), "path": str(path)} | done[path].to_dict()
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    table = Table(title=f"{info.dataset_id} in {info.env_id}: {episodes} new episodes each", caption=_SELECTION_NOTE)
+    for header in ("checkpoint", "update", "mean return", "95% interval", "normalised score"):
+        table.add_column(header, justify="left" if header == "checkpoint" else "right")
+    for name, row in rows.items():
+        score = row["normalized_score"]
+        table.add_row(
+            name,
+            f"{row['step']:,}",
+            f"{row['return_mean']:.1f}",
+            f"[{row['return_low']:.1f}, {row['return_high']:.1f}]",
+            "" if score is None else f"{score:.1f}",
+        )
+    Console().print(table)
+    return 0
+
+
+_SELECTION_NOTE = (
+    "last: the final checkpoint; best: the highest return of the evaluations in training (the paper's online "
+    "selection); offline: by bc_loss rank top_k, without an environment"
+)
+
+
+def doctor(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> int:
+    """Versions, CPU, GPU, and what each backend says.
+
+    Args:
+        as_json: Print JSON.
+    """
+    from dql.doctor import examine
+
+    facts = examine()
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    console = Console()
+    table = Table(show_header=False, title=f"dql {facts['dql']}")
+    packages = facts["packages"].items()
+    table.add_row("python", f"{facts['python']} on {facts['platform']}")
+    table.add_row("packages", ", ".join(f"{name} {version}" for name, version in packages if version))
+    table.add_row("not installed", ", ".join(name for name, version in packages if version is None))
+    cpu, gpu = facts["cpu"], facts["gpu"]
+    table.add_row("cpu", f"{cpu['name']}, {cpu['cores']} cores, {cpu['torch_threads']} torch threads")
+    table.add_row("cpu features", " ".join(cpu["features"]))
+    table.add_row("gpu", gpu.get("reason") or "; ".join(f"{d['name']} (sm_{d['capability']})" for d in gpu["devices"]))
+    table.add_row("compilers", "; ".join(f"{k}: {v or 'not found'}" for k, v in facts["compilers"].items()))
+    for name, folder in facts["folders"].items():
+        table.add_row(name, folder)
+    for name, reason in facts["backends"].items():
+        table.add_row(f"backend {name}", "available" if reason is None else reason)
+    console.print(table)
+    return 0
+
+
+_DATA = {"list": data_list, "info": data_info, "make": data_make}
+_COMMANDS: dict[str, Callable[..., int]] = {"demo": demo, "eval": evaluate, "doctor": doctor}
+_HELP = """usage: dql COMMAND ...
+
+  demo     make data, train, evaluate and draw, in minutes on a CPU
+  data     list | info ID | make RECIPE: datasets on this machine
+  train    --dataset ID, or --resume RUN
+  eval     RUN: roll out its checkpoints
+  doctor   versions, hardware, backends
+
+dql COMMAND --help tells more."""
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_HELP)
+        return 0
+    if arguments[0] == "--version":
+        from dql import __version__
+
+        print(f"dql {__version__}")
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command == "train":
+        return train(rest)
+    if command == "data":
+        return tyro.extras.subcommand_cli_from_dict(_DATA, args=rest, prog="dql data")
+    if command in _COMMANDS:
+        return tyro.cli(_COMMANDS[command], args=rest, prog=f"dql {command}")
+    raise ValueError(f"unknown command {command!r}; dql has demo, data, train, eval and doctor")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The console script: every expected failure is one sentence on stderr and a non-zero exit."""
+    from dql.backends import BackendUnavailable
+    from dql.checkpoint import CheckpointError
+    from dql.rundir import RunError
+
+    try:
+        return _dispatch(sys.argv[1:] if arguments is None else arguments)
+    except (BackendUnavailable, CheckpointError, RunError, ValueError, FileExistsError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
+        print(f"interrupted {error}".strip(), file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

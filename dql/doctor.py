@@ -1,0 +1,89 @@
+"""`dql doctor`: what this installation is made of and what each backend says."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dql import __version__
+from dql.backends import backends
+
+_PACKAGES = ("torch", "numpy", "gymnasium", "minari", "h5py", "safetensors", "mujoco", "gymnasium-robotics", "triton")
+_CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16")
+
+
+def examine() -> dict[str, Any]:
+    """Versions, CPU, GPU, compilers, data folders, and each backend with None or its reason; plain JSON values."""
+    return {
+        "dql": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "cpu": _cpu(),
+        "gpu": _gpu(),
+        "compilers": {name: _compiler(name) for name in ("g++", "nvcc")},
+        "folders": _folders(),
+        "backends": backends(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    name, flags = platform.processor() or platform.machine(), set[str]()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                name = value.strip()
+            if key.strip() == "flags":
+                flags = set(value.split())
+                break
+    return {
+        "name": name,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "features": [flag for flag in _CPU_FLAGS if flag in flags],
+    }
+
+
+def _gpu() -> dict[str, Any]:
+    if torch.version.cuda is None:
+        return {"devices": [], "reason": f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"}
+    if not torch.cuda.is_available():
+        return {"devices": [], "reason": "torch sees no CUDA device; check the driver with nvidia-smi"}
+    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    devices = [
+        {"name": p.name, "capability": f"{p.major}.{p.minor}", "memory_gib": round(p.total_memory / 2**30, 1)}
+        for p in properties
+    ]
+    return {"devices": devices, "cuda": torch.version.cuda}
+
+
+def _compiler(name: str) -> str | None:
+    path = shutil.which(name)
+    if path is None:
+        return None
+    try:
+        lines = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout.splitlines()
+    except (OSError, subprocess.TimeoutExpired):
+        return path
+    return next((line for line in reversed(lines) if "release" in line), lines[0] if lines else path)
+
+
+def _folders() -> dict[str, str]:
+    from dql.datacache import cache_dir
+    from dql.datasources import datasets_root
+
+    return {"datasets": str(datasets_root()), "cache": str(cache_dir())}

@@ -1,0 +1,408 @@
+"""The training loop: data in, run folder out. A run that is killed at any moment and resumed ends as if it never was."""
+
+import hashlib
+import math
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from dql import __version__, noise
+from dql.agent import DiffusionBC, DiffusionQL, load, make_agent
+from dql.checkpoint import CheckpointError
+from dql.config import Config, RunConfig
+from dql.data import DatasetInfo, TransitionDataset, load_dataset
+from dql.evaluate import Evaluation, Scored, evaluate, select_checkpoints, worth_keeping
+from dql.rundir import RunDir, RunError, append_row, drop_rows_after
+
+_PLAIN_LINE_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
+
+
+class TrainingDivergedError(RunError):
+    """A loss became NaN or infinite; the message names the last good checkpoint and what to change."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to.
+
+    Attributes:
+        path: the run folder.
+        agent: as it is after the last update.
+        step: updates done.
+        evaluations: one an evaluation, with its step.
+        stopped_by: name of the signal that ended it early, or None.
+        seconds: spent in updates, over all resumptions.
+    """
+
+    path: Path
+    agent: DiffusionBC | DiffusionQL
+    step: int
+    evaluations: list[tuple[int, Evaluation]]
+    stopped_by: str | None
+    seconds: float
+
+
+def default_run_dir(run: RunConfig) -> Path:
+    """runs/<dataset>-<algorithm>-seed<seed>."""
+    name = Path(run.dataset).stem if run.dataset.endswith(".hdf5") else run.dataset
+    name = "".join(c if c.isalnum() or c in "-." else "-" for c in name).strip("-.")
+    return Path("runs") / f"{name}-{run.agent.algorithm}-seed{run.agent.seed}"
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that a RunConfig names.
+
+    Raises:
+        RunError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RunError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); use --device cpu") from error
+    return device
+
+
+def train(run: RunConfig, *, dataset: TransitionDataset | None = None, console: Console | None = None) -> RunResult:
+    """Starts a run and takes it to its end.
+
+    Args:
+        run: what to do; `run.agent.max_action` is replaced by the dataset's.
+        dataset: already loaded (with `run.agent.reward_tune` applied); None loads `run.dataset`.
+        console: where progress is shown; None for a new one.
+
+    Raises:
+        RunError: the folder holds a run already, is in use, or the device is not there.
+        DatasetError: the data, or the environment to evaluate in, cannot be used.
+        CheckpointError: the disk is full or not writable.
+        TrainingDivergedError: a loss became NaN.
+    """
+    console = console or Console()
+    folder = RunDir(run.run_dir or default_run_dir(run))
+    if folder.config_path.exists():
+        raise RunError(
+            f"{folder.path} holds a run already; continue it with `dql train --resume {folder.path}`, "
+            "or choose another folder with --run-dir"
+        )
+    folder.lock()
+    try:
+        device = resolve_device(run.device)
+        if run.threads:
+            torch.set_num_threads(run.threads)
+        data = dataset or load_dataset(run.dataset, reward_tune=run.agent.reward_tune)
+        data = data.to(device)
+        run = run.with_agent(max_action=data.max_action)
+        info = _evaluation_info(run, data.info)
+        agent = make_agent(data.state_dim, data.action_dim, run.agent, device=device)
+        folder.write_json("config.json", _describe(run, data, info))
+        return _Loop(run, folder, data, info, agent, console).run()
+    finally:
+        folder.unlock()
+
+
+def resume(path: Path, *, num_updates: int | None = None, console: Console | None = None) -> RunResult:
+    """Continues a run from its last checkpoint, exactly.
+
+    Args:
+        path: the run folder.
+        num_updates: a new length; only with a constant learning rate, whose past does not depend on it.
+        console: where progress is shown.
+
+    Raises: as `train`; also RunError for a folder that is no run, has no checkpoint, or whose dataset has changed.
+    """
+    console = console or Console()
+    folder = RunDir(path)
+    written = folder.read_config()
+    run = RunConfig.from_dict(written["run"])
+    folder.lock()
+    try:
+        if num_updates is not None and num_updates != run.agent.num_updates:
+            if run.agent.lr_schedule != "constant":
+                raise RunError("the length of a run with a cosine schedule cannot be changed: its past depends on it")
+            run = run.with_agent(num_updates=num_updates)
+        device = resolve_device(run.device)
+        torch.set_num_threads(written["threads"])  # sums over rows depend on how threads split them
+        data = load_dataset(run.dataset, reward_tune=run.agent.reward_tune).to(device)
+        fingerprint = _fingerprint(data)
+        if fingerprint != written["dataset"]["fingerprint"]:
+            raise RunError(
+                f"dataset {run.dataset} is not the one this run began with (fingerprint {fingerprint}, it was "
+                f"{written['dataset']['fingerprint']}); restore it or start a new run"
+            )
+        info = _evaluation_info(run, data.info)
+        folder.clean()
+        steps = folder.steps()
+        if steps:
+            agent = load(folder.checkpoint_path(steps[-1]), device=device)
+            agent.config = replace(agent.config, num_updates=run.agent.num_updates)
+            state = folder.read_loop(steps[-1])
+        else:  # killed before the first checkpoint: from the start, which is as exact
+            agent = make_agent(data.state_dim, data.action_dim, run.agent, device=device)
+            state = None
+        folder.write_json("config.json", _describe(run, data, info, threads=written["threads"]))
+        for file in (folder.metrics_path, folder.evaluations_path):
+            drop_rows_after(file, agent.step)
+        console.print(f"resuming {path} at update {agent.step:,}")
+        return _Loop(run, folder, data, info, agent, console, state).run()
+    finally:
+        folder.unlock()
+
+
+def _evaluation_info(run: RunConfig, info: DatasetInfo) -> DatasetInfo:
+    """The dataset's info with the environment to evaluate in; builds it once, so that nothing fails hours later."""
+    import json
+
+    from dql.environments import make_env
+
+    if run.env is not None:
+        info = replace(info, env_spec=json.dumps({"id": run.env}))
+    if run.eval_every:
+        make_env(info).close()
+    return info
+
+
+def _fingerprint(data: TransitionDataset) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in (data.states, data.actions, data.rewards, data.masks):
+        digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _describe(
+    run: RunConfig, data: TransitionDataset, info: DatasetInfo, threads: int | None = None
+) -> dict[str, Any]:
+    import json
+
+    import numpy as np
+
+    return {
+        "run": run.to_dict(),
+        "dataset": {
+            "transitions": len(data),
+            "state_dim": data.state_dim,
+            "action_dim": data.action_dim,
+            "fingerprint": _fingerprint(data),
+            "info": json.loads(info.to_json()),
+        },
+        "threads": threads or torch.get_num_threads(),
+        "versions": {
+            "dql": __version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+class _Means:
+    """Running means of an update's metrics, kept on the device: no sync until somebody reads them."""
+
+    def __init__(self, sums: list[float] | None = None, count: int = 0) -> None:
+        self.sums: torch.Tensor | None = None if sums is None else torch.tensor(sums, dtype=torch.float64)
+        self.count = count
+
+    def add(self, values: torch.Tensor) -> None:
+        self.sums = values.clone() if self.sums is None else self.sums.to(values.device).add_(values)
+        self.count += 1
+
+    def read(self) -> list[float]:
+        return [] if self.sums is None else (self.sums / max(self.count, 1)).tolist()
+
+    def state(self) -> dict[str, Any]:
+        return {"sums": None if self.sums is None else self.sums.tolist(), "count": self.count}
+
+
+class _Loop:
+    """The loop over updates and everything that happens between them."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        folder: RunDir,
+        data: TransitionDataset,
+        info: DatasetInfo,
+        agent: DiffusionBC | DiffusionQL,
+        console: Console,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        self.config, self.folder, self.data, self.info, self.agent = run, folder, data, info, agent
+        self.console = console
+        state = state or {}
+        self.seconds: float = state.get("seconds", 0.0)
+        self.since_log = _Means(**state.get("since_log", {}))
+        self.since_evaluation = _Means(**state.get("since_evaluation", {}))
+        self.scored = [Scored(**s) for s in state.get("evaluations", [])]
+        self.names: list[str] = state.get("names", [])
+        self.saved_step = agent.step if state else -1
+        self.results: list[tuple[int, Evaluation]] = []
+        self.stop: str | None = None
+
+    def run(self) -> RunResult:
+        run, agent = self.config, self.agent
+        with _signals(self._on_signal), _progress(run.agent, agent.step, self.console) as show:
+            last_seconds, last_step = self.seconds, agent.step
+            started = time.perf_counter() - self.seconds
+            while agent.step < run.agent.num_updates and self.stop is None:
+                self._update()
+                step = agent.step
+                ended = step == run.agent.num_updates
+                if step % run.log_every == 0 or ended:
+                    self.seconds = time.perf_counter() - started
+                    rate = (step - last_step) / max(self.seconds - last_seconds, 1e-9)
+                    last_seconds, last_step = self.seconds, step
+                    show(step, rate, self._log(rate))
+                evaluating = bool(run.eval_every) and (step % run.eval_every == 0 or ended)
+                if evaluating:
+                    before = time.perf_counter()
+                    self._evaluate()
+                    started += time.perf_counter() - before  # `seconds` are those of updates
+                if evaluating or ended or step % run.checkpoint_every == 0:
+                    self.seconds = time.perf_counter() - started
+                    self._save()
+            self.seconds = time.perf_counter() - started
+        if self.stop is not None and self.saved_step != agent.step:
+            self._save()
+        if self.stop is None:
+            agent.policy.save(self.folder.policy_path)
+        return RunResult(self.folder.path, agent, agent.step, self.results, self.stop, self.seconds)
+
+    def _on_signal(self, name: str) -> None:
+        self.stop = name
+
+    def _update(self) -> None:
+        c = self.config.agent
+        metrics = self.agent.update(self.data.sample(c.batch_size, c.seed, self.agent.step))
+        self.names = list(metrics)
+        values = torch.stack(list(metrics.values())).double()
+        self.since_log.add(values)
+        self.since_evaluation.add(values)
+
+    def _log(self, rate: float) -> dict[str, float]:
+        means = dict(zip(self.names, self.since_log.read(), strict=True))
+        self._check(means)
+        row = {"step": self.agent.step, "seconds": round(self.seconds, 3), "updates_per_second": round(rate, 3)}
+        append_row(self.folder.metrics_path, row | means)
+        self.since_log = _Means()
+        return means
+
+    def _check(self, means: dict[str, float]) -> None:
+        bad = [name for name, value in means.items() if not math.isfinite(value)]
+        if bad:
+            steps = self.folder.steps()
+            where = f"the last good checkpoint is {self.folder.checkpoint_path(steps[-1])}" if steps else "none was saved"
+            raise TrainingDivergedError(
+                f"{bad[0]} became NaN or infinite before update {self.agent.step:,}; {where}; try a lower --lr, "
+                "--reward-tune normalize, or another --grad-norm"
+            )
+
+    def _evaluate(self) -> None:
+        run, step = self.config, self.agent.step
+        result = evaluate(
+            self.agent, self.info, episodes=run.eval_episodes, seed=noise.derive(run.agent.seed, "evaluation")
+        )
+        self.results.append((step, result))
+        bc_loss = dict(zip(self.names, self.since_evaluation.read(), strict=True))["actor/bc_loss"]
+        self.since_evaluation = _Means()
+        self.scored.append(Scored(step, result.return_mean, bc_loss))
+        append_row(self.folder.evaluations_path, {"step": step} | result.to_dict() | {"bc_loss": bc_loss})
+        low, high = result.return_interval
+        score = "" if result.normalized_score is None else f", normalised score {result.normalized_score:.1f}"
+        self.console.print(
+            f"update {step:,}: return {result.return_mean:.1f} [{low:.1f}, {high:.1f}] "
+            f"over {run.eval_episodes} episodes{score}"
+        )
+
+    def _save(self) -> None:
+        """A checkpoint, the selection, and what the selection and `keep` make superfluous removed."""
+        self._check(dict(zip(self.names, self.since_log.read(), strict=False)))
+        loop = {
+            "seconds": self.seconds,
+            "since_log": self.since_log.state(),
+            "since_evaluation": self.since_evaluation.state(),
+            "evaluations": [vars(s) for s in self.scored],
+            "names": self.names,
+        }
+        step, run = self.agent.step, self.config
+        self.folder.save_checkpoint(step, self.agent, loop)
+        self.saved_step = step
+        if self.scored:
+            chosen = select_checkpoints(self.scored, run.top_k) | {"last": step}
+            self.folder.write_json("selection.json", chosen)
+        self.folder.prune(run.keep, worth_keeping(self.scored, run.top_k))
+
+
+@contextmanager
+def _signals(stop: Callable[[str], None]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask the loop to end after the update at hand; a second Ctrl-C interrupts at once."""
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        stop(signal.Signals(number).name)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    try:
+        previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: whoever runs that has the signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.fields['rate']:.1f} updates/s")
+
+
+@contextmanager
+def _progress(
+    config: Config, step: int, console: Console
+) -> Iterator[Callable[[int, float, dict[str, float]], None]]:
+    """A bar on a terminal; elsewhere a line now and then."""
+    total = config.num_updates
+    shown = {"actor/bc_loss": "bc", "actor/q_loss": "q", "critic/loss": "critic", "critic/target_q": "target"}
+
+    def text(means: dict[str, float]) -> str:
+        return "  ".join(f"{short} {means[name]:.4g}" for name, short in shown.items() if name in means)
+
+    if not console.is_terminal:
+        spoken = time.monotonic()
+
+        def line(step: int, rate: float, means: dict[str, float]) -> None:
+            nonlocal spoken
+            if time.monotonic() - spoken >= _PLAIN_LINE_EVERY or step == total:
+                spoken = time.monotonic()
+                left = (total - step) / max(rate, 1e-9)
+                console.print(f"{step:,}/{total:,}  {rate:.1f} updates/s  {left:.0f} s left  {text(means)}")
+
+        yield line
+        return
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[losses]}"),
+        console=console,
+    ) as progress:
+        task = progress.add_task(config.algorithm, total=total, completed=step, rate=0.0, losses="")
+        yield lambda step, rate, means: progress.update(task, completed=step, rate=rate, losses=text(means))
+
+
+__all__ = ["CheckpointError", "RunError", "RunResult", "TrainingDivergedError", "resume", "train"]
