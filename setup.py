@@ -5,7 +5,9 @@ from pathlib import Path
 
 from setuptools import setup
 
-version = re.search(r'^__version__ = "(.+)"$', Path(__file__).with_name("dql").joinpath("__init__.py").read_text(), re.M)
+version = re.search(
+    r'^__version__ = "(.+)"$', Path(__file__).with_name("dql").joinpath("__init__.py").read_text(), re.M
+)
 assert version is not None, "dql/__init__.py states no __version__"
 
 setup(

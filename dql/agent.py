@@ -9,9 +9,9 @@ import math
 import os
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 import torch
@@ -121,8 +121,6 @@ class DiffusionBC:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        from dataclasses import replace
-
         self.config = replace(config or Config(), algorithm=self.algorithm)  # type: ignore[arg-type]
         self.step = 0
         # Built on the CPU from the seed alone: the same weights on every device, torch's own generator untouched.
@@ -179,6 +177,12 @@ class DiffusionBC:
         eps = noise.normal(seeds.bc_noise, 1, B, A, dtype=self.policy.dtype, device=self.device)[0]
         return self.policy.bc_loss(batch.states, batch.actions, t, eps)
 
+    @overload
+    def act(self, states: np.ndarray, *, seed: int | None = None) -> np.ndarray: ...
+
+    @overload
+    def act(self, states: Tensor, *, seed: int | None = None) -> Tensor: ...
+
     @torch.no_grad()
     def act(self, states: Tensor | np.ndarray, *, seed: int | None = None) -> Tensor | np.ndarray:
         """Actions to take: DiffusionBC draws one a state, DiffusionQL chooses among candidates (`dql.select`).
@@ -192,7 +196,7 @@ class DiffusionBC:
         """
         if isinstance(states, np.ndarray):
             tensor = torch.as_tensor(states, dtype=self.policy.dtype, device=self.device)
-            return self.act(tensor, seed=seed).cpu().numpy()  # type: ignore[union-attr]
+            return self.act(tensor, seed=seed).cpu().numpy()
         if states.dim() == 1:
             return self._act(states[None], seed)[0]
         return self._act(states, seed)
@@ -208,7 +212,7 @@ class DiffusionBC:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything an exact continuation needs, beside the config and the step."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for prefix, module in self._modules().items():
             tensors |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
         for prefix, optimizer in self._optimizers().items():
@@ -378,7 +382,7 @@ def load(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") 
     path = Path(folder) / _FILE
     tensors, about = load_tensors(path)
     if about.get("kind") != "agent":
-        raise CheckpointError(f"{path} holds a {about.get('kind', 'file')}, no agent; use DiffusionPolicy.load for a policy")
+        raise CheckpointError(f"{path} holds no agent but a {about.get('kind')}; for a policy use DiffusionPolicy.load")
     agent = make_agent(about["state_dim"], about["action_dim"], Config.from_dict(about["config"]), device=device)
     agent._load(tensors)
     agent.step = about["step"]

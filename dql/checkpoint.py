@@ -18,7 +18,7 @@ class CheckpointError(RuntimeError):
 def _explain(path: Path, error: OSError) -> CheckpointError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return CheckpointError(
-            f"cannot write {path}: {error.strerror}; nothing that was there before is lost; free some space and try again"
+            f"cannot write {path}: {error.strerror}; what was there before is untouched; free some space"
         )
     return CheckpointError(f"cannot write {path}: {error.strerror or error}; choose a folder that you may write to")
 

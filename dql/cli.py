@@ -43,8 +43,8 @@ def data_list(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> i
     Args:
         as_json: Print JSON.
     """
-    from dql.collect import RECIPES
     from dql.datasources import datasets_root, list_datasets
+    from dql.recipes import RECIPES
 
     found = list_datasets()
     if as_json:
@@ -55,7 +55,11 @@ def data_list(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> i
     for header in ("id", "steps", "episodes", "MB", "environment", "random .. expert return"):
         table.add_column(header, justify="right" if header in ("steps", "episodes", "MB") else "left", overflow="fold")
     for d in found:
-        scores = "" if d.ref_min_score is None or d.ref_max_score is None else f"{d.ref_min_score:.4g} .. {d.ref_max_score:.4g}"
+        scores = (
+            ""
+            if d.ref_min_score is None or d.ref_max_score is None
+            else f"{d.ref_min_score:.4g} .. {d.ref_max_score:.4g}"
+        )
         table.add_row(
             d.dataset_id, f"{d.steps:,}", f"{d.episodes:,}", f"{d.size_mb:.1f}", d.env_id or "", d.problem or scores
         )
@@ -300,7 +304,7 @@ def doctor(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> int:
     return 0
 
 
-_DATA = {"list": data_list, "info": data_info, "make": data_make}
+_DATA: dict[str, Callable[..., Any]] = {"list": data_list, "info": data_info, "make": data_make}
 _COMMANDS: dict[str, Callable[..., int]] = {"demo": demo, "eval": evaluate, "doctor": doctor}
 _HELP = """usage: dql COMMAND ...
 

@@ -80,7 +80,9 @@ def demo(folder: Path, *, updates: int, episodes: int, seed: int, fresh: bool, c
     for name, returns in rows.items():
         low, high = confidence_interval(returns)
         score = info.normalized_score(float(np.mean(returns)))
-        table.add_row(name, f"{np.mean(returns):.1f}", f"[{low:.1f}, {high:.1f}]", "" if score is None else f"{score:.1f}")
+        table.add_row(
+            name, f"{np.mean(returns):.1f}", f"[{low:.1f}, {high:.1f}]", "" if score is None else f"{score:.1f}"
+        )
     console.print(table)
 
     def pictures() -> None:
@@ -116,12 +118,12 @@ def demo(folder: Path, *, updates: int, episodes: int, seed: int, fresh: bool, c
     return {"data": float(info.episode_returns.mean())} | means
 
 
-def _timed(work):  # noqa: ANN001, ANN202 (any function)
+def _timed(work):
     started = time.perf_counter()
     return work(), time.perf_counter() - started
 
 
-def _dataset(console: Console):  # noqa: ANN202
+def _dataset(console: Console):
     from dql.collect import make_dataset
     from dql.datasources import local_ids
 
@@ -137,7 +139,7 @@ def _train(run: RunConfig, console: Console) -> DiffusionBC:
     if folder.config_path.exists():
         old = RunConfig.from_dict(folder.read_config()["run"])
         if replace(old, agent=replace(old.agent, max_action=run.agent.max_action)) != run:
-            raise RunError(f"{run.run_dir} holds a demo with other settings; use --fresh to start over, or another --out")
+            raise RunError(f"{run.run_dir} holds a demo with other settings; start over with --fresh, or choose --out")
         if folder.policy_path.exists():
             console.print(f"  already trained: {run.run_dir}")
             return load(folder.checkpoint_path(folder.steps()[-1]))

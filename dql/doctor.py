@@ -60,7 +60,10 @@ def _cpu() -> dict[str, Any]:
 
 def _gpu() -> dict[str, Any]:
     if torch.version.cuda is None:
-        return {"devices": [], "reason": f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"}
+        return {
+            "devices": [],
+            "reason": f"torch {torch.__version__} is a build without CUDA; install one with it",
+        }
     if not torch.cuda.is_available():
         return {"devices": [], "reason": "torch sees no CUDA device; check the driver with nvidia-smi"}
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]

@@ -126,7 +126,7 @@ def _wave(
 
     environments = SyncVectorEnv([make] * count)
     try:
-        resets = [noise.derive(seed, "episode", first + i) % 2**31 for i in range(count)]
+        resets: list[int | None] = [noise.derive(seed, "episode", first + i) % 2**31 for i in range(count)]
         states, _ = environments.reset(seed=resets)
         returns, lengths = np.zeros(count), np.zeros(count, np.int64)
         running = np.ones(count, bool)

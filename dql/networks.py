@@ -276,10 +276,11 @@ class TwinCritic(FlatModule):
 
         With N candidates the state's part of the first layer is computed once a state.
         """
-        model = self.q1_model if i == 1 else self.q2_model
+        model: nn.Sequential = self.q1_model if i == 1 else self.q2_model
         if actions.dim() == 2:
             return model(torch.cat([states, actions], dim=1)).squeeze(-1)
         first = model[0]
+        assert isinstance(first, nn.Linear)
         S = states.shape[1]
         state_part = F.linear(states, first.weight[:, :S], first.bias)  # [B, H]
         z = F.linear(actions, first.weight[:, S:]) + state_part[:, None]  # [B, N, H]

@@ -193,9 +193,9 @@ def normal(
                 _box_muller(np.stack(_philox(even[:, chunk], odd[:, chunk], seed)), values[chunk])
         return torch.from_numpy(values.reshape(K, B, blocks * 4)[:, :, :A]).to(dtype)
     counters = _build_counters(K, B, blocks, row_offset, offset)
-    words = (torch.from_numpy(c.astype(np.int64)).to(device) for c in counters)
-    radius, angle = (((w >> 9).double() + 0.5) * 2.0**-23 for w in _philox_torch(*words, seed))
-    radius, angle = (radius.log() * -2.0).sqrt(), angle * (2.0 * math.pi)  # [2, K * B * blocks]
+    first, second = (torch.from_numpy(c.astype(np.int64)).to(device) for c in counters)
+    u1, u2 = (((w >> 9).double() + 0.5) * 2.0**-23 for w in _philox_torch(first, second, seed))
+    radius, angle = (u1.log() * -2.0).sqrt(), u2 * (2.0 * math.pi)  # [2, K * B * blocks]
     pairs = torch.stack([radius * angle.cos(), radius * angle.sin()])  # [cos | sin, pair, K * B * blocks]
     return pairs.to(dtype).permute(2, 1, 0).reshape(K, B, blocks * 4)[:, :, :A]
 

@@ -48,11 +48,11 @@ def learning_curve(runs: Mapping[str, Path], behaviour_returns: np.ndarray, path
     ax.axhspan(low, high, color=COLORS["data"], alpha=0.2, linewidth=0)
     for name, folder in runs.items():
         rows = read_rows(RunDir(folder).evaluations_path)
-        step, mean, low, high = (
+        step, means, lows, highs = (
             [row[key] for row in rows] for key in ("step", "return_mean", "return_low", "return_high")
         )
-        ax.plot(step, mean, marker="o", markersize=3, color=COLORS.get(name), label=name)
-        ax.fill_between(step, low, high, color=COLORS.get(name), alpha=0.2, linewidth=0)
+        ax.plot(step, means, marker="o", markersize=3, color=COLORS.get(name), label=name)
+        ax.fill_between(step, lows, highs, color=COLORS.get(name), alpha=0.2, linewidth=0)
     ax.set_xlabel("updates")
     ax.set_ylabel("return")
     ax.set_title("Evaluation during training (mean, 95% interval over episodes)", fontsize=10)
@@ -112,7 +112,9 @@ def action_distribution(
             for name, actions in drawn.items():
                 values = actions[:, dim].cpu().numpy()
                 style: dict[str, Any] = (
-                    {"histtype": "stepfilled", "alpha": 0.35} if name == "data" else {"histtype": "step", "linewidth": 1.5}
+                    {"histtype": "stepfilled", "alpha": 0.35}
+                    if name == "data"
+                    else {"histtype": "step", "linewidth": 1.5}
                 )
                 ax.hist(values, bins=edges, density=True, color=COLORS.get(name), label=name, **style)
             ax.set_yticks([])

@@ -1,11 +1,11 @@
 """A run's folder: config.json, metrics.csv, evaluations.csv and checkpoints, each written so that a kill loses little.
 
-    config.json            RunConfig, the dataset's info and fingerprint, versions
-    metrics.csv            a line every log_every updates
-    evaluations.csv        a line an evaluation
-    selection.json         which checkpoint is last, best and offline
-    checkpoints/step-N/    agent.safetensors (networks, optimizers) and loop.json (the loop's own state)
-    policy.safetensors     the last policy alone, when the run has ended
+config.json            RunConfig, the dataset's info and fingerprint, versions
+metrics.csv            a line every log_every updates
+evaluations.csv        a line an evaluation
+selection.json         which checkpoint is last, best and offline
+checkpoints/step-N/    agent.safetensors (networks, optimizers) and loop.json (the loop's own state)
+policy.safetensors     the last policy alone, when the run has ended
 """
 
 import csv
@@ -54,7 +54,7 @@ class RunDir:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise RunError(f"{self.path} is being trained by another process; wait for it or choose --run-dir") from error
+            raise RunError(f"{self.path} is in use by another process; wait for it or choose --run-dir") from error
 
     def unlock(self) -> None:
         if self._lock is not None:
@@ -70,7 +70,9 @@ class RunDir:
         try:
             return json.loads(self.config_path.read_text())
         except FileNotFoundError as error:
-            raise RunError(f"{self.path} is no run: it has no config.json; give the folder that `dql train` named") from error
+            raise RunError(
+                f"{self.path} is no run: it has no config.json; give the folder that dql train named"
+            ) from error
         except json.JSONDecodeError as error:
             raise RunError(f"{self.config_path} is damaged ({error}); restore it from a copy") from error
 

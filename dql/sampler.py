@@ -301,5 +301,6 @@ def _check_critic(critic: TwinCritic | None, policy: DiffusionPolicy) -> None:
         raise ValueError(f"the critic takes (state, action) sizes {sizes}, the policy has {own}")
     if critic.flat.dtype != policy.dtype or critic.flat.device != policy.device:
         raise ValueError(
-            f"the critic is {critic.flat.dtype} on {critic.flat.device}, the policy is {policy.dtype} on {policy.device}"
+            f"the critic is {critic.flat.dtype} on {critic.flat.device}, "
+            f"the policy is {policy.dtype} on {policy.device}; convert one of them"
         )

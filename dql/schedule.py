@@ -260,5 +260,7 @@ def check_rows(rows: Sequence[Sequence[float]], timesteps: Sequence[int], T: int
         raise ValueError(f"a step table needs one timestep per row, got {len(rows)} rows, {len(timesteps)} timesteps")
     if any(not 0 <= t < T for t in timesteps):
         raise ValueError(f"the table's timesteps {tuple(timesteps)} do not fit a policy trained with T = {T}")
+    if rows[0][4] != 0:
+        raise ValueError("the first row of a step table has no x0 before it: its cp must be 0")
     if rows[-1][5] != 0:
         raise ValueError("the last row of a step table adds noise: its s must be 0")

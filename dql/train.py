@@ -1,4 +1,4 @@
-"""The training loop: data in, run folder out. A run that is killed at any moment and resumed ends as if it never was."""
+"""The training loop: data in, run folder out. A run that is killed and resumed ends as if it had never been."""
 
 import hashlib
 import math
@@ -181,9 +181,7 @@ def _fingerprint(data: TransitionDataset) -> str:
     return digest.hexdigest()
 
 
-def _describe(
-    run: RunConfig, data: TransitionDataset, info: DatasetInfo, threads: int | None = None
-) -> dict[str, Any]:
+def _describe(run: RunConfig, data: TransitionDataset, info: DatasetInfo, threads: int | None = None) -> dict[str, Any]:
     import json
 
     import numpy as np
@@ -302,7 +300,9 @@ class _Loop:
         bad = [name for name, value in means.items() if not math.isfinite(value)]
         if bad:
             steps = self.folder.steps()
-            where = f"the last good checkpoint is {self.folder.checkpoint_path(steps[-1])}" if steps else "none was saved"
+            where = (
+                f"the last good checkpoint is {self.folder.checkpoint_path(steps[-1])}" if steps else "none is saved"
+            )
             raise TrainingDivergedError(
                 f"{bad[0]} became NaN or infinite before update {self.agent.step:,}; {where}; try a lower --lr, "
                 "--reward-tune normalize, or another --grad-norm"
@@ -370,9 +370,7 @@ class _RateColumn(ProgressColumn):
 
 
 @contextmanager
-def _progress(
-    config: Config, step: int, console: Console
-) -> Iterator[Callable[[int, float, dict[str, float]], None]]:
+def _progress(config: Config, step: int, console: Console) -> Iterator[Callable[[int, float, dict[str, float]], None]]:
     """A bar on a terminal; elsewhere a line now and then."""
     total = config.num_updates
     shown = {"actor/bc_loss": "bc", "actor/q_loss": "q", "critic/loss": "critic", "critic/target_q": "target"}

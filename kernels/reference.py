@@ -80,8 +80,9 @@ def activation_fwd(z: Tensor, kind: str, save: bool = False) -> tuple[Tensor, Te
     raise ValueError(f"unknown activation {kind!r}; known: mish, relu, silu")
 
 
-def activation_bwd(d_h: Tensor, saved: Tensor, kind: str) -> Tensor:
+def activation_bwd(d_h: Tensor, saved: Tensor | None, kind: str) -> Tensor:
     """d_z from d_h and what `activation_fwd` saved."""
+    assert saved is not None, "activation_fwd ran without save=True"
     if kind == "mish":
         return d_h * saved if _split_mish(saved) else torch.ops.aten.mish_backward(d_h, saved)
     if kind == "silu":
@@ -124,7 +125,6 @@ def _time_table_bwd(w: Views, d_w: Views, time: _TimeTable, d_table: Tensor, spe
     d_w["mid_layer.0.weight"][:, columns] = d_table.t() @ time.features
     d_features = d_table @ w["mid_layer.0.weight"][:, columns]  # [K, D]
     _linear_bwd(d_w, "time_mlp.3", d_features, time.hidden)
-    assert time.saved is not None
     d_z = activation_bwd(d_features @ w["time_mlp.3.weight"], time.saved, spec.activation)  # [K, 2D]
     _linear_bwd(d_w, "time_mlp.1", d_z, time.embedding)
 
@@ -143,7 +143,7 @@ class ChainSaved:
     states: Tensor  # [B, S]
     x: Tensor  # [K, R, A]: the chain before each step
     activations: list[Tensor]  # num_hidden x [K, R, H]
-    slopes: list[list[Tensor]]  # num_hidden x K x [R, H]: what activation_bwd takes
+    slopes: list[list[Tensor | None]]  # num_hidden x K x [R, H]: what activation_bwd takes
     inside: Tensor  # [K + 1, R, A]: where x0 (and, last, the action) was not clamped
     time: _TimeTable
     rows: Sequence[StepRow]
@@ -189,11 +189,11 @@ def chain_fwd(
         xs = noise.new_empty(K, R, A)
         inside = torch.empty(K + 1, R, A, dtype=torch.bool, device=noise.device)
         activations = [noise.new_empty(K, R, spec.hidden_dim) for _ in hidden]
-        slopes: list[list[Tensor]] = [[] for _ in hidden]
+        slopes: list[list[Tensor | None]] = [[] for _ in hidden]
 
     # Scaled in one go: for a few rows, each operation fewer in the loop is a per cent of the whole.
     scaled_noise = torch._foreach_mul(noise[1:].unbind(), [row[5] for row in rows[:-1]]) if K > 1 else ()
-    x, x0_previous = noise[0], None
+    x = x0_previous = noise[0]  # the first row's cp is 0: x0_previous is not read there
     for k, (a, b, c0, cx, cp, s) in enumerate(rows):
         base = state_part + time.table[k]  # [B, H]
         if N == 1:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dql import collect
+from dql import collect, recipes
 
 h5py = pytest.importorskip("h5py")
 minari = pytest.importorskip("minari")
@@ -49,9 +49,7 @@ def hdf5_contents(path: Path) -> dict[str, np.ndarray]:
 
 
 def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
-    return a.keys() == b.keys() and all(
-        a[key].dtype == b[key].dtype and np.array_equal(a[key], b[key]) for key in a
-    )
+    return a.keys() == b.keys() and all(a[key].dtype == b[key].dtype and np.array_equal(a[key], b[key]) for key in a)
 
 
 def check_dataset(dataset: minari.MinariDataset, steps: int, cuts: int) -> None:
@@ -78,9 +76,7 @@ def check_dataset(dataset: minari.MinariDataset, steps: int, cuts: int) -> None:
     assert short <= cuts
     metadata = dataset.storage.metadata
     assert metadata["ref_min_score"] < metadata["ref_max_score"]
-    scores = minari.get_normalized_score(
-        dataset, np.array([metadata["ref_min_score"], metadata["ref_max_score"]])
-    )
+    scores = minari.get_normalized_score(dataset, np.array([metadata["ref_min_score"], metadata["ref_max_score"]]))
     assert scores == pytest.approx([0.0, 1.0])
     assert "never compare scores with D4RL's" in metadata["description"]
 
@@ -96,33 +92,31 @@ def test_import_is_light() -> None:
 def test_recipes_cover_what_is_promised() -> None:
     kinds = ("medium", "expert", "medium-expert", "mixed")
     wanted = {f"dql/{env}/{kind}-v0" for env in ("hopper", "halfcheetah", "walker2d") for kind in kinds}
-    assert set(collect.RECIPES) == wanted | {PENDULUM}
-    assert not collect.RECIPES[PENDULUM].needs_mujoco
-    for recipe in collect.RECIPES.values():
-        assert collect.resolve(recipe.id) is recipe
-        assert collect.resolve(recipe.short_name) is recipe
+    assert set(recipes.RECIPES) == wanted | {PENDULUM}
+    assert not recipes.RECIPES[PENDULUM].needs_mujoco
+    for recipe in recipes.RECIPES.values():
+        assert recipes.resolve(recipe.id) is recipe
+        assert recipes.resolve(recipe.short_name) is recipe
         for part in recipe.parts:
             for snapshot in part.snapshots:
                 if "/" in snapshot:
                     search, iteration = snapshot.split("/")
-                    assert collect.behaviour_policy(search, int(iteration)).name == snapshot
+                    assert recipes.behaviour_policy(search, int(iteration)).name == snapshot
 
 
 def test_unknown_name_lists_the_known_and_the_nearest() -> None:
-    with pytest.raises(
-        ValueError, match=r"Did you mean 'hopper-medium-expert'\?.*Known: pendulum-mixed, "
-    ) as caught:
-        collect.resolve("hoper-medium-expert")
+    with pytest.raises(ValueError, match=r"Did you mean 'hopper-medium-expert'\?.*Known: pendulum-mixed, ") as caught:
+        recipes.resolve("hoper-medium-expert")
     assert "walker2d-mixed" in str(caught.value)
     with pytest.raises(ValueError, match=r"no recipe 'zzz'\. Known"):
-        collect.resolve("zzz")
+        recipes.resolve("zzz")
 
 
-@pytest.mark.parametrize("search", collect._SEARCHES)
+@pytest.mark.parametrize("search", recipes._SEARCHES)
 def test_shipped_policies_are_as_documented(search: str) -> None:
     """Each file against its row in behaviours/README.md."""
-    data = collect._read_behaviours(collect._BEHAVIOURS / f"{search}.npz")
-    readme = (collect._BEHAVIOURS / "README.md").read_text(encoding="utf-8")
+    data = recipes._read_behaviours(recipes._BEHAVIOURS / f"{search}.npz")
+    readme = (recipes._BEHAVIOURS / "README.md").read_text(encoding="utf-8")
     row = re.search(rf"\| {search}\.npz \| (\d+) \| \((\d+), (\d+)\) \| (.+) \|", readme)
     n, A, S = (int(row[i]) for i in (1, 2, 3))
     assert data["M"].shape == (n, A, S)
@@ -133,11 +127,11 @@ def test_shipped_policies_are_as_documented(search: str) -> None:
     assert data["return_std"] == pytest.approx([int(t[2]) for t in told], abs=0.51)
     for key in ("M", "mean", "std", "return_mean", "return_std", "length_mean"):
         assert data[key].dtype == np.float32
-    assert n == collect._SEARCHES[search]
+    assert n == recipes._SEARCHES[search]
 
 
 def test_behaviour_policy_is_the_documented_formula() -> None:
-    policy = collect.behaviour_policy("hopper-0", 240)
+    policy = recipes.behaviour_policy("hopper-0", 240)
     observations = np.random.default_rng(0).standard_normal((7, 11))
     wanted = ((observations - policy.mean) / policy.std) @ policy.M.T
     np.testing.assert_allclose(policy(observations), wanted, rtol=1e-12, atol=1e-12)
@@ -145,19 +139,19 @@ def test_behaviour_policy_is_the_documented_formula() -> None:
 
 
 def test_behaviour_policy_best_and_errors() -> None:
-    assert collect.behaviour_policy("hopper").name == "hopper-0/320"
-    assert collect.behaviour_policy("hopper-1").name == "hopper-1/180"
+    assert recipes.behaviour_policy("hopper").name == "hopper-0/320"
+    assert recipes.behaviour_policy("hopper-1").name == "hopper-1/180"
     with pytest.raises(ValueError, match="no behaviour policy 'ant'; searches: halfcheetah-0"):
-        collect.behaviour_policy("ant")
+        recipes.behaviour_policy("ant")
     with pytest.raises(ValueError, match="name the search and not the environment"):
-        collect.behaviour_policy("hopper", 20)
+        recipes.behaviour_policy("hopper", 20)
     with pytest.raises(ValueError, match=r"no snapshot of iteration 7; it has \[20, 40"):
-        collect.behaviour_policy("hopper-0", 7)
+        recipes.behaviour_policy("hopper-0", 7)
 
 
 def test_damaged_policies_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "hopper-0.npz"
-    whole = collect._read_behaviours(collect._BEHAVIOURS / "hopper-0.npz")
+    whole = recipes._read_behaviours(recipes._BEHAVIOURS / "hopper-0.npz")
     for change, message in (
         ({"mean": whole["mean"][:, :3]}, r"mean must be \(16, 11\) but is \(16, 3\)"),
         ({"M": whole["M"][0]}, "M must be"),
@@ -166,10 +160,10 @@ def test_damaged_policies_are_refused(tmp_path: Path) -> None:
     ):
         np.savez(path, **(whole | change))
         with pytest.raises(ValueError, match=message):
-            collect._read_behaviours(path)
+            recipes._read_behaviours(path)
     path.write_bytes(b"PK\x03\x04 half a file")
     with pytest.raises(ValueError, match=r"cannot read the behaviour policies .* Reinstall diffusion-ql"):
-        collect._read_behaviours(path)
+        recipes._read_behaviours(path)
 
 
 # --------------------------------------------------------------------------- pendulum
@@ -186,9 +180,7 @@ def test_pendulum_dataset(root: Path, capfd: pytest.CaptureFixture[str]) -> None
     )
     assert [len(episode) for episode in dataset.iterate_episodes()] == [200] * 9 + [100]
     assert dataset[9].truncations[-1]
-    returns = [episode.rewards.sum() for episode in dataset.iterate_episodes()][
-        :9
-    ]  # the cut one does not count
+    returns = [episode.rewards.sum() for episode in dataset.iterate_episodes()][:9]  # the cut one does not count
     assert made.return_mean == pytest.approx(np.mean(returns))
     assert (made.return_min, made.return_max) == pytest.approx((min(returns), max(returns)))
     assert (made.ref_min_score, made.ref_max_score) == (
@@ -252,9 +244,7 @@ def test_interrupted_make_leaves_nothing(root: Path, existing: bool) -> None:
     )
     child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not list(
-        root.glob(".dql-make-*/dql/pendulum/mixed-v0/data/main_data.hdf5")
-    ):  # the first chunk is written
+    while not list(root.glob(".dql-make-*/dql/pendulum/mixed-v0/data/main_data.hdf5")):  # the first chunk is written
         assert child.poll() is None, child.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -269,9 +259,7 @@ def test_interrupted_make_leaves_nothing(root: Path, existing: bool) -> None:
 
 
 @pytest.mark.parametrize("before", [None, "elsewhere"])
-def test_environment_variable_is_restored(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None
-) -> None:
+def test_environment_variable_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None) -> None:
     monkeypatch.delenv("MINARI_DATASETS_PATH", raising=False)
     if before is not None:
         monkeypatch.setenv("MINARI_DATASETS_PATH", before)
