@@ -344,7 +344,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         return _dispatch(sys.argv[1:] if arguments is None else arguments)
-    except (BackendUnavailable, CheckpointError, RunError, ValueError, FileExistsError, FileNotFoundError) as error:
+    except (BackendUnavailable, CheckpointError, RunError, ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:

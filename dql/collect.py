@@ -15,7 +15,6 @@ import functools
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -107,6 +106,8 @@ def make_dataset(
         _check_mujoco(recipe.id)
     from minari.storage.datasets_root_dir import get_dataset_path
 
+    from dql.environments import quiet_mujoco
+
     root, place = get_dataset_path(), get_dataset_path(recipe.id)
     if place.exists() and not overwrite:
         raise FileExistsError(
@@ -114,9 +115,12 @@ def make_dataset(
             "(dql data make --overwrite) to replace it."
         )
     started = time.perf_counter()
+    for left in root.glob(".dql-make-*"):  # by a process that was killed
+        if time.time() - left.stat().st_mtime > 86_400:
+            shutil.rmtree(left, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix=".dql-make-", dir=root))  # Minari's listing skips hidden folders
     try:
-        with _quiet_mujoco():
+        with quiet_mujoco():
             _check_room(recipe, steps, root)
             ref_min, ref_max = _reference_scores(recipe.env_id)
             with _progress_bar(recipe, steps, progress) as advance:
@@ -332,23 +336,6 @@ def _interrupts_deferred() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
     if pressed:
         signal.raise_signal(signal.SIGINT)
-
-
-@contextlib.contextmanager
-def _quiet_mujoco() -> Iterator[None]:
-    """Keeps mujoco from writing MUJOCO_LOG.TXT into the working directory about HalfCheetah's model file."""
-    mujoco = sys.modules.get("mujoco")
-    if mujoco is None:
-        yield
-        return
-    before = mujoco.get_mju_user_warning()
-    mujoco.set_mju_user_warning(
-        lambda text: None if "settotalmass" in str(text) else warnings.warn(str(text), stacklevel=2)
-    )
-    try:
-        yield
-    finally:
-        mujoco.set_mju_user_warning(before)
 
 
 @contextlib.contextmanager

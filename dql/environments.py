@@ -3,9 +3,12 @@
 Imports gymnasium: import this module where environments are needed, not at the start of a program.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import gymnasium
@@ -32,6 +35,24 @@ class FirstSuccess(gymnasium.Wrapper):
         return observation, float(success), bool(terminated) or success, bool(truncated), info
 
 
+@contextlib.contextmanager
+def quiet_mujoco() -> Iterator[None]:
+    """Keeps mujoco from writing MUJOCO_LOG.TXT into the working directory about HalfCheetah's model file."""
+    try:
+        import mujoco
+    except ImportError:
+        yield
+        return
+    before = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(
+        lambda text: None if "settotalmass" in str(text) else warnings.warn(str(text), stacklevel=2)
+    )
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(before)
+
+
 def make_env(info: DatasetInfo) -> gymnasium.Env:
     """Builds the dataset's evaluation environment, with flat float32 observations [S] by the dataset's rule.
 
@@ -46,7 +67,8 @@ def make_env(info: DatasetInfo) -> gymnasium.Env:
             f"dataset {info.dataset_id} names no environment, so it cannot be evaluated by rollouts: record it with "
             "`env=...`, or step an environment of your own with `agent.act`"
         )
-    env = _make(info)
+    with quiet_mujoco():
+        env = _make(info)
     space = env.observation_space
     try:
         rule = observation_rule(space)
