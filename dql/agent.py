@@ -22,6 +22,7 @@ from dql.checkpoint import CheckpointError, load_tensors, save_tensors
 from dql.config import Config
 from dql.networks import FlatModule, TwinCritic
 from dql.policy import DiffusionPolicy
+from dql.rundir import find_checkpoint
 from dql.sampler import run_chain, sample, select
 
 if TYPE_CHECKING:
@@ -369,16 +370,22 @@ def make_agent(
     return cls(state_dim, action_dim, config, device=device)
 
 
-def load(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> DiffusionBC | DiffusionQL:
-    """The agent that `agent.save(folder)` wrote, ready to act or to train on. No code in the file is run.
+def load(
+    folder: str | os.PathLike[str], which: str = "last", *, device: torch.device | str = "cpu"
+) -> DiffusionBC | DiffusionQL:
+    """The agent of a run, or the one that `agent.save(folder)` wrote. No code in the files is run.
 
     Args:
-        folder: a folder with `agent.safetensors`, such as a run's `checkpoints/best`.
+        folder: a run folder, or one with `agent.safetensors`.
+        which: of a run: "last", "best", "offline" or a step, see `dql.evaluate.select_checkpoints`.
         device: where to put it.
 
     Raises:
         CheckpointError: missing, damaged, or no agent.
+        RunError: the run has no such checkpoint.
     """
+    if (Path(folder) / "config.json").is_file():
+        folder = find_checkpoint(folder, which)
     path = Path(folder) / _FILE
     tensors, about = load_tensors(path)
     if about.get("kind") != "agent":
