@@ -95,7 +95,7 @@ def demo(folder: Path, *, updates: int, episodes: int, seed: int, fresh: bool, c
         velocities = torch.tensor([velocity for _, velocity in _STATES])
         action_distribution(
             dataset,
-            {name: agent.policy for name, agent in agents.items()},
+            {name: agent.policy for name, agent in agents.items()} | {"Diffusion-QL, acting": agents["Diffusion-QL"]},
             folder / "actions.png",
             states=torch.stack([radians.cos(), radians.sin(), velocities], dim=1),
             titles=[f"{angle:.0f} deg from upright, {velocity:+.0f} rad/s" for angle, velocity in _STATES],

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from dql.evaluate import confidence_interval
+from dql.policy import DiffusionPolicy
 from dql.rundir import RunDir, read_rows
 from dql.sampler import sample
 
@@ -15,12 +16,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from dql.data import TransitionDataset
-    from dql.policy import DiffusionPolicy
+    from dql.evaluate import Actor
 
 # One colour a subject in every figure, distinguishable without red-green vision (Okabe and Ito).
-COLORS = {"data": "#7f7f7f", "DiffusionBC": "#0072B2", "Diffusion-QL": "#D55E00"}
+COLORS = {"data": "#7f7f7f", "DiffusionBC": "#0072B2", "Diffusion-QL": "#D55E00", "Diffusion-QL, acting": "#E69F00"}
 _NEIGHBOURS = 400  # transitions whose states are nearest, as a sample of the data's actions at a state
 _SAMPLES = 2000  # actions drawn from a policy
+_CHOICES = 200  # actions chosen by an agent, each from its own candidates
 
 
 def _figure(rows: int, columns: int, width: float, height: float) -> tuple["Figure", np.ndarray]:
@@ -72,9 +74,18 @@ def spread_states(dataset: "TransitionDataset", count: int) -> torch.Tensor:
     return states[chosen]
 
 
+def _actions_at(state: torch.Tensor, policy: "DiffusionPolicy | Actor", seed: int) -> torch.Tensor:
+    """Many actions [n, A] at one state [S]."""
+    if not isinstance(policy, DiffusionPolicy):
+        return torch.from_numpy(policy.act(state.cpu().expand(_CHOICES, -1).numpy(), seed=seed))
+    with torch.no_grad():
+        at = state[None].to(policy.device, policy.dtype)
+        return sample(at, policy, num_candidates=_SAMPLES, seed=seed)[0]
+
+
 def action_distribution(
     dataset: "TransitionDataset",
-    policies: Mapping[str, "DiffusionPolicy"],
+    policies: Mapping[str, "DiffusionPolicy | Actor"],
     path: Path,
     *,
     states: torch.Tensor | None = None,
@@ -88,7 +99,7 @@ def action_distribution(
 
     Args:
         dataset: where the data's actions come from.
-        policies: name -> policy.
+        policies: name -> a policy, of which samples are shown, or an agent, of which the actions it takes are.
         path: the PNG to write.
         states: [C, S]; None takes four of the data, far from each other.
         titles: one a state.
@@ -103,10 +114,8 @@ def action_distribution(
     for column, state in enumerate(states):
         nearest = ((dataset.states - state) / scale).norm(dim=1).topk(min(_NEIGHBOURS, len(dataset)), largest=False)
         drawn: dict[str, torch.Tensor] = {"data": dataset.actions[nearest.indices]}
-        with torch.no_grad():
-            for name, policy in policies.items():
-                at = state[None].to(policy.device, policy.dtype)
-                drawn[name] = sample(at, policy, num_candidates=_SAMPLES, seed=seed)[0]
+        for name, policy in policies.items():
+            drawn[name] = _actions_at(state, policy, seed)
         for dim in range(dims):
             ax = axes[dim, column]
             for name, actions in drawn.items():
