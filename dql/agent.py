@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from dql import noise
-from dql.checkpoint import CheckpointError, load_tensors, save_tensors
+from dql.checkpoint import CheckpointError, load_tensors, reading, save_tensors
 from dql.config import Config
 from dql.networks import FlatModule, TwinCritic
 from dql.policy import DiffusionPolicy
@@ -62,6 +62,8 @@ class _FlatAdam:
 
     def step(self, loss: Tensor, lr_scale: float) -> Tensor:
         """Backpropagates the loss and takes a step; returns the gradient's norm before clipping."""
+        if self.adam.param_groups[0]["params"][0] is not self.module.flat:
+            self._reattach()
         self.module.zero_grad()
         loss.backward()
         gradient = self.module.flat.grad
@@ -71,10 +73,17 @@ class _FlatAdam:
             gradient.mul_((self.grad_norm / (norm + 1e-6)).clamp_(max=1))
         self.adam.param_groups[0]["lr"] = self.lr * lr_scale
         self.adam.step()
+        torch.autograd.graph.increment_version(self.module.flat)  # the fused step does not say that it wrote
         return norm
 
+    def _reattach(self) -> None:
+        """Follows a module that was moved or cast, which gave it a new buffer."""
+        tensors = self.tensors()
+        self.adam = torch.optim.Adam([self.module.flat], lr=self.lr, fused=True)
+        self.load(tensors)
+
     def tensors(self) -> dict[str, Tensor]:
-        state = self.adam.state.get(self.module.flat)
+        state = self.adam.state.get(self.adam.param_groups[0]["params"][0])
         if not state:
             return {}
         return {name: state[name] for name in ("step", "exp_avg", "exp_avg_sq")}
@@ -166,6 +175,7 @@ class DiffusionBC:
         Returns:
             scalar tensors by name, still on the device: `actor/bc_loss`, `actor/grad_norm`.
         """
+        _check_batch(batch)
         seeds = UpdateSeeds.of(self.config.seed, self.step)
         loss = self._bc_loss(batch, seeds)
         norm = self._actor_adam.step(loss, self.lr_scale())
@@ -285,6 +295,7 @@ class DiffusionQL(DiffusionBC):
             scalar tensors by name, still on the device (no host sync): `critic/loss`, `critic/q` (mean of both),
             `critic/target_q`, `critic/grad_norm`, `actor/loss`, `actor/bc_loss`, `actor/q_loss`, `actor/grad_norm`.
         """
+        _check_batch(batch)
         seeds = UpdateSeeds.of(self.config.seed, self.step)
         metrics = self._update_critic(batch, seeds)
         metrics |= self._update_actor(batch, seeds)
@@ -362,12 +373,26 @@ class DiffusionQL(DiffusionBC):
         return super()._optimizers() | {"critic_adam": self._critic_adam}
 
 
+def _check_batch(batch: "Batch") -> None:
+    """Refuses shapes that would broadcast into something else. The published code's rewards are [B, 1]."""
+    B = batch.states.shape[0]
+    for name in ("rewards", "masks"):
+        shape = list(getattr(batch, name).shape)
+        if shape != [B]:
+            raise ValueError(f"batch.{name} must be [{B}], one a state, got {shape}; use batch.{name}.reshape(-1)")
+
+
 def make_agent(
-    state_dim: int, action_dim: int, config: Config, *, device: torch.device | str = "cpu"
+    state_dim: int,
+    action_dim: int,
+    config: Config,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> DiffusionBC | DiffusionQL:
     """The agent that `config.algorithm` names."""
     cls = DiffusionQL if config.algorithm == "diffusion-ql" else DiffusionBC
-    return cls(state_dim, action_dim, config, device=device)
+    return cls(state_dim, action_dim, config, device=device, dtype=dtype)
 
 
 def load(
@@ -390,7 +415,9 @@ def load(
     tensors, about = load_tensors(path)
     if about.get("kind") != "agent":
         raise CheckpointError(f"{path} holds no agent but a {about.get('kind')}; for a policy use DiffusionPolicy.load")
-    agent = make_agent(about["state_dim"], about["action_dim"], Config.from_dict(about["config"]), device=device)
-    agent._load(tensors)
-    agent.step = about["step"]
+    with reading(path, about, _FORMAT):
+        config, dtype = Config.from_dict(about["config"]), tensors["actor.final_layer.bias"].dtype
+        agent = make_agent(about["state_dim"], about["action_dim"], config, device=device, dtype=dtype)
+        agent._load(tensors)
+        agent.step = int(about["step"])
     return agent

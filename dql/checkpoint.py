@@ -1,10 +1,12 @@
 """Files that survive: tensors as safetensors (loading runs no code), written atomically."""
 
+import contextlib
 import errno
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +85,31 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
+        about = json.loads(metadata["dql"]) if "dql" in metadata else None
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise CheckpointError(
             f"{path} is damaged or no safetensors file ({error}); take another checkpoint of the run"
         ) from error
-    if "dql" not in metadata:
+    if not isinstance(about, dict):
         raise CheckpointError(
             f"{path} was not written by dql; for the authors' .pth files use DiffusionPolicy.from_published"
         )
-    return tensors, json.loads(metadata["dql"])
+    return tensors, about
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike[str], about: dict[str, Any], known_format: int) -> Iterator[None]:
+    """Building an object from what a file holds: whatever does not fit is a CheckpointError that names the file."""
+    if about.get("format") != known_format:
+        raise CheckpointError(
+            f"{path} has format {about.get('format')!r}, this version of dql reads {known_format}; "
+            "read it with the version that wrote it"
+        )
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} is damaged: {reason}; take another checkpoint of the run") from error
 
 
 def replace_folder(folder: Path, target: Path) -> None:

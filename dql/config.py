@@ -2,9 +2,7 @@
 
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
-
-REWARD_TUNES = ("none", "normalize", "iql_antmaze", "iql_locomotion", "cql_antmaze", "antmaze")
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -63,10 +61,20 @@ class Config:
     """Of everything random: initial weights, data order, noise."""
 
     def __post_init__(self) -> None:
-        for name in ("hidden_dim", "num_hidden", "T", "backup_candidates", "ema_every", "batch_size", "num_updates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("num_candidates",):
+        for name, kind in get_type_hints(type(self)).items():
+            choices = get_args(kind) if get_origin(kind) is Literal else (getattr(self, name),)
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name in (
+            "hidden_dim",
+            "num_hidden",
+            "T",
+            "backup_candidates",
+            "ema_every",
+            "batch_size",
+            "num_updates",
+            "num_candidates",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "critic_lr", "max_action"):

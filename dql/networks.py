@@ -105,16 +105,28 @@ class FlatModule(nn.Module):
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Zeroes the flat gradient; the parameters' gradients stay views of it whatever `set_to_none` says."""
         gradients = self.flat.grad
-        if gradients is None or any(p.grad is None for p in self.parameters()):
-            gradients = self.flat.grad = torch.zeros_like(self.flat)
-            for name, view in self.layout.views(gradients).items():
-                self.get_parameter(name).grad = view
-        gradients.zero_()
+        base = None if gradients is None else gradients.data_ptr()
+        for owner, leaf, offset in self._places:
+            gradient = owner[leaf].grad
+            if base is None or gradient is None or gradient.data_ptr() != base + offset:
+                break  # another optimizer set it to None, or autograd then made one of its own
+        else:
+            assert gradients is not None
+            gradients.zero_()
+            return
+        self.flat.grad = torch.zeros_like(self.flat)
+        for name, view in self.layout.views(self.flat.grad).items():
+            self.get_parameter(name).grad = view
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FlatModule":
         super()._apply(fn, recurse)
-        self.flatten_parameters()
+        if not self._is_flat():  # torch moved or cast the parameters one by one
+            self.flatten_parameters()
         return self
+
+    def _is_flat(self) -> bool:
+        base = self.flat.data_ptr()
+        return all(owner[leaf].data_ptr() == base + offset for owner, leaf, offset in self._places)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

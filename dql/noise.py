@@ -54,9 +54,9 @@ def derive(seed: int, *tags: int | str) -> int:
         tags: what the child is for, e.g. `derive(seed, "bc", step)`.
 
     Returns:
-        The first 64 bits of BLAKE2b over the parts.
+        The first 64 bits of BLAKE2b over the tuple's repr.
     """
-    text = "/".join(map(str, (check_seed(seed), *tags)))
+    text = repr((check_seed(seed), *(tag if isinstance(tag, str) else int(tag) for tag in tags)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 

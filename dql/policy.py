@@ -1,5 +1,6 @@
 """DiffusionPolicy: a denoiser, the schedule it was trained with, and the action bound."""
 
+import math
 import os
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from dql.checkpoint import CheckpointError, load_tensors, save_tensors
+from dql.checkpoint import CheckpointError, load_tensors, reading, save_tensors
 from dql.networks import Denoiser, load_published
 from dql.schedule import BETA_SCHEDULES, NoiseSchedule, StepTable
 
@@ -53,7 +54,7 @@ class DiffusionPolicy(nn.Module):
         predict_epsilon: bool = True,
     ) -> None:
         super().__init__()
-        if not (np.isfinite(max_action) and max_action > 0):
+        if not isinstance(max_action, (int, float)) or not 0 < max_action < math.inf:
             raise ValueError(f"max_action must be a positive number, got {max_action!r}")
         self.max_action = float(max_action)
         self.schedule = NoiseSchedule(beta_schedule, T)
@@ -163,8 +164,9 @@ class DiffusionPolicy(nn.Module):
         tensors, about = load_tensors(path)
         if about.get("kind") != "policy":
             raise CheckpointError(f"{path} holds a {about.get('kind', 'file')}, no policy; use dql.load for an agent")
-        policy = cls(**about["config"]).to(next(iter(tensors.values())).dtype)
-        policy.denoiser.load_state_dict(tensors)
+        with reading(path, about, _FORMAT):
+            policy = cls(**about["config"]).to(tensors["final_layer.bias"].dtype)
+            policy.denoiser.load_state_dict(tensors)
         return policy.to(device)
 
     @classmethod

@@ -224,9 +224,10 @@ def run_chain(
         precision,
     )
     runner = pick(backend, chain)
+    differentiable = torch.is_grad_enabled() and (states.requires_grad or any(p.requires_grad for p in parameters))
     if B == 0:
-        return states.new_zeros(shape)
-    if torch.is_grad_enabled() and (states.requires_grad or any(p.requires_grad for p in parameters)):
+        return states.new_zeros(shape, requires_grad=differentiable)
+    if differentiable:
         actions = _ChainFunction.apply(runner, chain, states, *parameters)
     else:
         actions, _ = runner.forward(chain, save=False)

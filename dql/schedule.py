@@ -5,6 +5,7 @@ runs: K rows of six coefficients. DDPM, DDIM and DPM-Solver++(2M) are three ways
 that runs tables runs them all.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -62,7 +63,7 @@ class NoiseSchedule:
     def __post_init__(self) -> None:
         if self.name not in _BETAS:
             raise ValueError(f"unknown beta schedule {self.name!r}; known: {', '.join(BETA_SCHEDULES)}")
-        if not isinstance(self.T, int) or not 1 <= self.T <= 1000:
+        if isinstance(self.T, bool) or not isinstance(self.T, int) or not 1 <= self.T <= 1000:
             raise ValueError(f"T must be an integer from 1 to 1000, got {self.T!r}")
 
     @cached_property
@@ -239,7 +240,7 @@ def _respace(schedule: NoiseSchedule, num_steps: int | None) -> tuple[np.ndarray
     return timesteps, bar, np.append(bar[1:], 1.0)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256, typed=True)  # True and 2.0 are no step counts, though they equal 1 and 2
 def _make(sampler: str, schedule: NoiseSchedule, num_steps: int | None, predict_epsilon: bool) -> StepTable:
     fill = {"ddpm": StepTable.ddpm, "ddim": StepTable.ddim, "dpm-solver++": StepTable.dpm_solver_pp_2m}
     if sampler not in fill:
@@ -260,6 +261,9 @@ def check_rows(rows: Sequence[Sequence[float]], timesteps: Sequence[int], T: int
         raise ValueError(f"a step table needs one timestep per row, got {len(rows)} rows, {len(timesteps)} timesteps")
     if any(not 0 <= t < T for t in timesteps):
         raise ValueError(f"the table's timesteps {tuple(timesteps)} do not fit a policy trained with T = {T}")
+    for k, row in enumerate(rows):
+        if len(row) != 6 or not all(math.isfinite(value) for value in row):
+            raise ValueError(f"row {k} of a step table must be six finite numbers (a, b, c0, cx, cp, s), got {row}")
     if rows[0][4] != 0:
         raise ValueError("the first row of a step table has no x0 before it: its cp must be 0")
     if rows[-1][5] != 0:

@@ -118,7 +118,9 @@ def test_activation_module_has_autograds_gradient(kind, rows):
     leaves = [z.clone().requires_grad_(True) for _ in range(2)]
     values = [Activation(kind)(leaves[0]), own(leaves[1])]
     weights = torch.randn_like(z)
-    gradients = [torch.autograd.grad((v * weights).sum(), leaf)[0] for v, leaf in zip(values, leaves, strict=True)]
+    gradients = [
+        torch.autograd.grad((v * weights).sum(), leaf)[0] for v, leaf in zip(values, leaves, strict=True)
+    ]
     assert_close(values[0], values[1], TOLERANCES["float64"], what=kind)
     assert_close(gradients[0], gradients[1], TOLERANCES["float64"], what=f"d_{kind}")
     assert torch.equal(Activation(kind)(z), values[0])
@@ -217,7 +219,7 @@ def test_written_parameters_are_used():
 
 def test_assigning_a_state_dict_is_refused():
     denoiser = dql.Denoiser(S, A, H)
-    with pytest.raises(ValueError, match="assign=True.* leave assign out"):
+    with pytest.raises(ValueError, match=r"assign=True.* leave assign out"):
         denoiser.load_state_dict(dql.Denoiser(S, A, H).state_dict(), assign=True)
 
 
@@ -272,10 +274,12 @@ def test_published_actor_loads_unchanged_and_acts_alike(schedule, T):
     states, noise = torch.randn(9, S), torch.randn(T, 9, A)
     with torch.no_grad():
         want = theirs.sample(states, noise)
-    assert 0.05 < float((want.abs() < 2).double().mean())
-    # their schedule is float32, ours float64: cosine's abar_T, 1e-5 for T = 50, is 1 - beta of few digits there
-    tolerance = TOLERANCES["float32"] if schedule != "cosine" else replace(TOLERANCES["float32"], rel=5e-3)
-    assert_close(dql.sample(states, ours, noise=noise), want, tolerance, what="actions", case=f"{schedule} T={T}")
+    assert float((want.abs() < 2).double().mean()) > 0.05
+    # their schedule is float32, ours float64: 1 - abar_0 = 1e-4 of linear has lost four of its seven digits there
+    tolerance = TOLERANCES["float32"] if schedule == "vp" else replace(TOLERANCES["float32"], rel=1e-3)
+    assert_close(
+        dql.sample(states, ours, noise=noise), want, tolerance, what="actions", case=f"{schedule} T={T}"
+    )
 
 
 def test_published_critic_loads_unchanged():
@@ -297,9 +301,15 @@ def published_actor_dict() -> dict[str, Tensor]:
     [
         (lambda d: d.pop("betas"), "not a published actor: the state_dict has no 'betas'"),
         (lambda d: d.pop("model.final_layer.weight"), "has no 'model.final_layer.weight'"),
-        (lambda d: d.pop("model.final_layer.bias"), r"not a published actor: 1 missing key \('final_layer.bias'"),
+        (
+            lambda d: d.pop("model.final_layer.bias"),
+            r"not a published actor: 1 missing key \('final_layer.bias'",
+        ),
         (lambda d: d.update({"model.extra": torch.zeros(1)}), r"1 unknown key \('extra'"),
-        (lambda d: d.update(betas=torch.full((5,), 0.1)), "the file's 5 betas are none of the published schedules"),
+        (
+            lambda d: d.update(betas=torch.full((5,), 0.1)),
+            "the file's 5 betas are none of the published schedules",
+        ),
         (
             lambda d: d.update({"model.mid_layer.2.weight": torch.zeros(H, H + 1)}),
             rf"'mid_layer.2.weight' is \[{H}, {H + 1}\], expected \[{H}, {H}\]",
@@ -317,11 +327,23 @@ def test_wrong_published_actors(change, sentence):
 @pytest.mark.parametrize(
     ("change", "action_dim", "sentence"),
     [
-        (lambda d: d.pop("q1_model.0.weight"), A, "not a published critic: the state_dict has no 'q1_model.0.weight'"),
+        (
+            lambda d: d.pop("q1_model.0.weight"),
+            A,
+            "not a published critic: the state_dict has no 'q1_model.0.weight'",
+        ),
         (lambda d: d.pop("q2_model.6.bias"), A, r"not a published critic: 1 missing key \('q2_model.6.bias'"),
         (lambda d: d.update(other=torch.zeros(1)), A, r"1 unknown key \('other'"),
-        (lambda d: d.update({"q2_model.6.bias": torch.zeros(2)}), A, r"'q2_model.6.bias' is \[2\], expected \[1\]"),
-        (lambda d: None, S + A, f"action_dim must be from 1 to below the critic's {S + A} inputs, got {S + A}"),
+        (
+            lambda d: d.update({"q2_model.6.bias": torch.zeros(2)}),
+            A,
+            r"'q2_model.6.bias' is \[2\], expected \[1\]",
+        ),
+        (
+            lambda d: None,
+            S + A,
+            f"action_dim must be from 1 to below the critic's {S + A} inputs, got {S + A}",
+        ),
         (lambda d: None, 0, "action_dim must be from 1"),
     ],
 )
