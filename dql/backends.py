@@ -73,6 +73,9 @@ class Backend(ABC):
         """(d_flat [P], d_states [B, S]), None where not needed."""
 
 
+_CACHED_ROWS = 512  # run at a time on a CPU: a hidden layer's activations and Mish's temporaries stay in the L2 cache
+
+
 class EagerBackend(Backend):
     """Plain torch (`dql.kernels.reference`): any device, any float dtype, any size. The reference of all others."""
 
@@ -95,9 +98,17 @@ class EagerBackend(Backend):
                 chain.seed, table.num_steps, rows, chain.spec.action_dim, dtype=flat.dtype, device=flat.device
             )
         embedding = _embedding(table.timesteps, chain.spec.time_dim, flat.dtype, flat.device)
-        return reference.chain_fwd(
-            chain.weights, chain.spec, chain.states, noise, table.rows, embedding, chain.max_action, save
-        )
+        w, states, N = chain.weights, chain.states, chain.candidates
+        step = max(1, _CACHED_ROWS // N) if flat.device.type == "cpu" and not save else max(1, len(states))
+        if step >= len(states):
+            return reference.chain_fwd(w, chain.spec, states, noise, table.rows, embedding, chain.max_action, save)
+        actions = noise.new_empty(noise.shape[1:])
+        for i in range(0, len(states), step):
+            block = slice(i * N, (i + step) * N)
+            actions[block], _ = reference.chain_fwd(
+                w, chain.spec, states[i : i + step], noise[:, block], table.rows, embedding, chain.max_action
+            )
+        return actions, None
 
     def backward(
         self, chain: Chain, saved: Any, d_actions: Tensor, need_parameters: bool, need_states: bool

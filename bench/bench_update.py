@@ -1,0 +1,97 @@
+"""One training update at batch 256, `DiffusionQL.update`: every backend beside the published code.
+
+The gradients are compared first: after the first update Adam's average is 0.1 times the clipped gradient, and unlike
+`.grad` the published code does not write to it afterwards.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import rivals
+import torch
+from published import PublishedAgent
+from rivals import A, S, T
+from torch import Tensor
+
+import dql
+from dql.agent import UpdateSeeds
+
+B = 256
+DQL = [f"dql-{name}" for name in dql.backends()]
+
+
+def _batch(device: torch.device) -> dql.Batch:
+    generator = torch.Generator().manual_seed(1)
+    states, next_states = torch.randn(2, B, S, generator=generator)
+    actions = torch.rand(B, A, generator=generator) * 2 - 1
+    rewards = torch.randn(B, generator=generator)
+    masks = (torch.rand(B, generator=generator) > 0.1).float()
+    return dql.Batch(states, actions, rewards, next_states, masks).to(device)
+
+
+def _update_published(agent: PublishedAgent, batch: dql.Batch) -> dict[str, float]:
+    return agent.update(batch.states, batch.actions, batch.rewards, batch.next_states, batch.masks)
+
+
+@pytest.mark.parametrize("contender", ["published", *DQL])
+@pytest.mark.parametrize("max_q_backup", [False, True], ids=["plain", "max_q_backup"])
+def test_update(max_q_backup: bool, contender: str, race, device) -> None:
+    batch = _batch(device)
+    published = rivals.published_agent(device, max_q_backup=max_q_backup)
+    error = 0.0
+    if contender == "published":
+        other = rivals.published_agent(device, max_q_backup=max_q_backup)
+
+        def run() -> Any:
+            return _update_published(other, batch)
+
+    else:
+        config = dql.Config(backend=contender.removeprefix("dql-"), max_q_backup=max_q_backup)
+        agent = rivals.matching_agent(published, config, device)
+        error = _check_update(contender, agent, published, batch)
+
+        def run() -> Any:
+            return agent.update(batch)
+
+    problem = f"update B={B}" + (", max_q_backup" if max_q_backup else "")
+    race(problem, contender, run, lambda: _update_published(published, batch), worst_error=error)
+
+
+def test_update_bc(race, device) -> None:
+    """For information: DiffusionBC, whose loss is a part of the actor's above. It runs no chain, so no backend."""
+    agent, batch = dql.DiffusionBC(S, A, device=device), _batch(device)
+    race(f"update B={B}, DiffusionBC", "dql", lambda: agent.update(batch), None)
+
+
+def _check_update(contender: str, agent: dql.DiffusionQL, published: PublishedAgent, batch: dql.Batch) -> float:
+    """Both agents do their first update with the same noise; returns the worst error of the gradients."""
+    config = agent.config
+    seeds = UpdateSeeds.of(config.seed, agent.step)
+    next_rows = B * (config.backup_candidates if config.max_q_backup else 1)
+
+    def normal(seed: int, steps: int, rows: int) -> Tensor:
+        return dql.noise.normal(seed, steps, rows, A, device=agent.device)
+
+    def draws() -> Iterator[Tensor]:
+        yield from rivals.chain_draws(normal(seeds.target, T, next_rows))
+        yield dql.noise.integers(seeds.bc_t, T, B).to(agent.device)
+        yield normal(seeds.bc_noise, 1, B)[0]
+        yield from rivals.chain_draws(normal(seeds.actor, T, B))
+
+    rivals.give_coin(1 if int(dql.noise.integers(seeds.coin, 2, 1)) else 2)
+    with rivals.GivenDraws(draws()):
+        losses = _update_published(published, batch)
+    metrics = agent.update(batch)
+    for name, want in losses.items():
+        got = float(metrics[name])
+        assert abs(got - want) <= 1e-4 * max(1, abs(want)), f"{contender}: {name} is {got}, expected {want}"
+    got_gradients, want_gradients = {}, {}
+    for name, module, own, optimizer in (
+        ("actor", agent.policy.denoiser, published.actor.model, published.actor_optimizer),
+        ("critic", agent.critic, published.critic, published.critic_optimizer),
+    ):
+        average = agent.tensors()[f"{name}_adam.exp_avg"]
+        got_gradients |= {f"{name}.{key}": view for key, view in module.layout.views(average).items()}
+        want_gradients |= {f"{name}.{key}": optimizer.state[p]["exp_avg"] for key, p in own.named_parameters()}
+    return rivals.check_norms(contender, got_gradients, want_gradients, rivals.GRADIENT_TOLERANCE)
