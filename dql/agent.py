@@ -22,14 +22,13 @@ from dql.checkpoint import CheckpointError, load_tensors, reading, save_tensors
 from dql.config import Config
 from dql.networks import FlatModule, TwinCritic
 from dql.policy import DiffusionPolicy
-from dql.rundir import find_checkpoint
+from dql.rundir import FILE, find_checkpoint
 from dql.sampler import run_chain, sample, select
 
 if TYPE_CHECKING:
     from dql.data import Batch
 
 Tensor = torch.Tensor
-_FILE = "agent.safetensors"
 _FORMAT = 1
 
 
@@ -244,7 +243,7 @@ class DiffusionBC:
             "step": self.step,
             "config": self.config.to_dict(),
         }
-        save_tensors(Path(folder) / _FILE, self.tensors(), about)
+        save_tensors(Path(folder) / FILE, self.tensors(), about)
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
         def under(prefix: str) -> dict[str, Tensor]:
@@ -411,7 +410,7 @@ def load(
     """
     if (Path(folder) / "config.json").is_file():
         folder = find_checkpoint(folder, which)
-    path = Path(folder) / _FILE
+    path = Path(folder) / FILE
     tensors, about = load_tensors(path)
     if about.get("kind") != "agent":
         raise CheckpointError(f"{path} holds no agent but a {about.get('kind')}; for a policy use DiffusionPolicy.load")

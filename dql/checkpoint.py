@@ -17,7 +17,8 @@ class CheckpointError(RuntimeError):
     """A file that could not be written or read; the message says which, why, and what to do."""
 
 
-def _explain(path: Path, error: OSError) -> CheckpointError:
+def explain(path: Path, error: OSError) -> CheckpointError:
+    """The sentence for a write that failed."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return CheckpointError(
             f"cannot write {path}: {error.strerror}; what was there before is untouched; free some space"
@@ -36,7 +37,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
-        raise _explain(path, error) from error
+        raise explain(path, error) from error
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -46,7 +47,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         Path(temporary).unlink(missing_ok=True)
-        raise _explain(path, error) from error
+        raise explain(path, error) from error
     _flush_folder(path.parent)
 
 

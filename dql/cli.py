@@ -1,6 +1,9 @@
 """The command line: `dql demo | data | train | eval | doctor`."""
 
+import contextlib
+import io
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -29,7 +32,7 @@ def demo(
         updates: Updates of each agent.
         episodes: Episodes of the final evaluation.
         seed: Of training.
-        fresh: Drop what the folder holds and start over.
+        fresh: Drop the folder's earlier demo and start over.
     """
     from dql.demo import demo as run_demo
 
@@ -171,7 +174,7 @@ def train(arguments: list[str]) -> int:
         from dql.config import TUNED
 
         defaults = replace(defaults, tuned=task, agent=Config.tuned(task), top_k=TUNED[task].top_k)
-    args = tyro.cli(tyro.conf.OmitArgPrefixes[TrainArguments], args=arguments, default=defaults, prog="dql train")
+    args = _parse_train(arguments, defaults)
     console = Console()
     if args.resume is not None:
         changed = _value_of("--num-updates", arguments)
@@ -184,18 +187,36 @@ def train(arguments: list[str]) -> int:
     if result.stopped_by is not None:
         console.print(
             f"stopped by {result.stopped_by} after update {result.step:,}, checkpoint written; continue with\n"
-            f"    dql train --resume {result.path}",
+            f"    dql train --resume {shlex.quote(str(result.path))}",
             highlight=False,
             soft_wrap=True,
         )
         return _SIGNALS.get(result.stopped_by, 1)
     console.print(
         f"{result.step:,} updates in {result.seconds:.0f} s ({result.step / max(result.seconds, 1e-9):.1f}/s); "
-        f"evaluate with\n    dql eval {result.path}",
+        f"evaluate with\n    dql eval {shlex.quote(str(result.path))}",
         highlight=False,
         soft_wrap=True,
     )
     return 0
+
+
+def _parse_train(arguments: list[str], defaults: TrainArguments) -> TrainArguments:
+    """tyro.cli, but what a config refuses is raised as the ValueError that it was, not shown in a box."""
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            return tyro.cli(
+                tyro.conf.OmitArgPrefixes[TrainArguments], args=arguments, default=defaults, prog="dql train"
+            )
+    except SystemExit as stop:
+        error: BaseException | None = stop
+        while error is not None:
+            if isinstance(error, ValueError):
+                raise error from None
+            error = error.__context__
+        sys.stderr.write(shown.getvalue())
+        raise
 
 
 def _value_of(flag: str, arguments: list[str]) -> str | None:

@@ -3,6 +3,7 @@
 import shutil
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ def demo(folder: Path, *, updates: int, episodes: int, seed: int, fresh: bool, c
         updates: of each agent.
         episodes: of the final evaluation.
         seed: of training; the dataset's is always 0.
-        fresh: start over, dropping what the folder holds.
+        fresh: start over, dropping the folder's earlier demo.
         console: where it speaks.
 
     Returns:
@@ -43,27 +44,22 @@ def demo(folder: Path, *, updates: int, episodes: int, seed: int, fresh: bool, c
 
     Raises:
         RunError: the folder holds a demo with other settings.
+        ValueError: a setting that makes no run.
     """
     started = time.perf_counter()
     seconds: dict[str, float] = {}
+    if episodes < 1:
+        raise ValueError(f"episodes must be at least 1, got {episodes}")
+    runs = {name: _run_config(folder / algorithm, algorithm, updates, seed) for name, algorithm in _ALGORITHMS.items()}
     if fresh:
-        shutil.rmtree(folder, ignore_errors=True)
+        for run in runs.values():
+            shutil.rmtree(str(run.run_dir), ignore_errors=True)  # the demo's own, whatever else the folder holds
     dataset, seconds["data"] = _timed(lambda: _dataset(console))
     info = dataset.info
     console.print(f"data: {len(dataset):,} transitions of {DATASET}, {info.num_episodes} episodes")
 
     agents: dict[str, DiffusionBC] = {}
-    for name, algorithm in _ALGORITHMS.items():
-        run = RunConfig(
-            dataset=DATASET,
-            agent=Config(algorithm=algorithm, num_updates=updates, seed=seed),  # type: ignore[arg-type]
-            run_dir=folder / algorithm,
-            device="cpu",
-            checkpoint_every=500,
-            keep=1,
-            eval_every=max(updates // 4, 1),
-            eval_episodes=10,
-        )
+    for name, run in runs.items():
         console.print(f"training {name} for {updates:,} updates")
         agents[name], seconds[f"train {name}"] = _timed(lambda run=run: _train(run, console))
 
@@ -106,16 +102,30 @@ def demo(folder: Path, *, updates: int, episodes: int, seed: int, fresh: bool, c
     agents["Diffusion-QL"].policy.save(policy_path)
     spent = ", ".join(f"{name} {s:.0f}" for name, s in seconds.items())
     console.print(f"seconds: {spent}; {time.perf_counter() - started:.0f} in all, {torch.get_num_threads()} threads")
-    console.print(f"pictures: {folder / 'learning_curve.png'}, {folder / 'actions.png'}")
-    console.print("the policy, in Python:\n")
+    plain = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    plain(f"pictures: {folder / 'learning_curve.png'}, {folder / 'actions.png'}")
+    plain("the policy, in Python:\n")
     for line in (
         "import dql, torch",
-        f'policy = dql.DiffusionPolicy.load("{policy_path}")',
+        f"policy = dql.DiffusionPolicy.load({str(policy_path)!r})",
         "print(dql.sample(torch.tensor([[-1.0, 0.0, 0.0]]), policy))  # hanging down, at rest",
     ):
-        console.print(f"    {line}", markup=False, highlight=False, soft_wrap=True)
+        plain(f"    {line}")
     means = {name: r.return_mean for name, r in results.items()}
     return {"data": float(info.episode_returns.mean())} | means
+
+
+def _run_config(folder: Path, algorithm: str, updates: int, seed: int) -> RunConfig:
+    return RunConfig(
+        dataset=DATASET,
+        agent=Config(algorithm=algorithm, num_updates=updates, seed=seed),  # type: ignore[arg-type]
+        run_dir=folder,
+        device="cpu",
+        checkpoint_every=500,
+        keep=1,
+        eval_every=max(updates // 4, 1),
+        eval_episodes=10,
+    )
 
 
 def _timed(work):
@@ -141,7 +151,7 @@ def _train(run: RunConfig, console: Console) -> DiffusionBC:
         if replace(old, agent=replace(old.agent, max_action=run.agent.max_action)) != run:
             raise RunError(f"{run.run_dir} holds a demo with other settings; start over with --fresh, or choose --out")
         if folder.policy_path.exists():
-            console.print(f"  already trained: {run.run_dir}")
+            console.print(f"  already trained: {run.run_dir}", markup=False, soft_wrap=True)
             return load(folder.checkpoint_path(folder.steps()[-1]))
         result = resume(run.run_dir, console=console)
     else:

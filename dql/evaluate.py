@@ -77,8 +77,13 @@ def confidence_interval(values: np.ndarray, level: float = 0.95, resamples: int 
     It covers the luck of the episodes, not that of the training seed.
     """
     values = np.asarray(values, np.float64)
-    draws = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
-    low, high = np.quantile(values[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    rng = np.random.default_rng(0)
+    chunk = max(1, 10_000_000 // len(values))  # resamples at a time: thousands of episodes would fill the memory
+    means = [
+        values[rng.integers(len(values), size=(min(chunk, resamples - i), len(values)))].mean(axis=1)
+        for i in range(0, resamples, chunk)
+    ]
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

@@ -11,14 +11,16 @@ policy.safetensors     the last policy alone, when the run has ended
 import csv
 import io
 import json
+import math
 import os
 import re
 import shutil
 from pathlib import Path
 from typing import IO, Any
 
-from dql.checkpoint import CheckpointError, replace_folder, write_atomically
+from dql.checkpoint import CheckpointError, explain, replace_folder, write_atomically
 
+FILE = "agent.safetensors"  # of an agent, in a checkpoint's folder
 _STEP = re.compile(r"step-(\d{9})")
 
 
@@ -80,7 +82,8 @@ class RunDir:
         """Steps of the whole checkpoints, ascending."""
         if not self.checkpoints_path.is_dir():
             return []
-        matches = (_STEP.fullmatch(p.name) for p in self.checkpoints_path.iterdir())
+        whole = [p for p in self.checkpoints_path.iterdir() if (p / "loop.json").is_file() and (p / FILE).is_file()]
+        matches = (_STEP.fullmatch(p.name) for p in whole)
         return sorted(int(m[1]) for m in matches if m)
 
     def checkpoint_path(self, step: int) -> Path:
@@ -99,6 +102,9 @@ class RunDir:
             agent.save(unfinished)
             write_atomically(unfinished / "loop.json", json.dumps(loop).encode())
             replace_folder(unfinished, target)
+        except OSError as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise explain(target, error) from error
         except CheckpointError:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
@@ -111,7 +117,11 @@ class RunDir:
         steps = self.steps()
         for step in steps[:-keep]:
             if step not in precious:
-                shutil.rmtree(self.checkpoint_path(step), ignore_errors=True)
+                # Renamed first: a kill half-way must not leave something that looks like a checkpoint.
+                path = self.checkpoint_path(step)
+                doomed = path.with_name(f".{path.name}.old")
+                os.rename(path, doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
 
     def clean(self) -> None:
         """Removes what a killed process left unfinished."""
@@ -136,42 +146,36 @@ class RunDir:
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Adds a line to a CSV file, with a header if it is new, flushed to the operating system."""
-    new = not path.exists() or path.stat().st_size == 0
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    try:
+        new = not path.exists() or path.stat().st_size == 0
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(row))
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+    except OSError as error:
+        raise explain(path, error) from error
+
+
+def _whole_lines(path: Path) -> list[list[str]]:
+    """The fields of each line; the last line is left out if a kill cut it before its end."""
+    text = path.read_bytes().decode() if path.exists() else ""
+    return list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])))
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
     """The lines of a CSV file as numbers (NaN for an empty field); a line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        rows = []
-        for row in csv.DictReader(file):
-            if None in row.values() or None in row:
-                continue
-            try:
-                rows.append({k: float(v) if v else float("nan") for k, v in row.items()})
-            except ValueError:
-                continue
-        return rows
+    header, *lines = _whole_lines(path) or [[]]
+    return [{k: float(v) if v else math.nan for k, v in zip(header, line, strict=True)} for line in lines]
 
 
 def drop_rows_after(path: Path, step: int) -> None:
     """Removes the lines of updates that a resumed run will do again."""
     if not path.exists():
         return
-    with path.open(newline="") as file:
-        lines = list(csv.reader(file))
-    if not lines:
-        return
-    header = lines[0]
-    kept = [r for r in lines[1:] if len(r) == len(header) and r[0].isdigit() and int(r[0]) <= step]
+    lines = _whole_lines(path)
     text = io.StringIO()
-    csv.writer(text).writerows([header, *kept])
+    csv.writer(text).writerows(line for i, line in enumerate(lines) if i == 0 or int(line[0]) <= step)
     write_atomically(path, text.getvalue().encode())
 
 
@@ -186,7 +190,7 @@ def find_checkpoint(path: str | os.PathLike[str], which: str = "last") -> Path:
         RunError: there is no such checkpoint; the sentence lists those there are.
     """
     path = Path(path)
-    if (path / "agent.safetensors").is_file():
+    if (path / FILE).is_file():
         return path
     run = RunDir(path)
     run.read_config()

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import platform
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -40,7 +41,7 @@ class RunResult:
         path: the run folder.
         agent: as it is after the last update.
         step: updates done.
-        evaluations: one an evaluation, with its step.
+        evaluations: those of this process, with their steps; evaluations.csv has all.
         stopped_by: name of the signal that ended it early, or None.
         seconds: spent in updates, over all resumptions.
     """
@@ -92,13 +93,14 @@ def train(run: RunConfig, *, dataset: TransitionDataset | None = None, console: 
     """
     console = console or Console()
     folder = RunDir(run.run_dir or default_run_dir(run))
-    if folder.config_path.exists():
-        raise RunError(
-            f"{folder.path} holds a run already; continue it with `dql train --resume {folder.path}`, "
-            "or choose another folder with --run-dir"
-        )
     folder.lock()
     try:
+        if folder.config_path.exists():
+            raise RunError(
+                f"{folder.path} holds a run already; continue it with "
+                f"`dql train --resume {shlex.quote(str(folder.path))}`, or choose another folder with --run-dir"
+            )
+        folder.clean()
         device = resolve_device(run.device)
         if run.threads:
             torch.set_num_threads(run.threads)
@@ -132,6 +134,9 @@ def resume(path: Path, *, num_updates: int | None = None, console: Console | Non
         if num_updates is not None and num_updates != run.agent.num_updates:
             if run.agent.lr_schedule != "constant":
                 raise RunError("the length of a run with a cosine schedule cannot be changed: its past depends on it")
+            done = max(folder.steps(), default=0)
+            if num_updates < done:
+                raise RunError(f"{path} has done {done:,} updates already; --num-updates must not be fewer")
             run = run.with_agent(num_updates=num_updates)
         device = resolve_device(run.device)
         torch.set_num_threads(written["threads"])  # sums over rows depend on how threads split them
@@ -155,7 +160,7 @@ def resume(path: Path, *, num_updates: int | None = None, console: Console | Non
         folder.write_json("config.json", _describe(run, data, info, threads=written["threads"]))
         for file in (folder.metrics_path, folder.evaluations_path):
             drop_rows_after(file, agent.step)
-        console.print(f"resuming {path} at update {agent.step:,}")
+        console.print(f"resuming {path} at update {agent.step:,}", markup=False, soft_wrap=True)
         return _Loop(run, folder, data, info, agent, console, state).run()
     finally:
         folder.unlock()
@@ -170,6 +175,11 @@ def _evaluation_info(run: RunConfig, info: DatasetInfo) -> DatasetInfo:
     if run.env is not None:
         info = replace(info, env_spec=json.dumps({"id": run.env}))
     if run.eval_every:
+        if info.env_spec is None:
+            raise RunError(
+                f"dataset {info.dataset_id} names no environment to evaluate in; name one with --env, "
+                "or train without evaluations, --eval-every 0"
+            )
         make_env(info).close()
     return info
 
@@ -250,6 +260,8 @@ class _Loop:
 
     def run(self) -> RunResult:
         run, agent = self.config, self.agent
+        if self.saved_step >= 0:  # resumed: the kill may have come between a checkpoint and its tidying
+            self._tidy()
         with _signals(self._on_signal), _progress(run.agent, agent.step, self.console) as show:
             last_seconds, last_step = self.seconds, agent.step
             started = time.perf_counter() - self.seconds
@@ -264,6 +276,7 @@ class _Loop:
                     show(step, rate, self._log(rate))
                 evaluating = bool(run.eval_every) and (step % run.eval_every == 0 or ended)
                 if evaluating:
+                    self._check(dict(zip(self.names, self.since_log.read(), strict=False)))
                     before = time.perf_counter()
                     self._evaluate()
                     started += time.perf_counter() - before  # `seconds` are those of updates
@@ -326,7 +339,7 @@ class _Loop:
         )
 
     def _save(self) -> None:
-        """A checkpoint, the selection, and what the selection and `keep` make superfluous removed."""
+        """A checkpoint, and what follows from it."""
         self._check(dict(zip(self.names, self.since_log.read(), strict=False)))
         loop = {
             "seconds": self.seconds,
@@ -335,13 +348,17 @@ class _Loop:
             "evaluations": [vars(s) for s in self.scored],
             "names": self.names,
         }
-        step, run = self.agent.step, self.config
+        step = self.agent.step
         self.folder.save_checkpoint(step, self.agent, loop)
         self.saved_step = step
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """The selection written, and the checkpoints removed that nothing asks for any more."""
         if self.scored:
-            chosen = select_checkpoints(self.scored, run.top_k) | {"last": step}
+            chosen = select_checkpoints(self.scored, self.config.top_k) | {"last": self.saved_step}
             self.folder.write_json("selection.json", chosen)
-        self.folder.prune(run.keep, worth_keeping(self.scored, run.top_k))
+        self.folder.prune(self.config.keep, worth_keeping(self.scored, self.config.top_k))
 
 
 @contextmanager

@@ -37,22 +37,16 @@ class Tolerance:
 
 TOLERANCES = {
     # name: largest error relative to the tensor's largest element, absolute error, why
-    "schedule": Tolerance(
-        1e-12, 1e-12, "float64 in another order; abar near 1 costs three digits of 1 - abar"
-    ),
+    "schedule": Tolerance(1e-12, 1e-12, "float64 in another order; abar near 1 costs three digits of 1 - abar"),
     "noise": Tolerance(1e-15, 1e-14, "float64; two libraries' log, sin and cos may differ in the last bit"),
-    "float64": Tolerance(
-        1e-10, 0.0, "float64 in another order; measured 8e-14, and a wrong term is far above"
-    ),
+    "float64": Tolerance(1e-10, 0.0, "float64 in another order; measured 8e-14, and a wrong term is far above"),
     "float32": Tolerance(
         1e-4, 0.0, "the first step multiplies 6e-8 by a_0, 12.5 or (linear, T = 1000) 155; measured 2e-5"
     ),
     "float32 yardstick": Tolerance(
         5e-7, 0.0, "8 units in the last place, beside 4 times the error of plain float32 torch"
     ),
-    "rows": Tolerance(
-        1e-5, 0.0, "float32; a matrix product sums in another order for another number of rows"
-    ),
+    "rows": Tolerance(1e-5, 0.0, "float32; a matrix product sums in another order for another number of rows"),
     "agent float64": Tolerance(1e-10, 1e-13, "the issue's bound, over ten updates"),
     "agent float32": Tolerance(
         1e-4, 1e-6, "float32; ten Adam steps, of which each may turn a gradient of rounding size"
@@ -220,9 +214,7 @@ def expected(case: Case) -> dict[str, Tensor]:
     """`actions`, `d_states` and `d_<parameter>` by the transcription and autograd, float64."""
     problem = make_problem(case, torch.float64)
     N = case.N or 1
-    params = {
-        k: v.detach().clone().requires_grad_(True) for k, v in problem.policy.denoiser.state_dict().items()
-    }
+    params = {k: v.detach().clone().requires_grad_(True) for k, v in problem.policy.denoiser.state_dict().items()}
     states = problem.states.clone().requires_grad_(True)
     schedule = transcription.make_schedule(case.beta_schedule, case.T or case.K)
     timesteps = transcription.spaced_timesteps(schedule.T, case.K)
@@ -315,9 +307,7 @@ def plain(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     return named_gradients(problem, plain_chain(problem), problem.states)
 
 
-def run(
-    case: Case, backend: str, dtype: torch.dtype = torch.float32, precision: str = "fp32"
-) -> dict[str, Tensor]:
+def run(case: Case, backend: str, dtype: torch.dtype = torch.float32, precision: str = "fp32") -> dict[str, Tensor]:
     """The same tensors as `expected`, by `dql.sample(backend=...)`."""
     problem = make_problem(case, dtype)
     problem.states.requires_grad_(True)

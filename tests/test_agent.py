@@ -15,9 +15,7 @@ from dql import noise
 from dql.agent import UpdateSeeds
 
 S, A, B, H = 5, 3, 16, 24
-CONFIG = dql.Config(
-    hidden_dim=H, batch_size=B, eta=0.7, grad_norm=0.5, ema_start=3, ema_every=2, lr=1e-3, seed=5
-)
+CONFIG = dql.Config(hidden_dim=H, batch_size=B, eta=0.7, grad_norm=0.5, ema_start=3, ema_every=2, lr=1e-3, seed=5)
 Tensor = torch.Tensor
 
 
@@ -33,10 +31,7 @@ def make_batch(seed: int, dtype: torch.dtype = torch.float64) -> dql.Batch:
 
 
 def as_dict(batch: dql.Batch) -> dict[str, Tensor]:
-    return {
-        name: getattr(batch, name).double()
-        for name in ("states", "actions", "rewards", "next_states", "masks")
-    }
+    return {name: getattr(batch, name).double() for name in ("states", "actions", "rewards", "next_states", "masks")}
 
 
 def hyper(config: dql.Config, **changes) -> transcription.Hyper:
@@ -131,9 +126,7 @@ def test_ten_updates_of_diffusion_bc_equal_the_transcription():
             want = torch.tensor(state["metrics"][key], dtype=torch.float64)
             assert_close(metrics[name], want, TOLERANCES["agent float64"], what=name, case=f"update {step}")
         for name, tensor in networks(agent)["actor"].items():
-            assert_close(
-                tensor, state["actor"][name], TOLERANCES["agent float64"], what=name, case=f"update {step}"
-            )
+            assert_close(tensor, state["actor"][name], TOLERANCES["agent float64"], what=name, case=f"update {step}")
     assert metrics.keys() == {"actor/bc_loss", "actor/grad_norm"}
     assert agent.config.algorithm == "diffusion-bc"
     assert not hasattr(agent, "critic")
@@ -154,9 +147,7 @@ def test_float32_follows_to_its_rounding(variant):
             "actor/q_loss": "q_loss",
         }.items():
             want = torch.tensor(state["metrics"][key], dtype=torch.float64)
-            assert_close(
-                metrics[name], want, TOLERANCES["agent float32"], what=name, case=f"{variant}, update {step}"
-            )
+            assert_close(metrics[name], want, TOLERANCES["agent float32"], what=name, case=f"{variant}, update {step}")
             assert metrics[name].dtype == torch.float32
     for network, tensors in networks(agent).items():
         errors = torch.cat([(t.double() - state[network][k]).abs().flatten() for k, t in tensors.items()])
@@ -221,9 +212,7 @@ def test_the_targets_follow_every_update():
         before = agent.critic_target.flat.detach().clone()
         agent.update(make_batch(step))
         want = 0.75 * before + 0.25 * agent.critic.flat.detach()
-        assert_close(
-            agent.critic_target.flat, want, TOLERANCES["agent float64"], what="critic_target", case=f"{step}"
-        )
+        assert_close(agent.critic_target.flat, want, TOLERANCES["agent float64"], what="critic_target", case=f"{step}")
 
 
 def first_moments(agent) -> dict[str, float]:
@@ -256,9 +245,7 @@ def test_cosine_by_hand():
     for step, factor in by_hand.items():
         agent.step = step
         assert agent.lr_scale() == pytest.approx(factor, abs=1e-15)
-        assert config.lr * factor == pytest.approx(
-            transcription.cosine_lr(config.lr, min(step, 100), 100), abs=1e-15
-        )
+        assert config.lr * factor == pytest.approx(transcription.cosine_lr(config.lr, min(step, 100), 100), abs=1e-15)
         before = networks(agent)
         agent.update(make_batch(0))
         assert agent._actor_adam.adam.param_groups[0]["lr"] == pytest.approx(2e-3 * factor, abs=1e-18)
@@ -489,9 +476,7 @@ def test_the_20_tuned_tasks_are_the_published():
 
 def test_config_by_name_and_file():
     assert dql.Config.tuned("hopper-medium-v2", seed=4).seed == 4
-    with pytest.raises(
-        ValueError, match="no tuned hyper-parameters for 'hopper'; known: halfcheetah-medium-v2, "
-    ):
+    with pytest.raises(ValueError, match="no tuned hyper-parameters for 'hopper'; known: halfcheetah-medium-v2, "):
         dql.Config.tuned("hopper")
     for config in (dql.Config(), CONFIG, dql.Config.tuned("pen-human-v1")):
         assert dql.Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config

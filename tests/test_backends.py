@@ -110,9 +110,7 @@ def test_auto_with_nobody_able_gives_every_reason(only, policy):
 
 def test_unknown_backend(only, policy):
     only(Counting("eager"), Never("odd"))
-    with pytest.raises(
-        ValueError, match="unknown backend 'cudda'; this version of dql has: auto, eager, odd"
-    ):
+    with pytest.raises(ValueError, match="unknown backend 'cudda'; this version of dql has: auto, eager, odd"):
         dql.sample(STATES, policy, backend="cudda")
 
 

@@ -47,12 +47,8 @@ def test_kernels_import_nothing_of_the_rest(folder):
     for path in files:
         depth = len(path.relative_to(ROOT / folder).parts)
         for module in imported_modules(path):
-            inside = module.startswith(("dql.kernels.", "." * depth)) and not module.startswith(
-                "." * (depth + 1)
-            )
-            assert inside or module.split(".")[0] not in ("dql", ""), (
-                f"{path.relative_to(ROOT)} imports {module}"
-            )
+            inside = module.startswith(("dql.kernels.", "." * depth)) and not module.startswith("." * (depth + 1))
+            assert inside or module.split(".")[0] not in ("dql", ""), f"{path.relative_to(ROOT)} imports {module}"
 
 
 def test_native_code_includes_no_torch():

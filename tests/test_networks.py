@@ -118,9 +118,7 @@ def test_activation_module_has_autograds_gradient(kind, rows):
     leaves = [z.clone().requires_grad_(True) for _ in range(2)]
     values = [Activation(kind)(leaves[0]), own(leaves[1])]
     weights = torch.randn_like(z)
-    gradients = [
-        torch.autograd.grad((v * weights).sum(), leaf)[0] for v, leaf in zip(values, leaves, strict=True)
-    ]
+    gradients = [torch.autograd.grad((v * weights).sum(), leaf)[0] for v, leaf in zip(values, leaves, strict=True)]
     assert_close(values[0], values[1], TOLERANCES["float64"], what=kind)
     assert_close(gradients[0], gradients[1], TOLERANCES["float64"], what=f"d_{kind}")
     assert torch.equal(Activation(kind)(z), values[0])
@@ -277,9 +275,7 @@ def test_published_actor_loads_unchanged_and_acts_alike(schedule, T):
     assert float((want.abs() < 2).double().mean()) > 0.05
     # their schedule is float32, ours float64: 1 - abar_0 = 1e-4 of linear has lost four of its seven digits there
     tolerance = TOLERANCES["float32"] if schedule == "vp" else replace(TOLERANCES["float32"], rel=1e-3)
-    assert_close(
-        dql.sample(states, ours, noise=noise), want, tolerance, what="actions", case=f"{schedule} T={T}"
-    )
+    assert_close(dql.sample(states, ours, noise=noise), want, tolerance, what="actions", case=f"{schedule} T={T}")
 
 
 def test_published_critic_loads_unchanged():

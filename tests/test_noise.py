@@ -200,12 +200,8 @@ def test_uniform_and_integers_do_not_meet_the_normals():
 def test_derive():
     assert noise.derive(5, "bc", 3) == noise.derive(5, "bc", 3)
     want = int.from_bytes(hashlib.blake2b(b"(5, 'bc', 3)", digest_size=8).digest(), "little")
-    assert (
-        noise.derive(5, "bc", 3) == want
-    )  # a run's randomness is these very bytes: it must not change by accident
-    children = {
-        noise.derive(s, tag, step) for s in range(10) for tag in ("target", "bc_t", "") for step in range(100)
-    }
+    assert noise.derive(5, "bc", 3) == want  # a run's randomness is these very bytes: it must not change by accident
+    children = {noise.derive(s, tag, step) for s in range(10) for tag in ("target", "bc_t", "") for step in range(100)}
     assert len(children) == 10 * 3 * 100
     assert all(0 <= child < 1 << 64 for child in children)
     bits = np.array([[child >> i & 1 for i in range(64)] for child in children])

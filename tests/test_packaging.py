@@ -20,17 +20,13 @@ IGNORED = (".*", "venv", "env", "build", "dist", "runs", "*.egg-info", "__pycach
 
 
 def run(*command: str, cwd: Path, **environment: str) -> str:
-    result = subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, check=False, env=os.environ | environment
-    )
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=os.environ | environment)
     assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}\n{result.stderr}"
     return result.stdout
 
 
 def can_build_without_isolation() -> bool:
-    return (
-        importlib.util.find_spec("setuptools") is not None and int(version("setuptools").split(".")[0]) >= 77
-    )
+    return importlib.util.find_spec("setuptools") is not None and int(version("setuptools").split(".")[0]) >= 77
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +91,7 @@ def test_the_wheel_describes_itself(wheel):
     for extra in ("mujoco", "bench", "test", "dev"):
         assert re.search(rf"^Provides-Extra: {extra}$", metadata, re.M)
     required = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.M)
-    assert {"torch", "numpy", "safetensors", "gymnasium", "minari", "pillow"} <= {
-        name.lower() for name in required
-    }
+    assert {"torch", "numpy", "safetensors", "gymnasium", "minari", "pillow"} <= {name.lower() for name in required}
     assert "mujoco" not in required  # heavy: an extra
     assert "dql = dql.cli:main" in entry_points
 

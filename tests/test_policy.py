@@ -33,9 +33,7 @@ def test_q_sample_and_bc_loss_equal_the_transcription():
         t = torch.randint(0, T, (6,), generator=generator)
         schedule = transcription.make_schedule(name, T)
         want = transcription.q_sample(schedule, actions, t, noise)
-        assert_close(
-            policy.q_sample(actions, t, noise), want, TOLERANCES["float64"], what="q_sample", case=name
-        )
+        assert_close(policy.q_sample(actions, t, noise), want, TOLERANCES["float64"], what="q_sample", case=name)
         params = transcription.with_gradient(policy.denoiser.state_dict())
         want = transcription.bc_loss(params, schedule, states, actions, t, noise)
         got = policy.bc_loss(states, actions, t, noise)
@@ -130,9 +128,7 @@ def test_a_place_that_cannot_be_written_to(policy, tmp_path):
         policy.save(tmp_path / "file" / "policy")
     if os.geteuid() != 0:  # root may write anywhere
         (tmp_path / "locked").mkdir(mode=0o500)
-        with pytest.raises(
-            dql.CheckpointError, match="Permission denied; choose a folder that you may write to"
-        ):
+        with pytest.raises(dql.CheckpointError, match="Permission denied; choose a folder that you may write to"):
             policy.save(tmp_path / "locked" / "policy")
 
 
@@ -162,9 +158,7 @@ def test_a_cut_off_file(policy, tmp_path, length):
     path = tmp_path / "policy.safetensors"
     policy.save(path)
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(
-        dql.CheckpointError, match=r"policy\.safetensors is damaged .* take another checkpoint"
-    ):
+    with pytest.raises(dql.CheckpointError, match=r"policy\.safetensors is damaged .* take another checkpoint"):
         dql.DiffusionPolicy.load(path)
 
 

@@ -50,9 +50,7 @@ def chain_fwd(problem, save, weights=None, states=None, table=None):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_float64_equals_the_transcription(case):
-    assert_all_close(
-        run(case, "eager", DOUBLE), expected(case), TOLERANCES["float64"], case=case, backend="eager"
-    )
+    assert_all_close(run(case, "eager", DOUBLE), expected(case), TOLERANCES["float64"], case=case, backend="eager")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -69,9 +67,7 @@ def test_float32_is_as_near_as_its_rounding_allows(case):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_yardstick_is_right(case):
-    assert_all_close(
-        plain(case, DOUBLE), expected(case), TOLERANCES["float64"], case=case, backend="plain torch"
-    )
+    assert_all_close(plain(case, DOUBLE), expected(case), TOLERANCES["float64"], case=case, backend="plain torch")
 
 
 def test_the_cases_reach_what_they_are_for():
@@ -147,9 +143,7 @@ def test_gradcheck(sampler, activation):
             return reference.chain_bwd(ctx.chain, spec, d_actions)
 
     flat = problem.policy.denoiser.flat.detach().clone().requires_grad_(True)
-    assert torch.autograd.gradcheck(
-        Chain.apply, (flat, problem.states.requires_grad_(True)), atol=1e-7, rtol=1e-5
-    )
+    assert torch.autograd.gradcheck(Chain.apply, (flat, problem.states.requires_grad_(True)), atol=1e-7, rtol=1e-5)
 
 
 def test_a_table_of_ones_own_that_clamps_the_action():
@@ -166,9 +160,7 @@ def test_a_table_of_ones_own_that_clamps_the_action():
         sample(problem.states, problem.policy, backend="eager", noise=problem.noise, sampler=problem.table),
     ):
         gradients = torch.autograd.grad((actions * problem.weights).sum(), [problem.states, *parameters])
-        results.append(
-            dict(zip(("actions", "d_states", *names), (actions.detach(), *gradients), strict=True))
-        )
+        results.append(dict(zip(("actions", "d_states", *names), (actions.detach(), *gradients), strict=True)))
     assert 0.05 < float((results[0]["actions"].abs() == 1).double().mean()) < 0.95
     assert_all_close(results[1], results[0], TOLERANCES["float64"], case="own table", backend="eager")
 
@@ -217,9 +209,9 @@ def exact_activation(z: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
 def test_activations_over_the_whole_range(kind, dtype):
     largest = 38.4 if dtype == torch.float32 else 308.2
     wide = torch.logspace(-37, largest, 3000, dtype=DOUBLE).clamp(max=torch.finfo(dtype).max)
-    z = torch.cat(
-        [torch.linspace(-120, 120, 60_001, dtype=DOUBLE), wide, -wide, torch.zeros(1, dtype=DOUBLE)]
-    ).to(dtype)
+    z = torch.cat([torch.linspace(-120, 120, 60_001, dtype=DOUBLE), wide, -wide, torch.zeros(1, dtype=DOUBLE)]).to(
+        dtype
+    )
     h_want, d_want = (torch.from_numpy(v.astype(np.float64)) for v in exact_activation(z.numpy(), kind))
     eps = torch.finfo(dtype).eps
     pieces = {"large": [z], "small": list(z.split(1000))}  # the two ways to compute Mish
@@ -267,9 +259,7 @@ def test_time_embedding(dim):
     want = transcription.sinusoidal_embedding(t, dim)
     assert_close(reference.time_embedding(t.double(), dim), want, TOLERANCES["float64"], what="embedding")
     # float32: t times a rounded frequency, t = 999 loses three digits
-    assert_close(
-        reference.time_embedding(t.float(), dim), want, TOLERANCES["float32"], what="embedding, float32"
-    )
+    assert_close(reference.time_embedding(t.float(), dim), want, TOLERANCES["float32"], what="embedding, float32")
 
 
 def test_a_seed_is_the_noise_of_that_seed():

@@ -223,9 +223,7 @@ def test_changes_between_forward_and_backward_are_noticed(policy, what):
             policy.denoiser.flat.mul_(1.1)
         elif what == "optimizer step":
             policy.denoiser.flat.grad.fill_(1.0)
-            torch.optim.Adam(
-                [policy.denoiser.flat]
-            ).step()  # torch's fused=True counts no change, for any module
+            torch.optim.Adam([policy.denoiser.flat]).step()  # torch's fused=True counts no change, for any module
         elif what == "load_state_dict":
             policy.load_state_dict(dql.DiffusionPolicy(S, A, 1.5, H).state_dict())
         else:
@@ -283,9 +281,7 @@ def test_set_policy(policy):
         assert torch.equal(dql.sample(states, seed=0), want)
     finally:
         dql.set_policy(None)
-    with pytest.raises(
-        ValueError, match=r"no policy: pass one, .* or set one first, dql\.set_policy\(policy\)"
-    ):
+    with pytest.raises(ValueError, match=r"no policy: pass one, .* or set one first, dql\.set_policy\(policy\)"):
         dql.sample(states)
     with pytest.raises(TypeError, match="set_policy takes a DiffusionPolicy or None, got Denoiser"):
         dql.set_policy(policy.denoiser)
@@ -332,12 +328,8 @@ def test_select_with_noise_and_frequencies():
     B, N = 20_000, 4
     state, noise = torch.randn(1, S).double(), torch.randn(5, 1, N, A).double()
     candidates = dql.sample(state, policy, noise=noise, num_candidates=N)[0]
-    probabilities = transcription.acting_probabilities(critic.state_dict(), state, candidates.detach()[None])[
-        0
-    ]
-    got = dql.select(
-        state.expand(B, S), policy, critic, num_candidates=N, noise=noise.expand(5, B, N, A), seed=6
-    )
+    probabilities = transcription.acting_probabilities(critic.state_dict(), state, candidates.detach()[None])[0]
+    got = dql.select(state.expand(B, S), policy, critic, num_candidates=N, noise=noise.expand(5, B, N, A), seed=6)
     counts = ((got[:, None] - candidates).abs().amax(-1) < 1e-9).double().sum(0)  # [N]
     assert int(counts.sum()) == B
     for n in range(N):
@@ -508,9 +500,7 @@ def test_any_bad_state_is_found_and_no_good_one_refused(row, column, bad, good):
         policy.denoiser.flat.zero_()  # the network itself must not overflow here
     dql.sample(states, policy, seed=0)
     states[row, column] = bad
-    with pytest.raises(
-        ValueError, match=f"hold 1 NaN or infinite values, the first at row {row}, column {column};"
-    ):
+    with pytest.raises(ValueError, match=f"hold 1 NaN or infinite values, the first at row {row}, column {column};"):
         dql.sample(states, policy, seed=0)
 
 

@@ -41,9 +41,7 @@ def test_schedule_equals_the_transcription(name, T):
         got = getattr(schedule, quantity)
         assert got.dtype == np.float64
         tensor = torch.from_numpy(got)
-        assert_close(
-            tensor, getattr(want, quantity), TOLERANCES["schedule"], what=quantity, case=f"{name} T={T}"
-        )
+        assert_close(tensor, getattr(want, quantity), TOLERANCES["schedule"], what=quantity, case=f"{name} T={T}")
 
 
 def test_vp_by_hand():
@@ -202,9 +200,7 @@ def test_bad_num_steps(sampler, num_steps):
 
 
 def test_unknown_sampler():
-    with pytest.raises(
-        ValueError, match=r"unknown sampler 'euler'; known: ddpm, ddim, dpm-solver\+\+, or a StepTable"
-    ):
+    with pytest.raises(ValueError, match=r"unknown sampler 'euler'; known: ddpm, ddim, dpm-solver\+\+, or a StepTable"):
         StepTable.make("euler", NoiseSchedule())
 
 

@@ -26,9 +26,7 @@ def make_denoiser(seed: int, num_hidden: int = 3, A: int = A) -> dict[str, Tenso
     params = {}
     for name, (fan_in, fan_out) in sizes.items():
         scale = fan_in**-0.5
-        params[f"{name}.weight"] = scale * torch.randn(
-            fan_out, fan_in, generator=generator, dtype=torch.float64
-        )
+        params[f"{name}.weight"] = scale * torch.randn(fan_out, fan_in, generator=generator, dtype=torch.float64)
         params[f"{name}.bias"] = scale * torch.randn(fan_out, generator=generator, dtype=torch.float64)
     return params
 
@@ -76,9 +74,7 @@ def make_randomness(seed: int, T: int, coin: bool = True, candidates: int | None
     }
 
 
-def assert_gradients(
-    loss: Callable[[dict[str, Tensor]], Tensor], params: dict[str, Tensor], count: int = 3
-) -> None:
+def assert_gradients(loss: Callable[[dict[str, Tensor]], Tensor], params: dict[str, Tensor], count: int = 3) -> None:
     """Autograd against central differences: the largest, a middle and the last element of every parameter."""
     leaves = tr.with_gradient(params)
     grads = tr.gradients(loss(leaves), leaves)
@@ -242,16 +238,12 @@ def test_ddpm_two_steps_by_hand() -> None:
     eps, x, z = 0.2, 0.3, -0.7
     x0 = (x - math.sqrt(1 - abar2) * eps) / math.sqrt(abar2)
     assert abs(x0) < 2.0
-    mean = (
-        math.sqrt(abar1) * (1 - alpha2) / (1 - abar2) * x0 + math.sqrt(alpha2) * (1 - abar1) / (1 - abar2) * x
-    )
+    mean = math.sqrt(abar1) * (1 - alpha2) / (1 - abar2) * x0 + math.sqrt(alpha2) * (1 - abar1) / (1 - abar2) * x
     x = mean + math.sqrt((1 - abar1) / (1 - abar2) * (1 - alpha2)) * z
     x0 = (x - math.sqrt(1 - abar1) * eps) / math.sqrt(abar1)
     expected = min(max(x0, -2.0), 2.0)
     noise = torch.tensor([0.3, -0.7], dtype=torch.float64)[:, None, None].expand(2, 1, A)
-    actions = tr.ddpm_chain(
-        constant_denoiser(eps), tr.make_schedule("vp", 2), torch.zeros(1, S).double(), noise, 2.0
-    )
+    actions = tr.ddpm_chain(constant_denoiser(eps), tr.make_schedule("vp", 2), torch.zeros(1, S).double(), noise, 2.0)
     assert actions[0].tolist() == pytest.approx([expected] * A, rel=1e-12)
 
 
@@ -270,10 +262,7 @@ def test_ddpm_equals_the_tabled_posterior(name: str, T: int, max_action: float) 
     for t in range(T - 1, -1, -1):
         eps = tr.denoiser(params, x, torch.full((B,), t), s)
         x0 = schedule.sqrt_recip_alphas_cumprod[t] * x - schedule.sqrt_recipm1_alphas_cumprod[t] * eps
-        x = (
-            schedule.posterior_mean_coef1[t] * x0.clamp(-max_action, max_action)
-            + schedule.posterior_mean_coef2[t] * x
-        )
+        x = schedule.posterior_mean_coef1[t] * x0.clamp(-max_action, max_action) + schedule.posterior_mean_coef2[t] * x
         if t > 0:
             x = x + torch.exp(0.5 * schedule.posterior_log_variance_clipped[t]) * noise[T - t]
     # 1 - abar of the linear schedule costs four digits
@@ -326,9 +315,7 @@ def test_first_order_dpmpp_is_ddim(K: int, max_action: float) -> None:
     )
     steps = tr.spaced_timesteps(5, K)
     ddim = tr.ddim_chain(params, schedule, s, noise, max_action, steps)
-    torch.testing.assert_close(
-        tr.dpmpp_2m_chain(params, schedule, s, noise, max_action, steps), ddim, **EXACT
-    )
+    torch.testing.assert_close(tr.dpmpp_2m_chain(params, schedule, s, noise, max_action, steps), ddim, **EXACT)
 
 
 @pytest.mark.parametrize("max_action", [1.0, 50.0])  # with and without clamping
@@ -351,16 +338,12 @@ def test_dpmpp_three_steps_by_hand(max_action: float) -> None:
     eps = (x - math.sqrt(a2) * D) / math.sqrt(1 - a2)
     x = math.sqrt(a0) * D + math.sqrt(1 - a0) * eps
     expected = tr.predict_x0(params, schedule, x, 0, s, max_action)
-    torch.testing.assert_close(
-        tr.dpmpp_2m_chain(params, schedule, s, noise, max_action, [4, 2, 0]), expected, **EXACT
-    )
+    torch.testing.assert_close(tr.dpmpp_2m_chain(params, schedule, s, noise, max_action, [4, 2, 0]), expected, **EXACT)
 
 
 def test_samplers_refuse_bad_stochasticity() -> None:
     with pytest.raises(ValueError, match="between 0 and 1"):
-        tr.ddim_chain(
-            constant_denoiser(0), tr.make_schedule("vp", 1), normal(0, 1, S), normal(0, 1, 1, A), 1, [0], 1.1
-        )
+        tr.ddim_chain(constant_denoiser(0), tr.make_schedule("vp", 1), normal(0, 1, S), normal(0, 1, 1, A), 1, [0], 1.1)
 
 
 def test_clamp_stops_the_gradient() -> None:
@@ -389,9 +372,7 @@ def test_bc_loss_by_hand() -> None:
     s, a, t = normal(2, B, S), normal(3, B, A), torch.tensor([0, 1, 2, 3, 4])
     noise = normal(4, B, A)
     expected = float(((0.25 - noise) ** 2).mean())  # this denoiser always answers 0.25
-    assert float(tr.bc_loss(constant_denoiser(0.25), schedule, s, a, t, noise)) == pytest.approx(
-        expected, rel=1e-13
-    )
+    assert float(tr.bc_loss(constant_denoiser(0.25), schedule, s, a, t, noise)) == pytest.approx(expected, rel=1e-13)
     noisy = tr.q_sample(schedule, a, t, noise)
     abar = math.exp(-0.02 * 3 - 0.198 * 9)
     assert float(noisy[2, 1]) == pytest.approx(
@@ -458,9 +439,7 @@ def test_target_q_by_hand() -> None:
         "masks": torch.tensor([1.0, 0.0], dtype=torch.float64),
         "next_states": torch.zeros(2, S, dtype=torch.float64),
     }
-    wanted = torch.tensor(
-        [[-0.3, 0.1, 0.4], [0.2, 0.2, 0.2]], dtype=torch.float64
-    )  # [B, N]: first action coordinate
+    wanted = torch.tensor([[-0.3, 0.1, 0.4], [0.2, 0.2, 0.2]], dtype=torch.float64)  # [B, N]: first action coordinate
     noise = (root * wanted)[None, :, :, None].expand(1, 2, 3, A)
     args = (constant_denoiser(0.0), linear_critic(), schedule, batch)
     y = tr.target_q(*args, noise[:, :, 2], 0.5, 1.0, False)
@@ -547,31 +526,21 @@ def test_update_order() -> None:
     state = tr.initial_state(make_denoiser(1), make_critic(2))
     for key in state["ema_actor"]:
         state["ema_actor"][key] = state["ema_actor"][key] + 0.1  # so that the target's actor is told apart
-    before = {
-        name: {key: value.clone() for key, value in state[name].items()} for name in ("actor", "critic")
-    }
+    before = {name: {key: value.clone() for key, value in state[name].items()} for name in ("actor", "critic")}
     batch, randomness = make_batch(5), make_randomness(9, 3)
     new = tr.update(state, batch, randomness, hyper)
 
     schedule = tr.make_schedule("vp", 3)
-    next_actions = tr.ddpm_chain(
-        state["ema_actor"], schedule, batch["next_states"], randomness["target_noise"], 1.0
-    )
+    next_actions = tr.ddpm_chain(state["ema_actor"], schedule, batch["next_states"], randomness["target_noise"], 1.0)
     q1, q2 = tr.critic(state["critic_target"], batch["next_states"], next_actions)
     y = batch["rewards"] + 0.99 * batch["masks"] * torch.minimum(q1, q2)
     torch.testing.assert_close(new["metrics"]["target_q"], y, **EXACT)
 
     # the actor's loss is taken on the old actor's actions, judged by the new critic
     actions = tr.ddpm_chain(state["actor"], schedule, batch["states"], randomness["actor_noise"], 1.0)
-    assert new["metrics"]["q_loss"] == pytest.approx(
-        float(tr.q_loss(new["critic"], batch["states"], actions, True))
-    )
-    assert new["metrics"]["q_loss"] != pytest.approx(
-        float(tr.q_loss(state["critic"], batch["states"], actions, True))
-    )
-    assert new["metrics"]["actor_loss"] == pytest.approx(
-        new["metrics"]["bc_loss"] + 0.5 * new["metrics"]["q_loss"]
-    )
+    assert new["metrics"]["q_loss"] == pytest.approx(float(tr.q_loss(new["critic"], batch["states"], actions, True)))
+    assert new["metrics"]["q_loss"] != pytest.approx(float(tr.q_loss(state["critic"], batch["states"], actions, True)))
+    assert new["metrics"]["actor_loss"] == pytest.approx(new["metrics"]["bc_loss"] + 0.5 * new["metrics"]["q_loss"])
 
     # both gradients were over the limit; the first moments show what Adam was handed
     assert new["metrics"]["critic_grad_norm"] > 0.05 and new["metrics"]["actor_grad_norm"] > 0.05
@@ -613,9 +582,7 @@ def test_stand_in_samples_the_same(T: int) -> None:
     ours = tr.ddpm_chain(tr.denoiser_params(actor.state_dict()), tr.make_schedule("vp", T), s, noise, 1.0)
     with torch.no_grad():
         theirs = actor.sample(s.float(), noise.float())
-    torch.testing.assert_close(
-        theirs.double(), ours, rtol=0, atol=2e-5
-    )  # float32, amplified by 1/sqrt(abar) = 12.5
+    torch.testing.assert_close(theirs.double(), ours, rtol=0, atol=2e-5)  # float32, amplified by 1/sqrt(abar) = 12.5
 
 
 @pytest.mark.parametrize("max_q_backup", [False, True])
@@ -698,9 +665,7 @@ def test_philox_normal_layout_by_hand() -> None:
     assert float(noise[1, 2, 5]) == pytest.approx(radius * math.sin(2 * math.pi * u1), rel=1e-14)
     w = tr.philox4x32((2, 1, 0, 0), (3, 7))  # dimensions 2 and 3 take the second pair of words
     u2, u3 = ((w[2] >> 9) + 0.5) / 2**23, ((w[3] >> 9) + 0.5) / 2**23
-    assert float(noise[1, 2, 2]) == pytest.approx(
-        math.sqrt(-2 * math.log(u2)) * math.cos(2 * math.pi * u3), rel=1e-14
-    )
+    assert float(noise[1, 2, 2]) == pytest.approx(math.sqrt(-2 * math.log(u2)) * math.cos(2 * math.pi * u3), rel=1e-14)
 
 
 def test_philox_normal_depends_on_place_alone() -> None:

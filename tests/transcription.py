@@ -223,9 +223,7 @@ def denoiser_params(state_dict: Params) -> dict[str, Tensor]:
     return {key[6:]: value.detach().double() for key, value in state_dict.items() if key.startswith("model.")}
 
 
-def predict_x0(
-    params: Params, schedule: Schedule, x: Tensor, t: int, states: Tensor, max_action: float
-) -> Tensor:
+def predict_x0(params: Params, schedule: Schedule, x: Tensor, t: int, states: Tensor, max_action: float) -> Tensor:
     """clamp((x_t - sqrt(1 - abar_t) eps_theta) / sqrt(abar_t), +-max_action) (DDPM, equation 15), [B, A]."""
     abar = schedule.alphas_cumprod[t]
     eps = denoiser(params, x, torch.full((x.shape[0],), t), states)  # [B, A]
@@ -375,9 +373,7 @@ def q_sample(schedule: Schedule, actions: Tensor, t: Tensor, noise: Tensor) -> T
     return torch.stack(rows)
 
 
-def bc_loss(
-    params: Params, schedule: Schedule, states: Tensor, actions: Tensor, t: Tensor, noise: Tensor
-) -> Tensor:
+def bc_loss(params: Params, schedule: Schedule, states: Tensor, actions: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """Mean over rows and dimensions of (eps_theta(q_sample(a, t, eps), t, s) - eps)^2 (Diffusion-QL, L_d).
 
     Args:
@@ -522,9 +518,7 @@ def initial_state(actor: Params, critic_params: Params | None) -> State:
     }
     if critic_params is not None:
         state["critic"] = {key: value.detach().double().clone() for key, value in critic_params.items()}
-        state["critic_target"] = {
-            key: value.detach().double().clone() for key, value in critic_params.items()
-        }
+        state["critic_target"] = {key: value.detach().double().clone() for key, value in critic_params.items()}
         state["critic_m"] = {key: torch.zeros_like(value) for key, value in state["critic"].items()}
         state["critic_v"] = {key: torch.zeros_like(value) for key, value in state["critic"].items()}
     return state
@@ -663,9 +657,7 @@ def update(state: State, batch: Mapping[str, Tensor], randomness: Mapping[str, A
     return new
 
 
-def update_bc(
-    state: State, batch: Mapping[str, Tensor], randomness: Mapping[str, Any], hyper: Hyper
-) -> State:
+def update_bc(state: State, batch: Mapping[str, Tensor], randomness: Mapping[str, Any], hyper: Hyper) -> State:
     """One update of DiffusionBC: `update` with eta = 0 and no critic; clipping, Adam and EMA as there.
 
     Args:
@@ -680,9 +672,7 @@ def update_bc(
     schedule = make_schedule(hyper.beta_schedule, hyper.T)
     n = state["step"] + 1
     leaves = with_gradient(state["actor"])
-    loss = bc_loss(
-        leaves, schedule, batch["states"], batch["actions"], randomness["bc_t"], randomness["bc_noise"]
-    )
+    loss = bc_loss(leaves, schedule, batch["states"], batch["actions"], randomness["bc_t"], randomness["bc_noise"])
     grads = gradients(loss, leaves)
     new: State = {}
     new["actor"], new["actor_m"], new["actor_v"] = adam(
