@@ -12,7 +12,7 @@ assert version is not None, "dql/__init__.py states no __version__"
 
 setup(
     version=version[1],
-    packages=["dql", "dql.kernels", "dql.behaviours"],
+    packages=["dql", "dql.datasets", "dql.kernels", "dql.behaviours"],
     package_dir={"dql": "dql", "dql.kernels": "kernels"},
     package_data={"dql.behaviours": ["*.npz", "*.md"]},
 )

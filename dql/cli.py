@@ -46,7 +46,7 @@ def data_list(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> i
     Args:
         as_json: Print JSON.
     """
-    from dql.datasources import datasets_root, list_datasets
+    from dql.datasets.sources import datasets_root, list_datasets
     from dql.recipes import RECIPES
 
     found = list_datasets()

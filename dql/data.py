@@ -4,11 +4,11 @@
     load_dataset("mujoco/hopper/medium-v0+mujoco/hopper/expert-v0")      both, one after the other
     load_dataset("mujoco/hopper/medium-expert-v0")                       the same, where only the halves exist
     load_dataset("path/to/dataset")                                      a Minari folder (holds data/main_data.hdf5)
-    load_dataset("hopper_medium-v2.hdf5")                                a D4RL file (see `dql.d4rl`)
+    load_dataset("hopper_medium-v2.hdf5")                                a D4RL file (see `dql.datasets.d4rl`)
 
 Every transition keeps its true next observation, and `masks = 1 - terminations`: an episode that was cut by a time
-limit still bootstraps. Observations are flattened by one written rule (`dql.observations`); AntMaze episodes of Minari
-end at their first success. The flat arrays are cached in $DQL_CACHE, or ~/.cache/dql.
+limit still bootstraps. Observations are flattened by one written rule (`dql.datasets.observations`); AntMaze episodes
+of Minari end at their first success. The flat arrays are cached in $DQL_CACHE, or ~/.cache/dql.
 
 Whatever cannot be used (NaN, mismatched lengths, actions outside their bounds, a discrete action space, a missing or
 half-downloaded file, ...) is refused by a `DatasetError`: one sentence with the dataset, the episode and the remedy.
@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import noise
-from .dataset_info import FIELDS, DatasetError, DatasetInfo, DatasetNotFoundError, FlatData
-from .datasources import DatasetSummary, list_datasets, resolve
+from dql.datasets.info import FIELDS, DatasetError, DatasetInfo, DatasetNotFoundError, FlatData
+from dql.datasets.sources import DatasetSummary, list_datasets, resolve
+
+from dql import noise
 
 __all__ = [
     "REWARD_TUNES",
@@ -246,7 +247,7 @@ def load_dataset(
     Raises:
         DatasetError: it cannot be used; DatasetNotFoundError (also a FileNotFoundError): it is not there.
     """
-    from .datacache import cached
+    from dql.datasets.cache import cached
 
     if reward_tune not in REWARD_TUNES:
         raise DatasetError(f"reward_tune must be one of {', '.join(REWARD_TUNES)}, got {reward_tune!r}")
@@ -259,10 +260,10 @@ def load_dataset(
 
 def _read(source: Any) -> FlatData:
     if source.kind == "d4rl":
-        from .d4rl import read_d4rl
+        from dql.datasets.d4rl import read_d4rl
 
         return read_d4rl(source)
-    from .minari_data import read_minari
+    from dql.datasets.minari import read_minari
 
     return read_minari(source)
 

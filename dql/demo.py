@@ -135,7 +135,7 @@ def _timed(work):
 
 def _dataset(console: Console):
     from dql.collect import make_dataset
-    from dql.datasources import local_ids
+    from dql.datasets.sources import local_ids
 
     if DATASET not in local_ids():
         console.print(f"making {DATASET}")

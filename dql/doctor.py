@@ -86,7 +86,7 @@ def _compiler(name: str) -> str | None:
 
 
 def _folders() -> dict[str, str]:
-    from dql.datacache import cache_dir
-    from dql.datasources import datasets_root
+    from dql.datasets.cache import cache_dir
+    from dql.datasets.sources import datasets_root
 
     return {"datasets": str(datasets_root()), "cache": str(cache_dir())}

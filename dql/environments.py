@@ -15,8 +15,8 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
-from .dataset_info import DatasetError, DatasetInfo
-from .observations import flatten_observation, observation_rule
+from dql.datasets.info import DatasetError, DatasetInfo
+from dql.datasets.observations import flatten_observation, observation_rule
 
 _MUJOCO_REMEDY = 'pip install "diffusion-ql[mujoco]"'
 _ROBOTICS = ("AntMaze", "PointMaze", "FrankaKitchen", "AdroitHand", "Fetch")

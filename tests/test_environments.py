@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from dql.dataset_info import DatasetError, DatasetInfo
+from dql.datasets.info import DatasetError, DatasetInfo
+from dql.datasets.observations import flatten_observation, flatten_rows, observation_rule
 from dql.environments import make_env
-from dql.observations import flatten_observation, flatten_rows, observation_rule
 
 
 def info_for(spec, *, rule="box", dataset_id="some/thing-v0", max_action=1.0, **fields):
@@ -230,7 +230,7 @@ def run_without(module, code):
 
 MAKE = """
     import json, numpy as np, gymnasium
-    from dql.dataset_info import DatasetError, DatasetInfo
+    from dql.datasets.info import DatasetError, DatasetInfo
     from dql.environments import make_env
     try:
         make_env(DatasetInfo("some/thing-v0", {spec}, None, None, 0, np.zeros(0), "box", 1.0))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dql.agent import DiffusionBC
 from dql.config import Config
-from dql.dataset_info import DatasetInfo
+from dql.datasets.info import DatasetInfo
 from dql.evaluate import Evaluation, Scored, confidence_interval, evaluate, select_checkpoints, worth_keeping
 
 

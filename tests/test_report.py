@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dql.data import TransitionDataset
-from dql.dataset_info import DatasetInfo
+from dql.datasets.info import DatasetInfo
 from dql.policy import DiffusionPolicy
 from dql.report import action_distribution, learning_curve, spread_states
 from dql.rundir import RunDir, append_row

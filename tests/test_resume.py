@@ -132,7 +132,7 @@ def test_sigkill_at_random_moments(dql_command, pendulum, flags, reference, tmp_
 # is as real as any: it runs the command line's main() and ends by its exit code or by SIGKILL.
 _FORKING = """
 import json, os, signal, sys
-import gymnasium, minari, torch, torch._dynamo, dql.cli, dql.data, dql.datacache, dql.environments, dql.train
+import gymnasium, minari, torch, torch._dynamo, dql.cli, dql.data, dql.datasets.cache, dql.environments, dql.train
 import safetensors.torch
 from gymnasium.envs.classic_control.pendulum import PendulumEnv
 gymnasium.register("BriefPendulum-v0", entry_point=PendulumEnv, max_episode_steps=6)

@@ -198,7 +198,7 @@ def test_dropping_rows(steps, after, tmp_path_factory):
 FULL = """
 import resource, sys
 import torch._dynamo  # before the limit: it may write caches
-import dql.cli, dql.train, dql.data, dql.datacache, dql.environments
+import dql.cli, dql.train, dql.data, dql.datasets.cache, dql.environments
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
 sys.exit(dql.cli.main(sys.argv[2:]))
 """

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .dataset_info import DatasetError, DatasetNotFoundError
+from dql.datasets.info import DatasetError, DatasetNotFoundError
 
 MAIN_FILE = "main_data.hdf5"  # of a Minari dataset in its default format
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from .dataset_info import DatasetError, DatasetInfo, FlatData, broken_file, check_transitions
-from .datasources import Source
+from dql.datasets.info import DatasetError, DatasetInfo, FlatData, broken_file, check_transitions
+from dql.datasets.sources import Source
 
 
 @dataclass(frozen=True)

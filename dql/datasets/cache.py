@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .dataset_info import FIELDS, DatasetInfo, FlatData
-from .datasources import Source
+from dql.datasets.info import FIELDS, DatasetInfo, FlatData
+from dql.datasets.sources import Source
 
 FORMAT_VERSION = 1  # raise it whenever a reader or a rule changes what it makes of the same files
 

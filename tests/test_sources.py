@@ -21,8 +21,8 @@ from dql.data import (
     DatasetError,
     load_dataset,
 )
-from dql.datacache import cache_path
-from dql.datasources import resolve
+from dql.datasets.cache import cache_path
+from dql.datasets.sources import resolve
 
 
 def test_a_minari_folder_by_path(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .dataset_info import (
+from dql.datasets.info import (
     DatasetError,
     DatasetInfo,
     DatasetNotFoundError,
@@ -20,8 +20,8 @@ from .dataset_info import (
     check_transitions,
     is_antmaze,
 )
-from .datasources import MAIN_FILE, Source, again, env_spec_json, read_metadata, reference_scores
-from .observations import flatten_rows, observation_rule
+from dql.datasets.observations import flatten_rows, observation_rule
+from dql.datasets.sources import MAIN_FILE, Source, again, env_spec_json, read_metadata, reference_scores
 
 CUT_NOTE = "episodes end at their first success (a termination), as in D4RL"
 Episode = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]

@@ -41,7 +41,7 @@ class DatasetInfo:
     episode_returns: np.ndarray = field(repr=False)
     """Undiscounted raw return of each COMPLETE episode (ended by a termination or a truncation), float64 [E]."""
     observation_rule: str
-    """How an observation becomes a flat row: see `dql.observations`."""
+    """How an observation becomes a flat row: see `dql.datasets.observations`."""
     max_action: float
     """The action space is [-max_action, max_action] in every dimension."""
     state_dim: int | None = None
