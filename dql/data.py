@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from dql import noise
 from dql.datasets.info import FIELDS, DatasetError, DatasetInfo, DatasetNotFoundError, FlatData
 from dql.datasets.sources import DatasetSummary, list_datasets, resolve
-
-from dql import noise
 
 __all__ = [
     "REWARD_TUNES",
