@@ -135,6 +135,9 @@ def _build_counters(K: int, rows: int, blocks: int, row_offset: int, offset: int
     return even, odd
 
 
+_kept_counters = lru_cache(maxsize=32)(_build_counters)
+
+
 def _unit(words: np.ndarray) -> np.ndarray:
     """The open unit interval from 32-bit words, exact in float32 and wider."""
     return ((words >> 9) + 0.5) * 2.0**-23
@@ -187,7 +190,8 @@ def normal(
             words = _philox_packed((c0, c1, c2, c3 | _lanes(count)[0] * offset), count, seed)
             _box_muller(words, values)
         else:
-            even, odd = _build_counters(K, B, blocks, row_offset, offset)
+            build = _kept_counters if count <= _CHUNK else _build_counters
+            even, odd = build(K, B, blocks, row_offset, offset)
             for start in range(0, count, _CHUNK):
                 chunk = slice(start, start + _CHUNK)
                 _box_muller(np.stack(_philox(even[:, chunk], odd[:, chunk], seed)), values[chunk])
