@@ -23,7 +23,8 @@ def examine() -> dict[str, Any]:
         "dql": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        # torch itself tells its build (+cpu, +cu130), its metadata may not
+        "packages": {name: _version(name) for name in _PACKAGES} | {"torch": torch.__version__},
         "cpu": _cpu(),
         "gpu": _gpu(),
         "compilers": {name: _compiler(name) for name in ("g++", "nvcc")},
