@@ -136,7 +136,7 @@ def resume(path: Path, *, num_updates: int | None = None, console: Console | Non
                 raise RunError("the length of a run with a cosine schedule cannot be changed: its past depends on it")
             done = max(folder.steps(), default=0)
             if num_updates < done:
-                raise RunError(f"{path} has done {done:,} updates already; --num-updates must not be fewer")
+                raise RunError(f"{path} has done {done:,} updates already; --num-updates {num_updates:,} is fewer")
             run = run.with_agent(num_updates=num_updates)
         device = resolve_device(run.device)
         torch.set_num_threads(written["threads"])  # sums over rows depend on how threads split them

@@ -244,7 +244,7 @@ def test_a_shorter_run_cannot_be_resumed_into(dql_here, pendulum, tmp_path, tiny
     """Ten updates are done: five are not to be had any more."""
     flags = ["--dataset", pendulum, *tiny, "--num-updates", 10, "--eval-every", 0, "--run-dir", tmp_path / "run"]
     assert dql_here("train", *flags).code == 0
-    dql_here("train", "--resume", tmp_path / "run", "--num-updates", 5).refused("5", "10")
+    dql_here("train", "--resume", tmp_path / "run", "--num-updates", 5).refused("--num-updates 5 ", "10 updates")
     assert trained_with(tmp_path / "run").agent.num_updates == 10
 
 
