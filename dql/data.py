@@ -217,7 +217,7 @@ class TransitionDataset:
         if cached is None or cached[0] != key:
             child = noise.derive(seed, "data", block)
             rows = noise.integers(child, self.size, BLOCK_STEPS * batch_size).view(BLOCK_STEPS, batch_size)
-            cached = self._block = (key, rows.to(self.device))
+            cached = self._block = (key, rows.to(self.device, non_blocking=True))
         return cached[1][row]
 
     def sample(self, batch_size: int, seed: int, step: int) -> Batch:

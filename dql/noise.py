@@ -113,10 +113,15 @@ def _packed_counters(K: int, rows: int, blocks: int, row_offset: int) -> tuple[i
     return c0, c1, c2, c3
 
 
+def _to_device(words: np.ndarray, device: torch.device) -> Tensor:
+    # A blocking copy would make the host wait for everything that the GPU has queued.
+    return torch.from_numpy(words.view(np.int64)).to(device, non_blocking=True)
+
+
 def _philox_torch(even: Tensor, odd: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """`_philox` with 32-bit words in int64 tensors, on any device."""
-    multipliers = torch.from_numpy(_MULTIPLIERS.view(np.int64)).to(even.device)
-    for key in torch.from_numpy(_keys(seed).view(np.int64)).to(even.device):
+    multipliers = _to_device(_MULTIPLIERS, even.device)
+    for key in _to_device(_keys(seed), even.device):
         product = even * multipliers  # wraps modulo 2^64: both halves are right although it is signed
         even, odd = ((product >> 32) & MASK32).flip(0) ^ odd ^ key, (product & MASK32).flip(0)
     return even, odd
@@ -197,7 +202,7 @@ def normal(
                 _box_muller(np.stack(_philox(even[:, chunk], odd[:, chunk], seed)), values[chunk])
         return torch.from_numpy(values.reshape(K, B, blocks * 4)[:, :, :A]).to(dtype)
     counters = _build_counters(K, B, blocks, row_offset, offset)
-    first, second = (torch.from_numpy(c.astype(np.int64)).to(device) for c in counters)
+    first, second = (_to_device(c, torch.device(device)) for c in counters)
     u1, u2 = (((w >> 9).double() + 0.5) * 2.0**-23 for w in _philox_torch(first, second, seed))
     radius, angle = (u1.log() * -2.0).sqrt(), u2 * (2.0 * math.pi)  # [2, K * B * blocks]
     pairs = torch.stack([radius * angle.cos(), radius * angle.sin()])  # [cos | sin, pair, K * B * blocks]

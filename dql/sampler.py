@@ -174,8 +174,8 @@ def select(
             return candidates.new_zeros(0, policy.action_dim)
         assert critic is not None
         cumulative = critic.q_min(states, candidates).softmax(dim=1).cumsum(dim=1)  # [B, N]
-        draw = noise_stream.uniform(seed, states.shape[0]).to(cumulative)[:, None] * cumulative[:, -1:]
-        index = (cumulative <= draw).sum(dim=1).clamp_(max=candidates.shape[1] - 1)  # [B]
+        draw = noise_stream.uniform(seed, states.shape[0]).to(cumulative, non_blocking=True)[:, None]
+        index = (cumulative <= draw * cumulative[:, -1:]).sum(dim=1).clamp_(max=candidates.shape[1] - 1)  # [B]
         return candidates[torch.arange(states.shape[0], device=index.device), index]
 
 
