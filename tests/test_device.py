@@ -6,10 +6,9 @@ from torch import Tensor
 
 import dql
 
-needs_cuda = pytest.mark.skipif(
+pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device: torch.cuda.is_available() is False"
 )
-pytestmark = needs_cuda
 
 S, A, B = 11, 3, 37
 FP32 = {"rtol": 1e-4, "atol": 1e-5}  # float32 products of 256 terms, summed in another order, through five steps
