@@ -1,4 +1,4 @@
-"""Diffusion Q-learning with its reverse-diffusion loop as one fused kernel. See README.md and `dql --help`."""
+"""Diffusion Q-learning, with interchangeable backends for the reverse chain. See README.md and `dql --help`."""
 
 from dql import noise
 from dql.agent import DiffusionBC, DiffusionQL, load

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 
 from dql import noise
-from dql.checkpoint import CheckpointError, load_tensors, reading, save_tensors
+from dql.checkpoint import FILE, CheckpointError, checked_device, load_tensors, reading, save_tensors
 from dql.config import Config
 from dql.networks import FlatModule, TwinCritic
 from dql.policy import DiffusionPolicy
-from dql.rundir import FILE, find_checkpoint
+from dql.rundir import find_checkpoint
 from dql.sampler import run_chain, sample, select
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class DiffusionBC:
         Returns:
             scalar tensors by name, still on the device: `actor/bc_loss`, `actor/grad_norm`.
         """
-        _check_batch(batch)
+        _check_batch(batch, self.policy)
         seeds = UpdateSeeds.of(self.config.seed, self.step)
         loss = self._bc_loss(batch, seeds)
         norm = self._actor_adam.step(loss, self.lr_scale())
@@ -288,13 +288,15 @@ class DiffusionQL(DiffusionBC):
         """One update of critics, actor and averages from a batch.
 
         Args:
-            batch: states [B, S], actions [B, A], rewards [B], next_states [B, S], masks [B].
+            batch: states [B, S], actions [B, A], rewards [B], next_states [B, S], masks [B], in the agent's dtype
+                and on its device. Its values are not looked at (that would make the host wait): NaN in them ends up
+                in the parameters. `load_dataset` has looked at its own.
 
         Returns:
             scalar tensors by name, still on the device (no host sync): `critic/loss`, `critic/q` (mean of both),
             `critic/target_q`, `critic/grad_norm`, `actor/loss`, `actor/bc_loss`, `actor/q_loss`, `actor/grad_norm`.
         """
-        _check_batch(batch)
+        _check_batch(batch, self.policy)
         seeds = UpdateSeeds.of(self.config.seed, self.step)
         metrics = self._update_critic(batch, seeds)
         metrics |= self._update_actor(batch, seeds)
@@ -372,13 +374,24 @@ class DiffusionQL(DiffusionBC):
         return super()._optimizers() | {"critic_adam": self._critic_adam}
 
 
-def _check_batch(batch: "Batch") -> None:
-    """Refuses shapes that would broadcast into something else. The published code's rewards are [B, 1]."""
-    B = batch.states.shape[0]
-    for name in ("rewards", "masks"):
-        shape = list(getattr(batch, name).shape)
-        if shape != [B]:
-            raise ValueError(f"batch.{name} must be [{B}], one a state, got {shape}; use batch.{name}.reshape(-1)")
+def _check_batch(batch: "Batch", policy: DiffusionPolicy) -> None:
+    """Refuses what does not fit the policy, and shapes that would broadcast: the published rewards are [B, 1]."""
+    B, S, A = len(batch.states), policy.state_dim, policy.action_dim
+    for name, shape in (
+        ("states", [B, S]),
+        ("actions", [B, A]),
+        ("rewards", [B]),
+        ("next_states", [B, S]),
+        ("masks", [B]),
+    ):
+        tensor = getattr(batch, name)
+        if list(tensor.shape) != shape:
+            raise ValueError(f"batch.{name} must be {shape}, got {list(tensor.shape)}; reshape it")
+        if tensor.dtype != policy.dtype or tensor.device != policy.device:
+            raise ValueError(
+                f"batch.{name} is {tensor.dtype} on {tensor.device}, the agent is {policy.dtype} on {policy.device}; "
+                "convert one of them"
+            )
 
 
 def make_agent(
@@ -407,7 +420,9 @@ def load(
     Raises:
         CheckpointError: missing, damaged, or no agent.
         RunError: the run has no such checkpoint.
+        ValueError: there is no such device.
     """
+    device = checked_device(device)
     if (Path(folder) / "config.json").is_file():
         folder = find_checkpoint(folder, which)
     path = Path(folder) / FILE
@@ -416,7 +431,12 @@ def load(
         raise CheckpointError(f"{path} holds no agent but a {about.get('kind')}; for a policy use DiffusionPolicy.load")
     with reading(path, about, _FORMAT):
         config, dtype = Config.from_dict(about["config"]), tensors["actor.final_layer.bias"].dtype
-        agent = make_agent(about["state_dim"], about["action_dim"], config, device=device, dtype=dtype)
-        agent._load(tensors)
-        agent.step = int(about["step"])
+        loaded = make_agent(about["state_dim"], about["action_dim"], config, dtype=dtype)
+        loaded._load(tensors)
+        loaded.step = int(about["step"])
+    if device.type == "cpu":
+        return loaded
+    agent = make_agent(about["state_dim"], about["action_dim"], config, device=device, dtype=dtype)
+    agent._load(tensors)
+    agent.step = loaded.step
     return agent

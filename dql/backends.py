@@ -77,7 +77,11 @@ _CACHED_ROWS = 512  # run at a time on a CPU: a hidden layer's activations and M
 
 
 class EagerBackend(Backend):
-    """Plain torch (`dql.kernels.reference`): any device, any float dtype, any size. The reference of all others."""
+    """Plain torch (`dql.kernels.reference`): any device, any float dtype, any size. The reference of all others.
+
+    On a GPU its float32 products are as exact as torch's setting makes them (`torch.set_float32_matmul_precision`,
+    strict by default).
+    """
 
     name = "eager"
 

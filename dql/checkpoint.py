@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+FILE = "agent.safetensors"  # of an agent, in a checkpoint's folder
+UNFINISHED = ".unfinished"  # how the names of temporary files and folders end
+
 
 class CheckpointError(RuntimeError):
     """A file that could not be written or read; the message says which, why, and what to do."""
@@ -35,7 +38,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=path.parent)
     except OSError as error:
         raise explain(path, error) from error
     try:
@@ -45,9 +48,11 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
-        raise explain(path, error) from error
+        if isinstance(error, OSError):
+            raise explain(path, error) from error
+        raise
     _flush_folder(path.parent)
 
 
@@ -98,6 +103,20 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
     return tensors, about
 
 
+def checked_device(device: torch.device | str) -> torch.device:
+    """The device, known to be there.
+
+    Raises:
+        ValueError: it is not; the sentence names it and torch's reason.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"device {str(device)!r} cannot be used ({reason}); use 'cpu' (--device cpu)") from error
+    return torch.device(device)
+
+
 @contextlib.contextmanager
 def reading(path: str | os.PathLike[str], about: dict[str, Any], known_format: int) -> Iterator[None]:
     """Building an object from what a file holds: whatever does not fit is a CheckpointError that names the file."""
@@ -114,7 +133,7 @@ def reading(path: str | os.PathLike[str], about: dict[str, Any], known_format: i
 
 
 def replace_folder(folder: Path, target: Path) -> None:
-    """Renames a finished folder to `target`, dropping what stood there; a reader sees the old or the new, whole."""
+    """Renames a finished folder to `target`, dropping what stood there; at no moment is half a folder there."""
     doomed = None
     if target.exists():
         doomed = target.with_name(f".{target.name}.old")

@@ -14,7 +14,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from dql.config import Config, RunConfig
+from dql.config import TUNED, Config, RunConfig, tuned_eval_episodes
 
 if TYPE_CHECKING:
     from dql.evaluate import Evaluation
@@ -138,7 +138,7 @@ class TrainArguments:
     dataset: str | None = None
     """A Minari dataset id, ids joined by +, a folder of one, or a D4RL .hdf5 file."""
     resume: Path | None = None
-    """Continue the run in this folder; of the other flags only --num-updates is heeded."""
+    """Continue the run in this folder; beside it only --num-updates may be given."""
     tuned: str | None = None
     """Start from the paper's hyper-parameters for this task, e.g. hopper-medium-expert-v2."""
     run_dir: Path | None = None
@@ -171,13 +171,15 @@ def train(arguments: list[str]) -> int:
     defaults = TrainArguments()
     task = _value_of("--tuned", arguments)
     if task is not None:
-        from dql.config import TUNED
-
-        defaults = replace(defaults, tuned=task, agent=Config.tuned(task), top_k=TUNED[task].top_k)
+        agent = Config.tuned(task)
+        defaults = replace(
+            defaults, tuned=task, agent=agent, top_k=TUNED[task].top_k, eval_episodes=tuned_eval_episodes(task)
+        )
     args = _parse_train(arguments, defaults)
     console = Console()
     if args.resume is not None:
         changed = _value_of("--num-updates", arguments)
+        _only(("--resume", "--num-updates"), arguments)
         result = training.resume(args.resume, num_updates=None if changed is None else int(changed), console=console)
     elif args.dataset is None:
         raise ValueError("dql train needs --dataset ID (see `dql data list`) or --resume RUN")
@@ -217,6 +219,12 @@ def _parse_train(arguments: list[str], defaults: TrainArguments) -> TrainArgumen
             error = error.__context__
         sys.stderr.write(shown.getvalue())
         raise
+
+
+def _only(allowed: tuple[str, ...], arguments: list[str]) -> None:
+    flags = {a.split("=", 1)[0].replace("_", "-") for a in arguments if a.startswith("--")}
+    if extra := sorted(flags - set(allowed)):
+        raise ValueError(f"{extra[0]} cannot be given with --resume: a resumed run keeps its own configuration")
 
 
 def _value_of(flag: str, arguments: list[str]) -> str | None:

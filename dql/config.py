@@ -1,5 +1,6 @@
 """Hyper-parameters: `Config` of an agent, `RunConfig` of a run, and the paper's 20 tuned tasks."""
 
+import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -65,6 +66,12 @@ class Config:
             choices = get_args(kind) if get_origin(kind) is Literal else (getattr(self, name),)
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if kind is int and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ValueError(f"{name} must be an integer, got {value!r}")
+            if kind is float and not (isinstance(value, (int, float)) and math.isfinite(value)):
+                raise ValueError(f"{name} must be a finite number, got {value!r}")
         for name in (
             "hidden_dim",
             "num_hidden",
@@ -135,7 +142,7 @@ class RunConfig:
     checkpoint_every: int = 5000
     """Updates between two checkpoints; a killed run loses at most this many."""
     keep: int = 3
-    """Newest checkpoints kept, beside the best."""
+    """Newest checkpoints kept, beside those that model selection may ask for."""
     eval_every: int = 50_000
     """Updates between two evaluations, and once at the end; 0 for none."""
     eval_episodes: int = 10
@@ -194,6 +201,11 @@ class Tuned:
     grad_norm: float
     top_k: int
     """Rank by bc_loss of the checkpoint that offline selection takes; see RunConfig.top_k."""
+
+
+def tuned_eval_episodes(task: str) -> int:
+    """Episodes of the published evaluations: 10 for the Gym tasks (-v2), 100 for the others."""
+    return 10 if "v2" in task else 100
 
 
 TUNED: dict[str, Tuned] = {

@@ -2,9 +2,11 @@
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,12 +16,13 @@ from rich.table import Table
 from dql import noise
 from dql.agent import DiffusionBC, load
 from dql.config import Config, RunConfig
-from dql.data import load_dataset
+from dql.data import TransitionDataset, load_dataset
 from dql.evaluate import confidence_interval, evaluate
 from dql.report import action_distribution, learning_curve
 from dql.rundir import RunDir, RunError
 from dql.train import resume, train
 
+T = TypeVar("T")
 DATASET = "dql/pendulum/mixed-v0"
 _ALGORITHMS = {"DiffusionBC": "diffusion-bc", "Diffusion-QL": "diffusion-ql"}
 # angle from upright in degrees, angular velocity in radians per second
@@ -52,8 +55,8 @@ def demo(folder: Path, *, updates: int, episodes: int, seed: int, fresh: bool, c
         raise ValueError(f"episodes must be at least 1, got {episodes}")
     runs = {name: _run_config(folder / algorithm, algorithm, updates, seed) for name, algorithm in _ALGORITHMS.items()}
     if fresh:
-        for run in runs.values():
-            shutil.rmtree(str(run.run_dir), ignore_errors=True)  # the demo's own, whatever else the folder holds
+        for run in runs.values():  # the demo's own, whatever else the folder holds
+            _remove(run.run_dir)
     dataset, seconds["data"] = _timed(lambda: _dataset(console))
     info = dataset.info
     console.print(f"data: {len(dataset):,} transitions of {DATASET}, {info.num_episodes} episodes")
@@ -61,12 +64,12 @@ def demo(folder: Path, *, updates: int, episodes: int, seed: int, fresh: bool, c
     agents: dict[str, DiffusionBC] = {}
     for name, run in runs.items():
         console.print(f"training {name} for {updates:,} updates")
-        agents[name], seconds[f"train {name}"] = _timed(lambda run=run: _train(run, console))
+        agents[name], seconds[f"train {name}"] = _timed(partial(_train, run, console))
 
     results = {}
     for name, agent in agents.items():
         results[name], seconds[f"evaluate {name}"] = _timed(
-            lambda agent=agent: evaluate(agent, info, episodes=episodes, seed=noise.derive(seed, "demo"))
+            partial(evaluate, agent, info, episodes=episodes, seed=noise.derive(seed, "demo"))
         )
 
     table = Table(title=f"Pendulum-v1: return over {episodes} episodes ({len(info.episode_returns)} of the data)")
@@ -115,6 +118,15 @@ def demo(folder: Path, *, updates: int, episodes: int, seed: int, fresh: bool, c
     return {"data": float(info.episode_returns.mean())} | means
 
 
+def _remove(folder: Path | None) -> None:
+    """Renamed first: a kill half-way must not leave half a run."""
+    if folder is not None and folder.exists():
+        doomed = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
 def _run_config(folder: Path, algorithm: str, updates: int, seed: int) -> RunConfig:
     return RunConfig(
         dataset=DATASET,
@@ -128,12 +140,12 @@ def _run_config(folder: Path, algorithm: str, updates: int, seed: int) -> RunCon
     )
 
 
-def _timed(work):
+def _timed(work: Callable[[], T]) -> tuple[T, float]:
     started = time.perf_counter()
     return work(), time.perf_counter() - started
 
 
-def _dataset(console: Console):
+def _dataset(console: Console) -> TransitionDataset:
     from dql.collect import make_dataset
     from dql.datasets.sources import local_ids
 

@@ -54,7 +54,7 @@ def derive(seed: int, *tags: int | str) -> int:
         tags: what the child is for, e.g. `derive(seed, "bc", step)`.
 
     Returns:
-        The first 64 bits of BLAKE2b over the tuple's repr.
+        BLAKE2b with an 8-byte digest of the tuple's repr, read as a little-endian integer.
     """
     text = repr((check_seed(seed), *(tag if isinstance(tag, str) else int(tag) for tag in tags)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
@@ -113,18 +113,15 @@ def _packed_counters(K: int, rows: int, blocks: int, row_offset: int) -> tuple[i
     return c0, c1, c2, c3
 
 
-def _to_device(words: np.ndarray, device: torch.device) -> Tensor:
-    # A blocking copy would make the host wait for everything that the GPU has queued.
-    return torch.from_numpy(words.view(np.int64)).to(device, non_blocking=True)
-
-
-def _philox_torch(even: Tensor, odd: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """`_philox` with 32-bit words in int64 tensors, on any device."""
-    multipliers = _to_device(_MULTIPLIERS, even.device)
-    for key in _to_device(_keys(seed), even.device):
-        product = even * multipliers  # wraps modulo 2^64: both halves are right although it is signed
-        even, odd = ((product >> 32) & MASK32).flip(0) ^ odd ^ key, (product & MASK32).flip(0)
-    return even, odd
+def _philox_torch(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 with 32-bit words in int64 tensors that broadcast, on any device; nothing is copied to it."""
+    k0, k1 = seed & MASK32, seed >> 32
+    for _ in range(_ROUNDS):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wrap modulo 2^64: both halves are right although it is signed
+        c0, c1 = ((p1 >> 32) & MASK32) ^ c1 ^ k0, p1 & MASK32
+        c2, c3 = ((p0 >> 32) & MASK32) ^ c3 ^ k1, p0 & MASK32
+        k0, k1 = (k0 + 0x9E3779B9) & MASK32, (k1 + 0xBB67AE85) & MASK32
+    return c0, c1, c2, c3
 
 
 def _build_counters(K: int, rows: int, blocks: int, row_offset: int, offset: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -181,9 +178,17 @@ def normal(
         row_offset: id of the first row: rows r .. r + B of a larger batch are the same numbers.
 
     Raises:
-        ValueError: the seed is out of range.
+        ValueError: the seed, the offset or a row's id is out of range.
+
+    The result may be a view with gaps between its rows (where A is no multiple of 4).
     """
     seed = check_seed(seed)
+    if not 0 <= offset <= MASK32:
+        raise ValueError(f"offset must be from 0 to 2^32 - 1, got {offset}")
+    if row_offset < 0 or row_offset + B > 1 << 32:
+        raise ValueError(f"row ids must be from 0 to 2^32 - 1, got {row_offset} to {row_offset + B - 1}")
+    if K >= INTEGER_STEP:
+        raise ValueError(f"K must be below 2^32 - 2, got {K}")
     blocks = (A + 3) // 4
     count = K * B * blocks
     if count == 0:
@@ -201,12 +206,16 @@ def normal(
                 chunk = slice(start, start + _CHUNK)
                 _box_muller(np.stack(_philox(even[:, chunk], odd[:, chunk], seed)), values[chunk])
         return torch.from_numpy(values.reshape(K, B, blocks * 4)[:, :, :A]).to(dtype)
-    counters = _build_counters(K, B, blocks, row_offset, offset)
-    first, second = (_to_device(c, torch.device(device)) for c in counters)
-    u1, u2 = (((w >> 9).double() + 0.5) * 2.0**-23 for w in _philox_torch(first, second, seed))
-    radius, angle = (u1.log() * -2.0).sqrt(), u2 * (2.0 * math.pi)  # [2, K * B * blocks]
-    pairs = torch.stack([radius * angle.cos(), radius * angle.sin()])  # [cos | sin, pair, K * B * blocks]
-    return pairs.to(dtype).permute(2, 1, 0).reshape(K, B, blocks * 4)[:, :, :A]
+    k = torch.arange(K, device=device)[:, None, None]
+    row = torch.arange(row_offset, row_offset + B, device=device)[:, None]
+    block = torch.arange(blocks, device=device)
+    on_device = _philox_torch(row, k, block, torch.full_like(block, offset), seed)  # each [K, B, blocks]
+    u0, u1, u2, u3 = (((w >> 9).double() + 0.5) * 2.0**-23 for w in on_device)
+    pairs = []
+    for u, v in ((u0, u1), (u2, u3)):
+        radius, angle = (u.log() * -2.0).sqrt(), v * (2.0 * math.pi)
+        pairs += [radius * angle.cos(), radius * angle.sin()]
+    return torch.stack(pairs, dim=-1).to(dtype).view(K, B, blocks * 4)[:, :, :A]
 
 
 def _words(seed: int, count: int, step: int, offset: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from dql.checkpoint import CheckpointError, load_tensors, reading, save_tensors
+from dql.checkpoint import CheckpointError, checked_device, load_tensors, reading, save_tensors
 from dql.networks import Denoiser, load_published
 from dql.schedule import BETA_SCHEDULES, NoiseSchedule, StepTable
 
@@ -161,6 +161,7 @@ class DiffusionPolicy(nn.Module):
         Raises:
             CheckpointError: missing, damaged, or no policy of this package.
         """
+        device = checked_device(device)
         tensors, about = load_tensors(path)
         if about.get("kind") != "policy":
             raise CheckpointError(f"{path} holds a {about.get('kind', 'file')}, no policy; use dql.load for an agent")

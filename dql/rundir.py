@@ -18,9 +18,9 @@ import shutil
 from pathlib import Path
 from typing import IO, Any
 
-from dql.checkpoint import CheckpointError, explain, replace_folder, write_atomically
+from dql.checkpoint import FILE, UNFINISHED, CheckpointError, explain, replace_folder, write_atomically
 
-FILE = "agent.safetensors"  # of an agent, in a checkpoint's folder
+_FILES = ("config.json", "metrics.csv", "evaluations.csv", "selection.json", "policy.safetensors")
 _STEP = re.compile(r"step-(\d{9})")
 
 
@@ -55,8 +55,12 @@ class RunDir:
             raise RunError(f"cannot write to {self.path}: {error.strerror}; choose another --run-dir") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise RunError(f"{self.path} is in use by another process; wait for it or choose --run-dir") from error
+        except OSError as error:
+            raise RunError(
+                f"{self.path} cannot be locked ({error.strerror}); choose a --run-dir on a local disk"
+            ) from error
 
     def unlock(self) -> None:
         if self._lock is not None:
@@ -96,7 +100,7 @@ class RunDir:
             CheckpointError: no space, no permission; the earlier checkpoints are untouched.
         """
         target = self.checkpoint_path(step)
-        unfinished = target.with_name(f".{target.name}.unfinished")
+        unfinished = target.with_name(f".{target.name}{UNFINISHED}")
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
             agent.save(unfinished)
@@ -124,12 +128,16 @@ class RunDir:
                 shutil.rmtree(doomed, ignore_errors=True)
 
     def clean(self) -> None:
-        """Removes what a killed process left unfinished."""
-        for left in [*self.path.glob(".*.*"), *self.checkpoints_path.glob(".step-*")]:
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-            elif left.name != ".lock":
+        """Removes what a killed process left unfinished, and nothing else that the folder may hold."""
+        for name in _FILES:
+            for left in self.path.glob(f".{name}.*{UNFINISHED}"):
                 left.unlink(missing_ok=True)
+        for left in self.checkpoints_path.glob(".step-*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def holds_a_run(self) -> bool:
+        """Whether there is anything of a run here, whole or not."""
+        return bool(self.steps()) or any((self.path / name).exists() for name in _FILES)
 
     def write_json(self, name: str, values: Any) -> None:
         write_atomically(self.path / name, (json.dumps(values, indent=2) + "\n").encode())

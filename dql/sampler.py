@@ -103,6 +103,7 @@ def sample(
     Raises:
         ValueError: an argument that does not fit the policy, with its name and both values; NaN or infinity in the
             states (looked for on a GPU too, at the price of a sync, but not while a CUDA graph is captured).
+        TypeError: states that are no tensor, or a policy that is none.
         BackendUnavailable: the named backend cannot run this here.
     """
     policy = _policy(policy)
@@ -136,7 +137,7 @@ def select(
     """The published acting rule: N candidates a state, one drawn from softmax(min(Q_1, Q_2)).
 
     It is not in the paper but in its code. The draw is the first candidate whose cumulative probability exceeds
-    `dql.noise.uniform(seed)`. No gradient flows.
+    `dql.noise.uniform(seed)`; of a critic that has become NaN, the first. No gradient flows.
 
     Args:
         states: [B, S].
@@ -150,11 +151,12 @@ def select(
         [B, A].
 
     Raises:
-        ValueError, BackendUnavailable: as `sample`; also for a critic that does not fit the policy, or is missing.
+        ValueError, BackendUnavailable: as `sample`; ValueError also for a critic that does not fit the policy.
+        TypeError: `critic` is none.
     """
     policy = _policy(policy)
     _check_states(states, policy)
-    _check_critic(critic, policy)
+    critic = _check_critic(critic, policy)
     if num_candidates is None:
         raise ValueError("select needs num_candidates, the number of actions to choose from; the published one is 50")
     seed = noise_stream.seed_from_torch() if seed is None else noise_stream.check_seed(seed)
@@ -172,7 +174,6 @@ def select(
         )  # [B, N, A]
         if states.shape[0] == 0:
             return candidates.new_zeros(0, policy.action_dim)
-        assert critic is not None
         cumulative = critic.q_min(states, candidates).softmax(dim=1).cumsum(dim=1)  # [B, N]
         draw = noise_stream.uniform(seed, states.shape[0]).to(cumulative, non_blocking=True)[:, None]
         index = (cumulative <= draw * cumulative[:, -1:]).sum(dim=1).clamp_(max=candidates.shape[1] - 1)  # [B]
@@ -248,6 +249,11 @@ def _table(policy: DiffusionPolicy, sampler: str | StepTable, num_steps: int | N
         if num_steps is not None and num_steps != sampler.num_steps:
             raise ValueError(f"num_steps={num_steps} but the StepTable has {sampler.num_steps} rows; leave one out")
         check_rows(sampler.rows, sampler.timesteps, policy.T)
+        if sampler.predict_epsilon != policy.predict_epsilon:
+            raise ValueError(
+                f"the StepTable was made with predict_epsilon={sampler.predict_epsilon}, the policy has "
+                f"{policy.predict_epsilon}; make it with predict_epsilon=policy.predict_epsilon"
+            )
         return sampler
     return policy.step_table(sampler, num_steps)
 
@@ -294,7 +300,7 @@ def _check_noise(noise: Tensor, policy: DiffusionPolicy, shape: tuple[int, ...])
         raise ValueError("noise requires grad, but no gradient flows to it; pass noise.detach()")
 
 
-def _check_critic(critic: TwinCritic | None, policy: DiffusionPolicy) -> None:
+def _check_critic(critic: TwinCritic | None, policy: DiffusionPolicy) -> TwinCritic:
     if not isinstance(critic, TwinCritic):
         raise TypeError(f"select needs a TwinCritic, got {type(critic).__name__}; without one, use dql.sample")
     sizes, own = (critic.spec.state_dim, critic.spec.action_dim), (policy.state_dim, policy.action_dim)
@@ -305,3 +311,4 @@ def _check_critic(critic: TwinCritic | None, policy: DiffusionPolicy) -> None:
             f"the critic is {critic.flat.dtype} on {critic.flat.device}, "
             f"the policy is {policy.dtype} on {policy.device}; convert one of them"
         )
+    return critic

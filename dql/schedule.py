@@ -5,6 +5,7 @@ runs: K rows of six coefficients. DDPM, DDIM and DPM-Solver++(2M) are three ways
 that runs tables runs them all.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ import numpy as np
 
 BETA_SCHEDULES = ("vp", "linear", "cosine")
 SAMPLERS = ("ddpm", "ddim", "dpm-solver++")
-_MIN_VARIANCE = 1e-20  # the published clip of the posterior variance; it only ever acts at t = 0, where noise is off
 
 
 def vp_beta_schedule(T: int) -> np.ndarray:
@@ -112,11 +112,17 @@ class StepTable:
         sampler: which rule filled it.
         rows: K tuples of six floats.
         timesteps: K integers, T - 1 first.
+        predict_epsilon: whether a and b take the denoiser's output for the noise (True) or for x_0.
     """
 
     sampler: str
     rows: tuple[tuple[float, float, float, float, float, float], ...]
     timesteps: tuple[int, ...]
+    predict_epsilon: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", tuple(tuple(row) for row in self.rows))
+        object.__setattr__(self, "timesteps", tuple(self.timesteps))
 
     @property
     def num_steps(self) -> int:
@@ -140,7 +146,7 @@ class StepTable:
         alpha = bar / bar_next
         c0 = (1 - alpha) * np.sqrt(bar_next) / (1 - bar)
         cx = (1 - bar_next) * np.sqrt(alpha) / (1 - bar)
-        s = np.sqrt(np.maximum((1 - alpha) * (1 - bar_next) / (1 - bar), _MIN_VARIANCE))
+        s = np.sqrt((1 - alpha) * (1 - bar_next) / (1 - bar))
         return cls._fill("ddpm", timesteps, bar, c0, cx, np.zeros_like(bar), s, predict_epsilon)
 
     @classmethod
@@ -226,7 +232,7 @@ class StepTable:
         s = s.copy()
         s[-1] = 0.0  # x' of the last row is the action
         rows = np.stack([a, b, c0, cx, cp, s], axis=1).tolist()
-        return cls(sampler, tuple(tuple(row) for row in rows), tuple(int(t) for t in timesteps))
+        return cls(sampler, rows, tuple(int(t) for t in timesteps), predict_epsilon)
 
 
 def _respace(schedule: NoiseSchedule, num_steps: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -259,6 +265,8 @@ def check_rows(rows: Sequence[Sequence[float]], timesteps: Sequence[int], T: int
     """
     if len(rows) != len(timesteps) or not rows:
         raise ValueError(f"a step table needs one timestep per row, got {len(rows)} rows, {len(timesteps)} timesteps")
+    if any(later >= earlier for earlier, later in itertools.pairwise(timesteps)):
+        raise ValueError(f"a step table's timesteps must descend, got {tuple(timesteps)}")
     if any(not 0 <= t < T for t in timesteps):
         raise ValueError(f"the table's timesteps {tuple(timesteps)} do not fit a policy trained with T = {T}")
     for k, row in enumerate(rows):

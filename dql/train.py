@@ -1,6 +1,7 @@
 """The training loop: data in, run folder out. A run that is killed and resumed ends as if it had never been."""
 
 import hashlib
+import json
 import math
 import platform
 import shlex
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -20,7 +22,7 @@ from rich.text import Text
 
 from dql import __version__, noise
 from dql.agent import DiffusionBC, DiffusionQL, load, make_agent
-from dql.checkpoint import CheckpointError
+from dql.checkpoint import checked_device
 from dql.config import Config, RunConfig
 from dql.data import DatasetInfo, TransitionDataset, load_dataset
 from dql.evaluate import Evaluation, Scored, evaluate, select_checkpoints, worth_keeping
@@ -65,16 +67,11 @@ def resolve_device(name: str) -> torch.device:
     """The device that a RunConfig names.
 
     Raises:
-        RunError: there is no such device.
+        ValueError: there is no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise RunError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); use --device cpu") from error
-    return device
+    return checked_device(name)
 
 
 def train(run: RunConfig, *, dataset: TransitionDataset | None = None, console: Console | None = None) -> RunResult:
@@ -86,7 +83,8 @@ def train(run: RunConfig, *, dataset: TransitionDataset | None = None, console: 
         console: where progress is shown; None for a new one.
 
     Raises:
-        RunError: the folder holds a run already, is in use, or the device is not there.
+        RunError: the folder holds a run already or is in use, or the dataset's rewards are tuned otherwise.
+        ValueError: the device is not there.
         DatasetError: the data, or the environment to evaluate in, cannot be used.
         CheckpointError: the disk is full or not writable.
         TrainingDivergedError: a loss became NaN.
@@ -95,6 +93,10 @@ def train(run: RunConfig, *, dataset: TransitionDataset | None = None, console: 
     folder = RunDir(run.run_dir or default_run_dir(run))
     folder.lock()
     try:
+        if folder.holds_a_run() and not folder.config_path.exists():
+            raise RunError(
+                f"{folder.path} holds the remains of a run without its config.json; remove it or choose --run-dir"
+            )
         if folder.config_path.exists():
             raise RunError(
                 f"{folder.path} holds a run already; continue it with "
@@ -104,12 +106,17 @@ def train(run: RunConfig, *, dataset: TransitionDataset | None = None, console: 
         device = resolve_device(run.device)
         if run.threads:
             torch.set_num_threads(run.threads)
-        data = dataset or load_dataset(run.dataset, reward_tune=run.agent.reward_tune)
+        data = load_dataset(run.dataset, reward_tune=run.agent.reward_tune) if dataset is None else dataset
+        if data.reward_tune != run.agent.reward_tune:
+            raise RunError(
+                f"the dataset's rewards are tuned {data.reward_tune!r}, the agent's config says "
+                f"{run.agent.reward_tune!r}; load it with load_dataset(..., reward_tune={run.agent.reward_tune!r})"
+            )
         data = data.to(device)
         run = run.with_agent(max_action=data.max_action)
         info = _evaluation_info(run, data.info)
         agent = make_agent(data.state_dim, data.action_dim, run.agent, device=device)
-        folder.write_json("config.json", _describe(run, data, info))
+        folder.write_json("config.json", _describe(run, data, info, _fingerprint(data), torch.get_num_threads()))
         return _Loop(run, folder, data, info, agent, console).run()
     finally:
         folder.unlock()
@@ -157,7 +164,7 @@ def resume(path: Path, *, num_updates: int | None = None, console: Console | Non
         else:  # killed before the first checkpoint: from the start, which is as exact
             agent = make_agent(data.state_dim, data.action_dim, run.agent, device=device)
             state = None
-        folder.write_json("config.json", _describe(run, data, info, threads=written["threads"]))
+        folder.write_json("config.json", _describe(run, data, info, fingerprint, written["threads"]))
         for file in (folder.metrics_path, folder.evaluations_path):
             drop_rows_after(file, agent.step)
         console.print(f"resuming {path} at update {agent.step:,}", markup=False, soft_wrap=True)
@@ -168,8 +175,6 @@ def resume(path: Path, *, num_updates: int | None = None, console: Console | Non
 
 def _evaluation_info(run: RunConfig, info: DatasetInfo) -> DatasetInfo:
     """The dataset's info with the environment to evaluate in; builds it once, so that nothing fails hours later."""
-    import json
-
     from dql.environments import make_env
 
     if run.env is not None:
@@ -186,26 +191,24 @@ def _evaluation_info(run: RunConfig, info: DatasetInfo) -> DatasetInfo:
 
 def _fingerprint(data: TransitionDataset) -> str:
     digest = hashlib.blake2b(digest_size=8)
-    for tensor in (data.states, data.actions, data.rewards, data.masks):
+    for tensor in (data.states, data.actions, data.rewards, data.next_states, data.masks):
         digest.update(tensor.cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 
-def _describe(run: RunConfig, data: TransitionDataset, info: DatasetInfo, threads: int | None = None) -> dict[str, Any]:
-    import json
-
-    import numpy as np
-
+def _describe(
+    run: RunConfig, data: TransitionDataset, info: DatasetInfo, fingerprint: str, threads: int
+) -> dict[str, Any]:
     return {
         "run": run.to_dict(),
         "dataset": {
             "transitions": len(data),
             "state_dim": data.state_dim,
             "action_dim": data.action_dim,
-            "fingerprint": _fingerprint(data),
+            "fingerprint": fingerprint,
             "info": json.loads(info.to_json()),
         },
-        "threads": threads or torch.get_num_threads(),
+        "threads": threads,
         "versions": {
             "dql": __version__,
             "torch": torch.__version__,
@@ -358,7 +361,7 @@ class _Loop:
         if self.scored:
             chosen = select_checkpoints(self.scored, self.config.top_k) | {"last": self.saved_step}
             self.folder.write_json("selection.json", chosen)
-        self.folder.prune(self.config.keep, worth_keeping(self.scored, self.config.top_k))
+        self.folder.prune(self.config.keep, worth_keeping(self.scored, self.config.top_k) | {self.saved_step})
 
 
 @contextmanager
@@ -418,6 +421,3 @@ def _progress(config: Config, step: int, console: Console) -> Iterator[Callable[
     ) as progress:
         task = progress.add_task(config.algorithm, total=total, completed=step, rate=0.0, losses="")
         yield lambda step, rate, means: progress.update(task, completed=step, rate=rate, losses=text(means))
-
-
-__all__ = ["CheckpointError", "RunError", "RunResult", "TrainingDivergedError", "resume", "train"]

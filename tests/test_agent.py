@@ -504,7 +504,7 @@ def test_the_defaults_are_the_papers():
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"num_candidates": 0}, "num_candidates must be at least 1, got 0"),
         ({"lr": 0.0}, r"lr must be positive, got 0\.0"),
-        ({"lr": float("nan")}, "lr must be positive, got nan"),
+        ({"lr": float("nan")}, "lr must be a finite number, got nan"),
         ({"max_action": -1.0}, r"max_action must be positive, got -1\.0"),
         ({"discount": 1.1}, r"discount must be from 0 to 1, got 1\.1"),
         ({"tau": -0.1}, r"tau must be from 0 to 1, got -0\.1"),

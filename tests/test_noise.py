@@ -32,8 +32,7 @@ def philox_numpy(counter, seed):
 
 
 def philox_torch(counter, seed):
-    even, odd = noise._philox_torch(*(torch.tensor([[counter[i]], [counter[i + 2]]]) for i in (0, 1)), seed)
-    return int(even[0, 0]), int(odd[0, 0]), int(even[1, 0]), int(odd[1, 0])
+    return tuple(int(word) for word in noise._philox_torch(*(torch.tensor([word]) for word in counter), seed))
 
 
 def philox_packed(counter, seed):

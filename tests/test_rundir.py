@@ -95,7 +95,7 @@ def test_unfinished_files_are_cleaned_away(run_config):
     unfinished.mkdir()
     (unfinished / "agent.safetensors").write_bytes(b"half")
     (folder.checkpoints_path / ".step-000000060.old").mkdir()
-    (run_config.run_dir / ".config.json.abc123").write_text("{")
+    (run_config.run_dir / ".config.json.abc123.unfinished").write_text("{")
     assert folder.steps() == [50, 60], "what is unfinished is no checkpoint"
     resume(run_config.run_dir)
     assert sorted(run_config.run_dir.rglob("*")) == before
@@ -103,10 +103,25 @@ def test_unfinished_files_are_cleaned_away(run_config):
 
 def test_a_start_cleans_what_a_killed_start_left(run_config):
     run_config.run_dir.mkdir()
-    left = run_config.run_dir / ".config.json.abc123"
+    left = run_config.run_dir / ".config.json.abc123.unfinished"
     left.write_text("{")
+    bystanders = [run_config.run_dir / name for name in (".env.local", ".d/precious", ".config.json.mine", "a.csv")]
+    for file in bystanders:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
     train(run_config)
     assert not left.exists()
+    assert all(file.read_text() == "mine" for file in bystanders), "only the run's own temporaries go"
+
+
+@pytest.mark.parametrize("missing", [["config.json"], ["config.json", "metrics.csv", "policy.safetensors"]])
+def test_the_remains_of_a_run_are_no_place_for_another(run_config, missing):
+    """A checkpoint that is newer than the new run's would be taken for its last."""
+    train(run_config)
+    for name in missing:
+        (run_config.run_dir / name).unlink()
+    with pytest.raises(RunError, match="remains of a run without"):
+        train(run_config)
 
 
 def test_a_checkpoint_half_removed_is_none(run_config):

@@ -79,7 +79,8 @@ def read_minari(source: Source) -> FlatData:
     lengths = np.array([len(r) for r in rewards])
     ends = np.cumsum(lengths)
     complete = np.array([t[-1] or u[-1] for t, u in zip(terminations, truncations, strict=True)])
-    ref_min, ref_max = reference_scores(metadata)
+    # A cut episode's return is 0 or 1, whatever the uncut task's reference scores are.
+    ref_min, ref_max = (0.0, 1.0) if antmaze else reference_scores(metadata)
     info = DatasetInfo(
         dataset_id=name,
         env_spec=spec,
