@@ -10,7 +10,7 @@ def time(us: float) -> str:
 
 
 def table(report: dict) -> str:
-    """A line a problem. `published` is the median of its rounds beside dql's own; the ratio is the median over pairs."""
+    """A line a problem. `published` is its median in the rounds beside dql; the ratio is the median over pairs."""
     rows = [row for row in report["rows"] if row["speedup_over"]["published"] is not None]
     lines = [
         "| | `dql`, eager | published | faster than published | faster than torch.compile |",

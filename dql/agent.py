@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from dql import noise
+from dql.backends import check_name
 from dql.checkpoint import FILE, CheckpointError, checked_device, load_tensors, reading, save_tensors
 from dql.config import Config
 from dql.networks import FlatModule, TwinCritic
@@ -131,6 +132,7 @@ class DiffusionBC:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config = replace(config or Config(), algorithm=self.algorithm)  # type: ignore[arg-type]
+        check_name(self.config.backend)
         self.step = 0
         # Built on the CPU from the seed alone: the same weights on every device, torch's own generator untouched.
         with torch.random.fork_rng(devices=[]):
@@ -165,6 +167,7 @@ class DiffusionBC:
             return 1.0
         return 0.5 * (1 + math.cos(math.pi * min(self.step / self.config.num_updates, 1.0)))
 
+    @torch.enable_grad()
     def update(self, batch: "Batch") -> dict[str, Tensor]:
         """One update from a batch.
 
@@ -174,7 +177,7 @@ class DiffusionBC:
         Returns:
             scalar tensors by name, still on the device: `actor/bc_loss`, `actor/grad_norm`.
         """
-        _check_batch(batch, self.policy)
+        batch = _checked(batch, self.policy)
         seeds = UpdateSeeds.of(self.config.seed, self.step)
         loss = self._bc_loss(batch, seeds)
         norm = self._actor_adam.step(loss, self.lr_scale())
@@ -207,6 +210,11 @@ class DiffusionBC:
         if isinstance(states, np.ndarray):
             tensor = torch.as_tensor(states, dtype=self.policy.dtype, device=self.device)
             return self.act(tensor, seed=seed).cpu().numpy()
+        if not isinstance(states, Tensor):
+            raise TypeError(
+                f"states must be a tensor or a NumPy array, got {type(states).__name__}; "
+                "flatten observations first, and take env.reset()[0]"
+            )
         if states.dim() == 1:
             return self._act(states[None], seed)[0]
         return self._act(states, seed)
@@ -284,6 +292,7 @@ class DiffusionQL(DiffusionBC):
         self.critic_target = deepcopy(self.critic).requires_grad_(False)
         self._critic_adam = _FlatAdam(self.critic, c.critic_lr, c.grad_norm)
 
+    @torch.enable_grad()
     def update(self, batch: "Batch") -> dict[str, Tensor]:
         """One update of critics, actor and averages from a batch.
 
@@ -296,7 +305,7 @@ class DiffusionQL(DiffusionBC):
             scalar tensors by name, still on the device (no host sync): `critic/loss`, `critic/q` (mean of both),
             `critic/target_q`, `critic/grad_norm`, `actor/loss`, `actor/bc_loss`, `actor/q_loss`, `actor/grad_norm`.
         """
-        _check_batch(batch, self.policy)
+        batch = _checked(batch, self.policy)
         seeds = UpdateSeeds.of(self.config.seed, self.step)
         metrics = self._update_critic(batch, seeds)
         metrics |= self._update_actor(batch, seeds)
@@ -374,9 +383,18 @@ class DiffusionQL(DiffusionBC):
         return super()._optimizers() | {"critic_adam": self._critic_adam}
 
 
-def _check_batch(batch: "Batch", policy: DiffusionPolicy) -> None:
-    """Refuses what does not fit the policy, and shapes that would broadcast: the published rewards are [B, 1]."""
+def _checked(batch: "Batch", policy: DiffusionPolicy) -> "Batch":
+    """The batch as plain data; refuses what does not fit, and what would broadcast (published rewards are [B, 1])."""
+    from dql.data import Batch
+
+    if not isinstance(batch, Batch):
+        raise TypeError(f"batch must be a dql.Batch, got {type(batch).__name__}; use dql.Batch(states, actions, ...)")
+    for name, value in vars(batch).items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"batch.{name} must be a torch.Tensor, got {type(value).__name__}; use torch.as_tensor")
     B, S, A = len(batch.states), policy.state_dim, policy.action_dim
+    if B == 0:
+        raise ValueError("the batch is empty: an update needs at least one transition")
     for name, shape in (
         ("states", [B, S]),
         ("actions", [B, A]),
@@ -392,6 +410,7 @@ def _check_batch(batch: "Batch", policy: DiffusionPolicy) -> None:
                 f"batch.{name} is {tensor.dtype} on {tensor.device}, the agent is {policy.dtype} on {policy.device}; "
                 "convert one of them"
             )
+    return Batch(*(value.detach() for value in vars(batch).values()))
 
 
 def make_agent(

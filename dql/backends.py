@@ -142,6 +142,16 @@ def backends() -> dict[str, str | None]:
     return {name: backend.check() for name, backend in _REGISTRY.items()}
 
 
+def check_name(name: str) -> None:
+    """Refuses a backend that does not exist.
+
+    Raises:
+        ValueError: naming those that do.
+    """
+    if name != "auto" and name not in _REGISTRY:
+        raise ValueError(f"unknown backend {name!r}; this version of dql has: auto, {', '.join(_REGISTRY)}")
+
+
 def pick(name: str, chain: Chain) -> Backend:
     """The backend that runs `chain`: the named one, never another; for "auto" the first that can.
 
@@ -155,8 +165,7 @@ def pick(name: str, chain: Chain) -> Backend:
                 return backend
         reasons = "; ".join(f"{b.name}: {b.check(chain)}" for b in _REGISTRY.values())
         raise BackendUnavailable(f"no backend can run this problem: {reasons}")
-    if name not in _REGISTRY:
-        raise ValueError(f"unknown backend {name!r}; this version of dql has: auto, {', '.join(_REGISTRY)}")
+    check_name(name)
     backend = _REGISTRY[name]
     reason = backend.check(chain)
     if reason is not None:

@@ -85,8 +85,13 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
+    if path.suffix in (".pth", ".pt"):
+        raise CheckpointError(
+            f"{path} is a pickle; for the authors' files use from_published(torch.load({str(path)!r}))"
+        )
     if not path.is_file():
-        raise CheckpointError(f"no file {path}; check the path")
+        kind = "is a folder" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"{path} {kind}; give the path of the .safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -181,6 +181,8 @@ def train(arguments: list[str]) -> int:
         changed = _value_of("--num-updates", arguments)
         _only(("--resume", "--num-updates"), arguments)
         result = training.resume(args.resume, num_updates=None if changed is None else int(changed), console=console)
+    elif _value_of("--max-action", arguments) is not None:
+        raise ValueError("--max-action cannot be given: a run takes it from its dataset")
     elif args.dataset is None:
         raise ValueError("dql train needs --dataset ID (see `dql data list`) or --resume RUN")
     else:
@@ -191,6 +193,7 @@ def train(arguments: list[str]) -> int:
             f"stopped by {result.stopped_by} after update {result.step:,}, checkpoint written; continue with\n"
             f"    dql train --resume {shlex.quote(str(result.path))}",
             highlight=False,
+            markup=False,
             soft_wrap=True,
         )
         return _SIGNALS.get(result.stopped_by, 1)
@@ -198,6 +201,7 @@ def train(arguments: list[str]) -> int:
         f"{result.step:,} updates in {result.seconds:.0f} s ({result.step / max(result.seconds, 1e-9):.1f}/s); "
         f"evaluate with\n    dql eval {shlex.quote(str(result.path))}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
     return 0

@@ -106,15 +106,15 @@ class Config:
         if task not in TUNED:
             raise ValueError(f"no tuned hyper-parameters for {task!r}; known: {', '.join(TUNED)}")
         t = TUNED[task]
-        return cls(
-            lr=t.lr,
-            eta=t.eta,
-            max_q_backup=t.max_q_backup,
-            reward_tune=t.reward_tune,  # type: ignore[arg-type]
-            num_updates=t.epochs * 1000,
-            grad_norm=t.grad_norm,
-            **changes,
-        )
+        values: dict[str, Any] = {
+            "lr": t.lr,
+            "eta": t.eta,
+            "max_q_backup": t.max_q_backup,
+            "reward_tune": t.reward_tune,
+            "num_updates": t.epochs * 1000,
+            "grad_norm": t.grad_norm,
+        }
+        return cls(**(values | changes))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

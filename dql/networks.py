@@ -4,6 +4,7 @@ Each network's parameters are views into one flat buffer (`FlatModule.flat`), la
 optimiser, the gradient norm, EMA and the target update are one elementwise pass each, and a kernel takes one pointer.
 """
 
+import numbers
 from typing import Any
 
 import torch
@@ -53,8 +54,8 @@ class FlatModule(nn.Module):
     """A module whose parameters are views into one flat buffer.
 
     Attributes:
-        flat: [P] the buffer, a leaf with `flat.grad` [P], of which the parameters' `.grad` are views. Give it to an
-            optimiser: `torch.optim.Adam([module.flat])`.
+        flat: [P] the buffer, a leaf whose `.grad` [P] the parameters' `.grad` are views of. An optimizer takes either
+            it, `torch.optim.Adam([module.flat])`, or `module.parameters()`.
         weights: the parameters by name, detached; for code that computes its own gradients.
     """
 
@@ -62,75 +63,103 @@ class FlatModule(nn.Module):
     flat: nn.Parameter
     weights: dict[str, Tensor]
     _places: list[tuple[dict[str, Any], str, int]]  # of each slot: its owner's parameters, its name there, its offset
+    _tree: list[tuple[dict[str, Any], str, nn.Module]]  # of each submodule: its parent's children, its name, itself
+    _gradients: Tensor  # the buffer that the parameters' gradients are views of
 
     def flatten_parameters(self) -> None:
-        """Moves the parameters into a fresh flat buffer (at the start, and whenever torch replaced them)."""
+        """Moves the parameters into a fresh flat buffer (at the start, and whenever torch replaced them).
+
+        Optimizers made before hold the old parameters: make them anew.
+        """
         parameters = dict(self.named_parameters())
         first = next(iter(parameters.values()))
-        flat = torch.zeros(self.layout.size, dtype=first.dtype, device=first.device)
-        gradients = torch.zeros_like(flat)
-        for name, view in self.layout.views(flat).items():
+        buffer = torch.zeros(self.layout.size, dtype=first.dtype, device=first.device)
+        for name, view in self.layout.views(buffer).items():
             view.copy_(parameters[name].detach())
-        # Outside the registered parameters: state_dict() and parameters() keep the published names alone.
-        object.__setattr__(self, "flat", nn.Parameter(flat))
-        self.flat.grad = gradients
-        places = []
-        views, gradient_views = self.layout.views(self.flat.detach()), self.layout.views(gradients)
+        flat = nn.Parameter(buffer)
+        places, views = [], self.layout.views(flat.detach())  # one version counter for all
         for name, view in views.items():
             owner, _, leaf = name.rpartition(".")
-            parameter = nn.Parameter(view, requires_grad=parameters[name].requires_grad)
-            parameter.grad = gradient_views[name]
             module = self.get_submodule(owner)
-            setattr(module, leaf, parameter)
+            setattr(module, leaf, nn.Parameter(view, requires_grad=parameters[name].requires_grad))
             places.append((module._parameters, leaf, view.storage_offset() * view.element_size()))
-        object.__setattr__(self, "_places", places)
-        object.__setattr__(self, "weights", views)
+        tree = [(m._modules, name, child) for m in self.modules() for name, child in m._modules.items() if child]
+        # Outside the registered parameters: state_dict() and parameters() keep the published names alone.
+        for attribute, value in (
+            ("flat", flat),
+            ("weights", views),
+            ("_places", places),
+            ("_tree", tree),
+            ("_gradients", torch.zeros_like(flat.detach())),
+        ):
+            object.__setattr__(self, attribute, value)
+        self.flat.grad = self._gradients
+        for name, view in self.layout.views(self._gradients).items():
+            self.get_parameter(name).grad = view
 
     def flat_parameters(self) -> list[nn.Parameter]:
         """The parameters in the layout's order, each known to be a view of `flat`.
 
         Raises:
-            RuntimeError: one was taken out of the buffer, which a kernel would not notice.
+            RuntimeError: one was taken out of the buffer, or a layer was replaced, which a kernel would not notice.
         """
+        for siblings, name, module in self._tree:
+            if siblings.get(name) is not module:
+                raise RuntimeError(
+                    f"layer {name!r} of {type(self).__name__} was replaced, which the kernels cannot follow: write its "
+                    "values into the old layer's parameters (parameter.data.copy_(...))"
+                )
         base = self.flat.data_ptr()
-        parameters = [owner[leaf] for owner, leaf, _ in self._places]
+        parameters = [owner.get(leaf) for owner, leaf, _ in self._places]
         for slot, parameter, (_, _, offset) in zip(self.layout.slots, parameters, self._places, strict=True):
-            if parameter.data_ptr() != base + offset:
+            if parameter is None or parameter.data_ptr() != base + offset:
                 raise RuntimeError(
                     f"parameter {slot.name!r} was replaced and is no view of the flat buffer any more: write into it "
                     "(parameter.data.copy_(...)), or call flatten_parameters() and make its optimizer anew"
                 )
-        return parameters
+        return parameters  # type: ignore[return-value]
+
+    def attach_gradients(self) -> None:
+        """Makes the parameters' gradients views of `flat.grad` again, if an optimizer's zero_grad() undid that.
+
+        A gradient that is None is zero; one that autograd made on its own is copied into its place.
+        """
+        gradients = self.flat.grad
+        base = None if gradients is None else gradients.data_ptr()
+        held = [owner[leaf].grad for owner, leaf, _ in self._places]
+        if base is not None and all(
+            g is not None and g.data_ptr() == base + offset
+            for g, (_, _, offset) in zip(held, self._places, strict=True)
+        ):
+            return
+        old = self._gradients.data_ptr()
+        if gradients is None or gradients.shape != self.flat.shape or not gradients.is_contiguous():
+            gradients = self.flat.grad = torch.zeros_like(self.flat)
+        views = self.layout.views(gradients).values()
+        for g, (owner, leaf, offset), view in zip(held, self._places, views, strict=True):
+            if g is None:
+                view.zero_()
+            elif g.data_ptr() not in (old + offset, view.data_ptr()):
+                view.copy_(g)
+            owner[leaf].grad = view
+        object.__setattr__(self, "_gradients", gradients)
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Zeroes the flat gradient; the parameters' gradients stay views of it whatever `set_to_none` says."""
-        gradients = self.flat.grad
-        base = None if gradients is None else gradients.data_ptr()
-        for owner, leaf, offset in self._places:
-            gradient = owner[leaf].grad
-            if base is None or gradient is None or gradient.data_ptr() != base + offset:
-                break  # another optimizer set it to None, or autograd then made one of its own
-        else:
-            assert gradients is not None
-            gradients.zero_()
-            return
-        self.flat.grad = torch.zeros_like(self.flat)
-        for name, view in self.layout.views(self.flat.grad).items():
-            self.get_parameter(name).grad = view
+        self.attach_gradients()
+        assert self.flat.grad is not None
+        self.flat.grad.zero_()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FlatModule":
         super()._apply(fn, recurse)
-        if not self._is_flat():  # torch moved or cast the parameters one by one
-            self.flatten_parameters()
-        return self
-
-    def _is_flat(self) -> bool:
         base = self.flat.data_ptr()
-        return all(owner[leaf].data_ptr() == base + offset for owner, leaf, offset in self._places)
+        if any(owner[leaf].data_ptr() != base + offset for owner, leaf, offset in self._places):
+            self.flatten_parameters()  # torch moved or cast the parameters one by one
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for derived in ("flat", "weights", "_places"):
+        for derived in ("flat", "weights", "_places", "_tree", "_gradients"):
             state.pop(derived, None)
         return state
 
@@ -146,9 +175,12 @@ class FlatModule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
-def _check_size(name: str, value: int, minimum: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+def _sizes(**sizes: Any) -> list[int]:
+    """The sizes as ints, NumPy's integers among them."""
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    return [int(value) for value in sizes.values()]
 
 
 class TimeEmbedding(nn.Module):
@@ -187,16 +219,11 @@ class Denoiser(FlatModule):
         activation: str = "mish",
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("state_dim", state_dim),
-            ("action_dim", action_dim),
-            ("hidden_dim", hidden_dim),
-            ("num_hidden", num_hidden),
-        ):
-            _check_size(name, value)
-        _check_size("time_dim", time_dim, minimum=4)
-        if time_dim % 2:
-            raise ValueError(f"time_dim must be even (half sines, half cosines), got {time_dim}")
+        state_dim, action_dim, hidden_dim, num_hidden, time_dim = _sizes(
+            state_dim=state_dim, action_dim=action_dim, hidden_dim=hidden_dim, num_hidden=num_hidden, time_dim=time_dim
+        )
+        if time_dim < 4 or time_dim % 2:
+            raise ValueError(f"time_dim must be even (half sines, half cosines) and at least 4, got {time_dim}")
         self.spec = DenoiserSpec(state_dim, action_dim, hidden_dim, num_hidden, time_dim, activation)
         self.layout = self.spec.layout
         self.time_mlp = nn.Sequential(
@@ -220,6 +247,8 @@ class Denoiser(FlatModule):
         Returns:
             [B, A].
         """
+        if torch.is_grad_enabled():
+            self.attach_gradients()
         features = self.time_mlp(t.to(x.dtype))  # [B, D]
         return self.final_layer(self.mid_layer(torch.cat([x, features, states], dim=1)))
 
@@ -242,13 +271,9 @@ class TwinCritic(FlatModule):
         self, state_dim: int, action_dim: int, hidden_dim: int = 256, num_hidden: int = 3, activation: str = "mish"
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("state_dim", state_dim),
-            ("action_dim", action_dim),
-            ("hidden_dim", hidden_dim),
-            ("num_hidden", num_hidden),
-        ):
-            _check_size(name, value)
+        state_dim, action_dim, hidden_dim, num_hidden = _sizes(
+            state_dim=state_dim, action_dim=action_dim, hidden_dim=hidden_dim, num_hidden=num_hidden
+        )
         self.spec = CriticSpec(state_dim, action_dim, hidden_dim, num_hidden, activation)
         self.layout = self.spec.layout
 
@@ -288,6 +313,8 @@ class TwinCritic(FlatModule):
 
         With N candidates the state's part of the first layer is computed once a state.
         """
+        if torch.is_grad_enabled():
+            self.attach_gradients()
         model: nn.Sequential = self.q1_model if i == 1 else self.q2_model
         if actions.dim() == 2:
             return model(torch.cat([states, actions], dim=1)).squeeze(-1)

@@ -1,6 +1,7 @@
 """DiffusionPolicy: a denoiser, the schedule it was trained with, and the action bound."""
 
 import math
+import numbers
 import os
 from typing import Any
 
@@ -54,7 +55,9 @@ class DiffusionPolicy(nn.Module):
         predict_epsilon: bool = True,
     ) -> None:
         super().__init__()
-        if not isinstance(max_action, (int, float)) or not 0 < max_action < math.inf:
+        bound: Any = max_action  # NumPy's numbers are welcome
+        is_number = isinstance(bound, numbers.Real)
+        if not is_number or not 0 < bound < math.inf:
             raise ValueError(f"max_action must be a positive number, got {max_action!r}")
         self.max_action = float(max_action)
         self.schedule = NoiseSchedule(beta_schedule, T)

@@ -74,8 +74,11 @@ class RunDir:
             RunError: this is no run folder.
         """
         try:
-            return json.loads(self.config_path.read_text())
-        except FileNotFoundError as error:
+            values = json.loads(self.config_path.read_text())
+            if not isinstance(values, dict) or not {"run", "dataset", "threads"} <= values.keys():
+                raise RunError(f"{self.config_path} is damaged: fields are missing; restore it from a copy")
+            return values
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise RunError(
                 f"{self.path} is no run: it has no config.json; give the folder that dql train named"
             ) from error
@@ -145,7 +148,10 @@ class RunDir:
     def selection(self) -> dict[str, int]:
         """Step of "last", "best" and "offline", as far as there are such."""
         path = self.path / "selection.json"
-        chosen = json.loads(path.read_text()) if path.is_file() else {}
+        try:
+            chosen = json.loads(path.read_text()) if path.is_file() else {}
+        except json.JSONDecodeError as error:
+            raise RunError(f"{path} is damaged ({error}); remove it, and resume the run to have it anew") from error
         steps = self.steps()
         if steps:
             chosen["last"] = steps[-1]

@@ -1,6 +1,8 @@
 """`sample` and `select`: arguments checked once, a backend picked, and the one autograd glue of all backends."""
 
+import contextlib
 import math
+import numbers
 from types import TracebackType
 from typing import Any
 
@@ -46,12 +48,21 @@ class set_policy:  # noqa: N801 (used like a function)
         _default_policy = self._previous
 
 
+def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
+    """The chain's precision is `precision`'s business alone."""
+    kind = tensor.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
+
+
 class _ChainFunction(torch.autograd.Function):
     """The autograd glue: a chain run by any backend, differentiable in the states and every parameter."""
 
     @staticmethod
     def forward(ctx: Any, backend: Backend, chain: Chain, states: Tensor, *parameters: Tensor) -> Tensor:
-        actions, ctx.saved = backend.forward(chain, save=True)
+        with _no_autocast(states):
+            actions, ctx.saved = backend.forward(chain, save=True)
         ctx.backend, ctx.chain = backend, chain
         # Saved so that autograd notices parameters or states that were changed in place before backward.
         ctx.save_for_backward(states, *parameters)
@@ -60,10 +71,11 @@ class _ChainFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_actions: Tensor) -> tuple[Tensor | None, ...]:
-        _ = ctx.saved_tensors
+        _ = ctx.saved_tensors  # raises if one was changed in place
         need_states, *need = ctx.needs_input_grad[2:]
         layout = ctx.chain.spec.layout
-        d_flat, d_states = ctx.backend.backward(ctx.chain, ctx.saved, d_actions, any(need), need_states)
+        with _no_autocast(d_actions):
+            d_flat, d_states = ctx.backend.backward(ctx.chain, ctx.saved, d_actions, any(need), need_states)
         views = layout.views(d_flat) if d_flat is not None else {}
         d_parameters = (views[slot.name] if needed else None for slot, needed in zip(layout.slots, need, strict=True))
         return None, None, d_states, *d_parameters
@@ -105,20 +117,24 @@ def sample(
             states (looked for on a GPU too, at the price of a sync, but not while a CUDA graph is captured).
         TypeError: states that are no tensor, or a policy that is none.
         BackendUnavailable: the named backend cannot run this here.
+
+    Inside `torch.compile` it is a graph break: it runs as it is, and gradients flow through it. `torch.func`'s
+    transformations (vmap, grad, jacrev) and `torch.export` do not support it.
     """
+    options: dict[str, Any] = {
+        "backend": backend,
+        "num_candidates": num_candidates,
+        "noise": noise,
+        "seed": seed,
+        "sampler": sampler,
+        "num_steps": num_steps,
+        "precision": precision,
+    }
+    if torch.compiler.is_compiling():
+        return torch._dynamo.disable(sample)(states, policy, **options)
     policy = _policy(policy)
     _check_states(states, policy)
-    return run_chain(
-        states,
-        policy,
-        backend=backend,
-        num_candidates=num_candidates,
-        noise=noise,
-        seed=seed,
-        sampler=sampler,
-        num_steps=num_steps,
-        precision=precision,
-    )
+    return run_chain(states, policy, **options)
 
 
 def select(
@@ -154,6 +170,16 @@ def select(
         ValueError, BackendUnavailable: as `sample`; ValueError also for a critic that does not fit the policy.
         TypeError: `critic` is none.
     """
+    options: dict[str, Any] = {
+        "backend": backend,
+        "num_candidates": num_candidates,
+        "noise": noise,
+        "sampler": sampler,
+        "num_steps": num_steps,
+        "precision": precision,
+    }
+    if torch.compiler.is_compiling():
+        return torch._dynamo.disable(select)(states, policy, critic, seed=seed, **options)
     policy = _policy(policy)
     _check_states(states, policy)
     critic = _check_critic(critic, policy)
@@ -161,17 +187,7 @@ def select(
         raise ValueError("select needs num_candidates, the number of actions to choose from; the published one is 50")
     seed = noise_stream.seed_from_torch() if seed is None else noise_stream.check_seed(seed)
     with torch.no_grad():
-        candidates = run_chain(
-            states,
-            policy,
-            backend=backend,
-            num_candidates=num_candidates,
-            noise=noise,
-            seed=None if noise is not None else seed,
-            sampler=sampler,
-            num_steps=num_steps,
-            precision=precision,
-        )  # [B, N, A]
+        candidates = run_chain(states, policy, seed=seed if noise is None else None, **options)  # [B, N, A]
         if states.shape[0] == 0:
             return candidates.new_zeros(0, policy.action_dim)
         cumulative = critic.q_min(states, candidates).softmax(dim=1).cumsum(dim=1)  # [B, N]
@@ -196,8 +212,9 @@ def run_chain(
     table = _table(policy, sampler, num_steps)
     B, A = states.shape[0], policy.action_dim
     N = 1 if num_candidates is None else num_candidates
-    if isinstance(N, bool) or not isinstance(N, int) or N < 1:
+    if isinstance(N, bool) or not isinstance(N, numbers.Integral) or N < 1:
         raise ValueError(f"num_candidates must be a positive integer or None, got {num_candidates!r}")
+    N = int(N)
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
     shape = (B, A) if num_candidates is None else (B, N, A)
@@ -229,9 +246,11 @@ def run_chain(
     if B == 0:
         return states.new_zeros(shape, requires_grad=differentiable)
     if differentiable:
+        denoiser.attach_gradients()
         actions = _ChainFunction.apply(runner, chain, states, *parameters)
     else:
-        actions, _ = runner.forward(chain, save=False)
+        with _no_autocast(states):
+            actions, _ = runner.forward(chain, save=False)
     return actions.view(shape)
 
 
@@ -240,7 +259,8 @@ def _policy(policy: DiffusionPolicy | None) -> DiffusionPolicy:
     if policy is None:
         raise ValueError("no policy: pass one, dql.sample(states, policy), or set one first, dql.set_policy(policy)")
     if not isinstance(policy, DiffusionPolicy):
-        raise TypeError(f"policy must be a DiffusionPolicy, got {type(policy).__name__}")
+        hint = "; use agent.policy" if hasattr(policy, "policy") else ""
+        raise TypeError(f"policy must be a DiffusionPolicy, got {type(policy).__name__}{hint}")
     return policy
 
 

@@ -7,9 +7,11 @@ that runs tables runs them all.
 
 import itertools
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -63,8 +65,11 @@ class NoiseSchedule:
     def __post_init__(self) -> None:
         if self.name not in _BETAS:
             raise ValueError(f"unknown beta schedule {self.name!r}; known: {', '.join(BETA_SCHEDULES)}")
-        if isinstance(self.T, bool) or not isinstance(self.T, int) or not 1 <= self.T <= 1000:
-            raise ValueError(f"T must be an integer from 1 to 1000, got {self.T!r}")
+        T: Any = self.T
+        whole = isinstance(T, numbers.Integral) and not isinstance(T, bool)
+        if not whole or not 1 <= T <= 1000:
+            raise ValueError(f"T must be an integer from 1 to 1000, got {T!r}")
+        object.__setattr__(self, "T", int(T))
 
     @cached_property
     def betas(self) -> np.ndarray:

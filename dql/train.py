@@ -22,7 +22,7 @@ from rich.text import Text
 
 from dql import __version__, noise
 from dql.agent import DiffusionBC, DiffusionQL, load, make_agent
-from dql.checkpoint import checked_device
+from dql.checkpoint import CheckpointError, checked_device
 from dql.config import Config, RunConfig
 from dql.data import DatasetInfo, TransitionDataset, load_dataset
 from dql.evaluate import Evaluation, Scored, evaluate, select_checkpoints, worth_keeping
@@ -158,7 +158,13 @@ def resume(path: Path, *, num_updates: int | None = None, console: Console | Non
         folder.clean()
         steps = folder.steps()
         if steps:
-            agent = load(folder.checkpoint_path(steps[-1]), device=device)
+            try:
+                agent = load(folder.checkpoint_path(steps[-1]), device=device)
+            except CheckpointError as error:
+                earlier = f"update {steps[-2]:,}" if len(steps) > 1 else "the beginning"
+                raise RunError(
+                    f"{error}: remove {folder.checkpoint_path(steps[-1])}, and resuming starts from {earlier}"
+                ) from error
             agent.config = replace(agent.config, num_updates=run.agent.num_updates)
             state = folder.read_loop(steps[-1])
         else:  # killed before the first checkpoint: from the start, which is as exact
@@ -393,7 +399,7 @@ class _RateColumn(ProgressColumn):
 def _progress(config: Config, step: int, console: Console) -> Iterator[Callable[[int, float, dict[str, float]], None]]:
     """A bar on a terminal; elsewhere a line now and then."""
     total = config.num_updates
-    shown = {"actor/bc_loss": "bc", "actor/q_loss": "q", "critic/loss": "critic", "critic/target_q": "target"}
+    shown = {"actor/bc_loss": "bc", "actor/q_loss": "q_loss", "critic/loss": "critic", "critic/target_q": "target"}
 
     def text(means: dict[str, float]) -> str:
         return "  ".join(f"{short} {means[name]:.4g}" for name, short in shown.items() if name in means)

@@ -388,7 +388,7 @@ def test_a_float64_agent_stays_one(tmp_path):
 
 
 def test_loading_what_is_no_agent(tmp_path):
-    with pytest.raises(dql.CheckpointError, match=r"no file .*agent\.safetensors; check the path"):
+    with pytest.raises(dql.CheckpointError, match=r"agent\.safetensors does not exist; give the path"):
         dql.load(tmp_path)
     dql.DiffusionPolicy(S, A, hidden_dim=16).save(tmp_path / "agent.safetensors")
     with pytest.raises(dql.CheckpointError, match=r"no agent.*use DiffusionPolicy\.load"):

@@ -133,7 +133,7 @@ def test_a_place_that_cannot_be_written_to(policy, tmp_path):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(dql.CheckpointError, match=r"no file .*nothing\.safetensors; check the path"):
+    with pytest.raises(dql.CheckpointError, match=r"nothing\.safetensors does not exist; give the path"):
         dql.DiffusionPolicy.load(tmp_path / "nothing.safetensors")
 
 
