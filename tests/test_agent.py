@@ -523,3 +523,43 @@ def test_the_defaults_are_the_papers():
 def test_bad_configs(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         dql.Config(**changes)
+
+
+def test_a_batch_that_does_not_fit_is_refused():
+    agent = dql.DiffusionQL(3, 2, dql.Config(hidden_dim=16))
+    good = {
+        "states": torch.zeros(4, 3),
+        "actions": torch.zeros(4, 2),
+        "rewards": torch.zeros(4),
+        "next_states": torch.zeros(4, 3),
+        "masks": torch.ones(4),
+    }
+    before = agent.critic.flat.detach().clone()
+    for name, bad, words in (
+        ("next_states", torch.zeros(1, 3), r"batch\.next_states must be \[4, 3\], got \[1, 3\]"),
+        ("actions", torch.zeros(4, 1), r"batch\.actions must be \[4, 2\], got \[4, 1\]"),
+        ("states", torch.zeros(4, 3, dtype=torch.float64), r"batch\.states is torch\.float64 .* torch\.float32"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            agent.update(dql.Batch(**(good | {name: bad})))
+    with pytest.raises(TypeError, match=r"batch must be a dql\.Batch, got dict"):
+        agent.update(good)
+    assert torch.equal(agent.critic.flat, before), "a refused batch must not have trained anything"
+    with torch.no_grad():
+        agent.update(dql.Batch(**good))  # it asks for gradients itself
+    assert not torch.equal(agent.critic.flat, before)
+
+
+def test_a_batch_with_a_graph_is_data():
+    agent = dql.DiffusionQL(3, 2, dql.Config(hidden_dim=16))
+    other = dql.DiffusionPolicy(3, 2, hidden_dim=16)
+    states = torch.zeros(4, 3)
+    actions = dql.sample(states, other)
+    for _ in range(2):
+        agent.update(dql.Batch(states, actions, torch.zeros(4), states, torch.ones(4)))
+    assert other.denoiser.flat.grad.abs().sum() == 0
+
+
+def test_an_unknown_backend_is_refused_at_once():
+    with pytest.raises(ValueError, match="unknown backend 'tritn'"):
+        dql.DiffusionQL(3, 2, dql.Config(backend="tritn"))

@@ -355,3 +355,32 @@ def test_an_actor_is_no_critic():
         dql.TwinCritic.from_published(published_actor_dict(), A)
     with pytest.raises(ValueError, match="not a published actor"):
         dql.DiffusionPolicy.from_published(published.PublishedAgent(S, A, hidden_dim=H).critic.state_dict())
+
+
+@pytest.mark.parametrize("taken", ["flat", "parameters"])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_any_optimizer_trains(taken, set_to_none):
+    """The flat buffer and the parameters take the same steps, however the optimizer zeroes its gradients."""
+    states, policy = torch.randn(8, 11), dql.DiffusionPolicy(11, 3, hidden_dim=16)
+    reference = copy.deepcopy(policy)
+    modules = {"ours": policy.denoiser, "reference": reference.denoiser}
+    optimizer = torch.optim.SGD([modules["ours"].flat] if taken == "flat" else list(policy.parameters()), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad(set_to_none=set_to_none)
+        dql.sample(states, policy, seed=1).square().mean().backward()
+        optimizer.step()
+        gradients = torch.autograd.grad(
+            dql.sample(states, reference, seed=1).square().mean(), list(reference.parameters())
+        )
+        with torch.no_grad():
+            for parameter, gradient in zip(reference.parameters(), gradients, strict=True):
+                parameter.sub_(gradient, alpha=0.1)
+    torch.testing.assert_close(modules["ours"].flat, modules["reference"].flat, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(modules["ours"].flat, dql.DiffusionPolicy(11, 3, hidden_dim=16).denoiser.flat)
+
+
+def test_a_replaced_layer_is_refused():
+    policy = dql.DiffusionPolicy(11, 3, hidden_dim=16)
+    policy.denoiser.final_layer = torch.nn.Linear(16, 3)
+    with pytest.raises(RuntimeError, match="layer 'final_layer' of Denoiser was replaced"):
+        dql.sample(torch.zeros(1, 11), policy)

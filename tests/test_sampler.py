@@ -534,3 +534,33 @@ def test_num_steps_and_own_tables():
 def test_cases_are_different_problems():
     assert len({str(case) for case in CASES}) == len(CASES)
     assert replace(CASES[0], B=2) != CASES[0]
+
+
+def test_autocast_does_not_touch_the_chain():
+    policy = dql.DiffusionPolicy(11, 3, hidden_dim=64)
+    states = torch.randn(40, 11, requires_grad=True)
+    want = dql.sample(states, policy, seed=1)
+    (want_gradient,) = torch.autograd.grad(want.sum(), states)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = dql.sample(states, policy, seed=1)
+        (gradient,) = torch.autograd.grad(got.sum(), states)
+        with torch.no_grad():
+            assert torch.equal(dql.sample(states, policy, seed=1), want)
+    assert torch.equal(got, want)
+    assert torch.equal(gradient, want_gradient)
+
+
+def test_inside_torch_compile_it_runs_as_it_is():
+    policy = dql.DiffusionPolicy(11, 3, hidden_dim=16)
+    states = torch.randn(4, 11, requires_grad=True)
+    compiled = torch.compile(lambda s: dql.sample(s, policy, seed=1) * 2, backend="eager")
+    got, want = compiled(states), dql.sample(states, policy, seed=1) * 2
+    assert torch.equal(got, want)
+    assert torch.equal(*(torch.autograd.grad(a.sum(), states)[0] for a in (got, want)))
+
+
+def test_a_table_for_the_other_prediction_is_refused():
+    policy = dql.DiffusionPolicy(11, 3, hidden_dim=16, predict_epsilon=False)
+    table = dql.StepTable.ddim(policy.schedule, stochasticity=0.5)
+    with pytest.raises(ValueError, match="made with predict_epsilon=True, the policy has False"):
+        dql.sample(torch.zeros(1, 11), policy, sampler=table)
