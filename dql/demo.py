@@ -116,8 +116,8 @@ def demo(folder: Path, *, updates: int, episodes: int, seed: int, fresh: bool, c
     policy_path = folder / "policy.safetensors"
     agents["Diffusion-QL"].policy.save(policy_path)
     spent = ", ".join(f"{name} {s:.0f}" for name, s in seconds.items())
-    console.print(f"seconds: {spent}; {time.perf_counter() - started:.0f} in all, {torch.get_num_threads()} threads")
     plain = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    plain(f"seconds: {spent}; {time.perf_counter() - started:.0f} in all, {torch.get_num_threads()} thread(s)")
     plain(f"pictures: {folder / 'learning_curve.png'}, {folder / 'actions.png'}")
     plain("the policy, in Python:\n")
     for line in (

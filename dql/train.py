@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import platform
 import shlex
 import signal
@@ -104,6 +105,8 @@ def train(run: RunConfig, *, dataset: TransitionDataset | None = None, console: 
             )
         folder.clean()
         device = resolve_device(run.device)
+        if run.threads > (os.cpu_count() or 1):
+            raise RunError(f"--threads {run.threads} is more than the {os.cpu_count()} cores of this machine")
         if run.threads:
             torch.set_num_threads(run.threads)
         data = load_dataset(run.dataset, reward_tune=run.agent.reward_tune) if dataset is None else dataset
@@ -173,7 +176,8 @@ def resume(path: Path, *, num_updates: int | None = None, console: Console | Non
         folder.write_json("config.json", _describe(run, data, info, fingerprint, written["threads"]))
         for file in (folder.metrics_path, folder.evaluations_path):
             drop_rows_after(file, agent.step)
-        console.print(f"resuming {path} at update {agent.step:,}", markup=False, soft_wrap=True)
+        complete = " (it is complete: --num-updates N lengthens it)" if agent.step >= run.agent.num_updates else ""
+        console.print(f"resuming {path} at update {agent.step:,}{complete}", markup=False, soft_wrap=True)
         return _Loop(run, folder, data, info, agent, console, state).run()
     finally:
         folder.unlock()
@@ -344,7 +348,8 @@ class _Loop:
         score = "" if result.normalized_score is None else f", normalised score {result.normalized_score:.1f}"
         self.console.print(
             f"update {step:,}: return {result.return_mean:.1f} [{low:.1f}, {high:.1f}] "
-            f"over {run.eval_episodes} episodes{score}"
+            f"over {run.eval_episodes} episodes{score}",
+            soft_wrap=True,
         )
 
     def _save(self) -> None:
@@ -412,7 +417,9 @@ def _progress(config: Config, step: int, console: Console) -> Iterator[Callable[
             if time.monotonic() - spoken >= _PLAIN_LINE_EVERY or step == total:
                 spoken = time.monotonic()
                 left = (total - step) / max(rate, 1e-9)
-                console.print(f"{step:,}/{total:,}  {rate:.1f} updates/s  {left:.0f} s left  {text(means)}")
+                console.print(
+                    f"{step:,}/{total:,}  {rate:.1f} updates/s  {left:.0f} s left  {text(means)}", soft_wrap=True
+                )
 
         yield line
         return
