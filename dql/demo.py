@@ -119,16 +119,15 @@ def demo(folder: Path, *, updates: int, episodes: int, seed: int, fresh: bool, c
     plain = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     plain(f"seconds: {spent}; {time.perf_counter() - started:.0f} in all, {torch.get_num_threads()} thread(s)")
     plain(f"pictures: {folder / 'learning_curve.png'}, {folder / 'actions.png'}")
-    plain("the policy, in Python:\n")
+    plain(
+        f"the agent, critic and all: dql.load({str(folder / _ALGORITHMS['Diffusion-QL'])!r}); its policy, in Python:\n"
+    )
     for line in (
         "import dql, torch",
         f"policy = dql.DiffusionPolicy.load({str(policy_path)!r})",
         "print(dql.sample(torch.tensor([[-1.0, 0.0, 0.0]]), policy))  # hanging down, at rest",
     ):
         plain(f"    {line}")
-    plain("\nthe whole agent, its critic too:\n")
-    plain(f"    agent = dql.load({str(folder / _ALGORITHMS['Diffusion-QL'])!r})")
-    plain("    print(agent.act(torch.tensor([-1.0, 0.0, 0.0])))")
     means = {name: r.return_mean for name, r in results.items()}
     return {"data": float(info.episode_returns.mean())} | means
 

@@ -59,7 +59,7 @@ def test_it_says_where_the_seconds_went(shown):
     line = " ".join(said[said.index("seconds: ") :].split())
     for part in ("data", "train DiffusionBC", "train Diffusion-QL", "evaluate DiffusionBC", "pictures"):
         assert re.search(rf"{part} \d+", line), part
-    assert re.search(r"\d+ in all, \d+ threads", line)
+    assert re.search(r"\d+ in all, \d+ thread\(s\)", line)
 
 
 def test_the_pictures(shown):

@@ -15,7 +15,7 @@ from rich.console import Console
 import dql
 from dql import train as training
 from dql.agent import DiffusionBC, DiffusionQL, load
-from dql.checkpoint import CheckpointError, load_tensors
+from dql.checkpoint import load_tensors
 from dql.config import Config, RunConfig
 from dql.data import DatasetError, load_dataset
 from dql.rundir import RunDir, RunError, find_checkpoint, read_rows
@@ -288,7 +288,7 @@ CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 def test_progress_without_a_terminal(run_config):
     _, said = train_quietly(replace(run_config, eval_every=20, eval_episodes=1))
     assert CONTROL.search(said) is None
-    assert re.search(r"^25/25  [\d.]+ updates/s  0 s left  bc [\d.]+  q \S+  critic \S+  target \S+$", said, re.M)
+    assert re.search(r"^25/25  [\d.]+ updates/s  0 s left  bc [\d.]+  q_loss \S+  critic \S+  target \S+$", said, re.M)
 
 
 def test_progress_is_spoken_now_and_then(run_config, monkeypatch):
@@ -337,5 +337,5 @@ def test_a_damaged_checkpoint_is_named(run_config):
     train_quietly(run_config)
     path = find_checkpoint(run_config.run_dir) / "agent.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match=re.escape(str(path))):
+    with pytest.raises(RunError, match=rf"{re.escape(str(path))} is damaged.*remove .*, and resuming starts from"):
         resume(run_config.run_dir, console=Console(file=io.StringIO()))
