@@ -8,6 +8,7 @@ checkpoints/step-N/    agent.safetensors (networks, optimizers) and loop.json (t
 policy.safetensors     the last policy alone, when the run has ended
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -63,9 +64,15 @@ class RunDir:
             ) from error
 
     def unlock(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        """Gives the folder back; one in which nothing was begun is not left behind."""
+        if self._lock is None:
+            return
+        if not self.holds_a_run():
+            (self.path / ".lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it holds something else, or is not empty
+                self.path.rmdir()
+        self._lock.close()
+        self._lock = None
 
     def read_config(self) -> dict[str, Any]:
         """What config.json holds.

@@ -318,3 +318,15 @@ def test_a_lock_ends_with_its_process(tmp_path):
     folder = RunDir(tmp_path)
     folder.lock()
     folder.unlock()
+
+
+def test_a_start_that_fails_leaves_no_folder(run_config, tmp_path):
+    run = replace(run_config, dataset="dql/nowhere/none-v0", run_dir=tmp_path / "never")
+    with pytest.raises(FileNotFoundError):
+        train(run)
+    assert not run.run_dir.exists()
+    run.run_dir.mkdir()
+    (run.run_dir / "mine").write_text("kept")
+    with pytest.raises(FileNotFoundError):
+        train(run)
+    assert [p.name for p in run.run_dir.iterdir()] == ["mine"]
