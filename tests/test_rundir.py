@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
