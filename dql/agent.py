@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import overload
 
 import numpy as np
 import torch
@@ -21,13 +21,11 @@ from dql import noise
 from dql.backends import check_name
 from dql.checkpoint import FILE, CheckpointError, checked_device, load_tensors, reading, save_tensors
 from dql.config import Config
+from dql.data import Batch
 from dql.networks import FlatModule, TwinCritic
 from dql.policy import DiffusionPolicy
 from dql.rundir import find_checkpoint
 from dql.sampler import run_chain, sample, select
-
-if TYPE_CHECKING:
-    from dql.data import Batch
 
 Tensor = torch.Tensor
 _FORMAT = 1
@@ -168,7 +166,7 @@ class DiffusionBC:
         return 0.5 * (1 + math.cos(math.pi * min(self.step / self.config.num_updates, 1.0)))
 
     @torch.enable_grad()
-    def update(self, batch: "Batch") -> dict[str, Tensor]:
+    def update(self, batch: Batch) -> dict[str, Tensor]:
         """One update from a batch.
 
         Args:
@@ -184,7 +182,7 @@ class DiffusionBC:
         self.step += 1
         return {"actor/bc_loss": loss.detach(), "actor/grad_norm": norm}
 
-    def _bc_loss(self, batch: "Batch", seeds: UpdateSeeds) -> Tensor:
+    def _bc_loss(self, batch: Batch, seeds: UpdateSeeds) -> Tensor:
         B, A = batch.actions.shape
         t = noise.integers(seeds.bc_t, self.policy.T, B).to(self.device, non_blocking=True)
         eps = noise.normal(seeds.bc_noise, 1, B, A, dtype=self.policy.dtype, device=self.device)[0]
@@ -293,7 +291,7 @@ class DiffusionQL(DiffusionBC):
         self._critic_adam = _FlatAdam(self.critic, c.critic_lr, c.grad_norm)
 
     @torch.enable_grad()
-    def update(self, batch: "Batch") -> dict[str, Tensor]:
+    def update(self, batch: Batch) -> dict[str, Tensor]:
         """One update of critics, actor and averages from a batch.
 
         Args:
@@ -314,7 +312,7 @@ class DiffusionQL(DiffusionBC):
         return metrics
 
     @torch.no_grad()
-    def target_q(self, batch: "Batch", seed: int) -> Tensor:
+    def target_q(self, batch: Batch, seed: int) -> Tensor:
         """r + mask * discount * min(Q_1', Q_2')(s', a') [B]; with max_q_backup each Q' is its best of 10 actions."""
         c = self.config
         next_actions = run_chain(
@@ -329,7 +327,7 @@ class DiffusionQL(DiffusionBC):
             q1, q2 = q1.amax(dim=1), q2.amax(dim=1)
         return batch.rewards + batch.masks * c.discount * torch.minimum(q1, q2)
 
-    def _update_critic(self, batch: "Batch", seeds: UpdateSeeds) -> dict[str, Tensor]:
+    def _update_critic(self, batch: Batch, seeds: UpdateSeeds) -> dict[str, Tensor]:
         target_q = self.target_q(batch, seeds.target)
         q1, q2 = self.critic(batch.states, batch.actions)
         loss = F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q)
@@ -341,7 +339,7 @@ class DiffusionQL(DiffusionBC):
             "critic/grad_norm": norm,
         }
 
-    def _update_actor(self, batch: "Batch", seeds: UpdateSeeds) -> dict[str, Tensor]:
+    def _update_actor(self, batch: Batch, seeds: UpdateSeeds) -> dict[str, Tensor]:
         bc_loss = self._bc_loss(batch, seeds)
         actions = run_chain(batch.states, self.policy, backend=self.config.backend, seed=seeds.actor)
         maximised = 1 if int(noise.integers(seeds.coin, 2, 1)) else 2
@@ -383,10 +381,8 @@ class DiffusionQL(DiffusionBC):
         return super()._optimizers() | {"critic_adam": self._critic_adam}
 
 
-def _checked(batch: "Batch", policy: DiffusionPolicy) -> "Batch":
+def _checked(batch: Batch, policy: DiffusionPolicy) -> Batch:
     """The batch as plain data; refuses what does not fit, and what would broadcast (published rewards are [B, 1])."""
-    from dql.data import Batch
-
     if not isinstance(batch, Batch):
         raise TypeError(f"batch must be a dql.Batch, got {type(batch).__name__}; use dql.Batch(states, actions, ...)")
     for name, value in vars(batch).items():

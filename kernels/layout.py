@@ -7,7 +7,7 @@ Adam, EMA and target updates, because their gradient is zero.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 
@@ -91,7 +91,6 @@ def hidden_names(num_hidden: int) -> list[str]:
     return [f"mid_layer.{2 * i}" for i in range(num_hidden)]
 
 
-@lru_cache(maxsize=64)
 def _denoiser_layout(spec: DenoiserSpec) -> FlatLayout:
     H, D = spec.hidden_dim, spec.time_dim
     shapes: dict[str, tuple[int, ...]] = {}
@@ -107,7 +106,6 @@ def _denoiser_layout(spec: DenoiserSpec) -> FlatLayout:
     return FlatLayout.build(shapes)
 
 
-@lru_cache(maxsize=64)
 def _critic_layout(spec: CriticSpec) -> FlatLayout:
     shapes: dict[str, tuple[int, ...]] = {}
     for q in ("q1_model", "q2_model"):
