@@ -10,24 +10,33 @@ import numpy as np
 import pytest
 import rivals
 import torch
-from published import PublishedAgent
-from rivals import COMPILED, A, LeanActor, S, T
+from rivals import COMPILED, EXPORTED, FLOPS, MISH_OP, A, LeanActor, S, T
 from torch import Tensor
 
 import dql
 
 BATCH_SIZES, SHORT_BATCH_SIZES = (1, 50, 256, 2560), (1, 256)
-DQL = [f"dql-{name}" for name in dql.backends()]
+MISH_OP_BATCH_SIZES = (1, 50, 256)  # for information, so not where it takes longest
+DQL = rivals.contenders()
 CANDIDATES = 50
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "B" not in metafunc.fixturenames:
+        return
     short = metafunc.config.getoption("short")
-    if "B" in metafunc.fixturenames:
-        metafunc.parametrize("B", SHORT_BATCH_SIZES if short else BATCH_SIZES, ids=lambda B: f"B{B}")
-        # one compiled rival with a backward, the faster one: compiling takes longer than all the timing
-        compiled = [] if short else COMPILED if metafunc.function is test_forward else ["compile-lean"]
-        metafunc.parametrize("contender", ["published", *compiled, *DQL])
+    if metafunc.function is test_forward:
+        names = ["published", *(["onnxruntime"] if short else [*COMPILED, *EXPORTED, MISH_OP]), *DQL]
+    else:  # one compiled rival, the faster one: compiling takes longer than all the timing. Gradients are float32 only.
+        differentiable = [name for name in DQL if rivals.backend_of(name)[1] == "fp32"]
+        names = ["published", *([] if short else ["compile-lean"]), *differentiable]
+    pairs = [
+        (B, name)
+        for B in (SHORT_BATCH_SIZES if short else BATCH_SIZES)
+        for name in names
+        if name != MISH_OP or B in MISH_OP_BATCH_SIZES
+    ]
+    metafunc.parametrize(("B", "contender"), pairs, ids=[f"B{B}-{name}" for B, name in pairs])
 
 
 def _chain(contender: str, states: Tensor) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
@@ -45,10 +54,14 @@ def _chain(contender: str, states: Tensor) -> tuple[Callable[..., Tensor], dict[
             return compiled(states, torch.randn(T, B, A, device=device) if noise is None else noise)
 
         return chain, dict(actor.model.named_parameters())
+    if contender in (*EXPORTED, MISH_OP):
+        if (reason := rivals.no_runtime(contender, device)) is not None:
+            pytest.skip(reason)
+        return rivals.exported(contender, states), {}
     policy = dql.DiffusionPolicy.from_published(actor.state_dict()).to(device)
-    backend = contender.removeprefix("dql-")
+    backend, precision = rivals.backend_of(contender)
     return (
-        lambda noise=None: dql.sample(states, policy, backend=backend, noise=noise),
+        lambda noise=None: dql.sample(states, policy, backend=backend, noise=noise, precision=precision),
         dict(policy.denoiser.named_parameters()),
     )
 
@@ -73,9 +86,12 @@ def test_forward(B: int, contender: str, race, device) -> None:
     states, noise, _ = _problem(B, device)
     published, _ = _chain("published", states)
     chain, _ = _chain(contender, states)
+    bf16 = contender.endswith("-bf16")
+    tolerance = rivals.TOLERANCES["bf16" if bf16 else "fp32"]
     with torch.no_grad():
-        error = rivals.check_elements(contender, "actions", chain(noise), published(noise), rivals.ACTION_TOLERANCE)
-        race(f"sample B={B}, forward", contender, chain, published, worst_error=error)
+        error = rivals.check_elements(contender, "actions", chain(noise), published(noise), tolerance)
+        problem = f"sample B={B}, forward"
+        race(problem, contender, chain, published, worst_error=error, flops=FLOPS * B, bf16=bf16)
 
 
 def test_forward_backward(B: int, contender: str, race, device) -> None:
@@ -102,23 +118,33 @@ def test_select(contender: str, race, device) -> None:
     """One action for one state, NumPy in and out: of 50 candidates, one by softmax of the critics' minimum."""
     published = rivals.published_agent(device)
     state = np.random.default_rng(0).standard_normal(S).astype(np.float32)
-    run, error = (lambda: published.act(state)), 0.0
+    run, error, seed = published.act, 0.0, 0
     if contender != "published":
-        config = dql.Config(backend=contender.removeprefix("dql-"), num_candidates=CANDIDATES)
-        agent = rivals.matching_agent(published, config, device)
-        error = _check_select(contender, agent, published, state)
-        run = lambda: agent.act(state)  # noqa: E731
-    race(f"select N={CANDIDATES}, one state", contender, run, lambda: published.act(state), worst_error=error)
+        run = _select(contender, published, device)
+        got, row = torch.from_numpy(run(state, seed=seed)), torch.from_numpy(state)[None]
+        error = rivals.check_selected(contender, got.to(device), published, row.to(device), CANDIDATES, seed)
+    problem = f"select N={CANDIDATES}, one state"
+    race(problem, contender, lambda: run(state), lambda: published.act(state), worst_error=error)
 
 
-def _check_select(contender: str, agent: dql.DiffusionQL, published: PublishedAgent, state: np.ndarray) -> float:
-    """The published code's candidates, critics and softmax, with dql's noise and its written way to draw from them."""
-    device, seed = agent.device, 0
-    noise = dql.noise.normal(seed, T, CANDIDATES, A, device=device)
-    repeated = torch.from_numpy(state).to(device).repeat(CANDIDATES, 1)  # [N, S]
-    with torch.no_grad():
-        candidates = published.actor.sample(repeated, noise)  # [N, A]
-        cumulative = published.critic_target.q_min(repeated, candidates).flatten().softmax(0).cumsum(0)  # [N]
-    index = int((cumulative.cpu() <= float(dql.noise.uniform(seed, 1))).sum())
-    got = torch.from_numpy(agent.act(state, seed=seed))
-    return rivals.check_elements(contender, "action", got, candidates[index].cpu(), rivals.ACTION_TOLERANCE)
+def _select(contender: str, published: rivals.PublishedAgent, device: torch.device) -> Callable[..., np.ndarray]:
+    """`select(state [S], seed=None)` -> action [A]."""
+    backend, precision = rivals.backend_of(contender)
+    agent = rivals.matching_agent(published, dql.Config(backend=backend, num_candidates=CANDIDATES), device)
+    if precision == "fp32":
+        return agent.act
+
+    def select(state: np.ndarray, seed: int | None = None) -> np.ndarray:
+        row = torch.from_numpy(state)[None].to(device)  # [1, S]
+        actions = dql.select(
+            row,
+            agent.policy,
+            agent.critic_target,
+            num_candidates=CANDIDATES,
+            backend=backend,
+            seed=seed,
+            precision=precision,
+        )
+        return actions[0].cpu().numpy()
+
+    return select

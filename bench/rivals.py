@@ -2,15 +2,22 @@
 
 - `published`: `published.PublishedActor` and `PublishedAgent`, in eager torch;
 - `compile-published`: its chain under torch.compile, forward;
-- `compile-lean`: `LeanActor`, what a careful user would write and compile, without a backward of his own.
+- `compile-lean`: `LeanActor`, what a careful user would write and compile, without a backward of his own;
+- `onnxruntime`, `openvino`: our policy's chain, exported by `policy.export_onnx`, in float32, one session for every B,
+  inputs and outputs in buffers bound once;
+- `openvino-static`: the same compiled anew for each B, which OpenVINO rewards;
+- `onnxruntime-mish-op`, for information: the same graph with ONNX's operator Mish, as a plain exporter writes it.
 
-On a GPU torch.compile runs with CUDA graphs: eager torch is no rival there.
+On a GPU torch.compile runs with CUDA graphs: eager torch is no rival there. The runtimes are rivals on a CPU.
 """
 
+import importlib.util
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,13 +28,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import dql
+from dql.kernels import native
 
 S, A, H, T = 17, 6, 256, 5  # a MuJoCo walker with the paper's network
 COMPILED = ("compile-published", "compile-lean")
+EXPORTED = ("onnxruntime", "openvino", "openvino-static")
+MISH_OP = "onnxruntime-mish-op"
+FLOPS = 2 * T * ((A + TIME_DIM + S) * H + 2 * H * H + H * A)  # an action's, if every step ran the whole network
 # Of float32 against float32, relative to a tensor's largest element (actions) or to its norm (gradients): the bound of
 # the tests' float32 line. Measured 2e-6 at most; another sine or another order of a sum costs a few times that.
 ACTION_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-4
+BF16_ACTION_TOLERANCE = 3e-2  # operands have 8 bits, 4e-3, of which five steps of four layers make a few times as much
+TOLERANCES = {"fp32": ACTION_TOLERANCE, "bf16": BF16_ACTION_TOLERANCE}
 CLAMP_MARGIN = 1e-3  # of a predicted x0 relative to max_action: nearer, rounding decides which side has a gradient
 
 
@@ -97,6 +110,125 @@ def compiled(contender: str, device: torch.device) -> Callable[[Tensor, Tensor],
     return torch.compile(chain, dynamic=True)
 
 
+def backend_of(contender: str) -> tuple[str, str]:
+    """(backend, precision) of a contender "dql-<backend>" or "dql-<backend>-<precision>"."""
+    backend, _, precision = contender.removeprefix("dql-").partition("-")
+    return backend, precision or "fp32"
+
+
+def contenders() -> list[str]:
+    """Ours: every backend in float32, and bf16 where this CPU multiplies it."""
+    names = [f"dql-{name}" for name in dql.backends()]
+    return names + (["dql-cpp-bf16"] if native.unavailable() is None and native.has_bf16() else [])
+
+
+def no_runtime(contender: str, device: torch.device) -> str | None:
+    """None if the contender's runtime is here and a rival on this device, else why not."""
+    if device.type != "cpu":
+        return f"{contender} is compared on a CPU, this is {device}"
+    missing = [name for name in ("onnx", contender.partition("-")[0]) if importlib.util.find_spec(name) is None]
+    return f'{contender} needs {" and ".join(missing)}: pip install -e ".[bench]"' if missing else None
+
+
+def exported(contender: str, states: Tensor) -> Callable[[Tensor | None], Tensor]:
+    """`chain(noise [T, B, A] or None)` -> actions [B, A], in a buffer that the next call overwrites.
+
+    Nothing is copied: the runtime reads the states and the noise, and writes the actions, where torch has them.
+    """
+    B = states.shape[0]
+    noise, actions = torch.empty(T, B, A), torch.empty(B, A)
+    if contender.startswith("onnxruntime"):
+        session = _onnxruntime_session(mish_op=contender == MISH_OP)
+        binding = session.io_binding()
+        for name, tensor in (("states", states), ("noise", noise)):
+            binding.bind_input(name, "cpu", 0, np.float32, tuple(tensor.shape), tensor.data_ptr())
+        binding.bind_output("actions", "cpu", 0, np.float32, tuple(actions.shape), actions.data_ptr())
+
+        def infer() -> None:
+            session.run_with_iobinding(binding)
+
+    else:
+        import openvino
+
+        request = _openvino_model(B if contender == "openvino-static" else None).create_infer_request()
+        for name, tensor in (("states", states), ("noise", noise), ("actions", actions)):
+            request.set_tensor(name, openvino.Tensor(tensor.numpy(), shared_memory=True))
+
+        def infer() -> None:
+            request.infer(share_outputs=True)
+
+    def chain(given: Tensor | None = None, states: Tensor = states) -> Tensor:  # the states live as long as the chain
+        if given is None:
+            torch.randn(T, B, A, out=noise)
+        else:
+            noise.copy_(given)
+        infer()
+        return actions
+
+    return chain
+
+
+@lru_cache(maxsize=1)
+def _exported_file() -> tuple[Path, tempfile.TemporaryDirectory]:
+    """The published actor's chain as ONNX, and the folder that goes when nobody needs it."""
+    folder = tempfile.TemporaryDirectory(prefix="dql-bench-")
+    path = Path(folder.name) / "policy.onnx"
+    dql.DiffusionPolicy.from_published(published_actor(torch.device("cpu")).state_dict()).export_onnx(path)
+    return path, folder
+
+
+def _with_mish_operators(path: Path) -> bytes:
+    """The model of that file with each six nodes that compute Mish replaced by the operator of that name."""
+    import onnx
+
+    formula = ["Exp", "Add", "Mul", "Div", "Add", "Div"]  # as `dql.export` writes it
+    model = onnx.load(path)
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        nodes.append(node)
+        if [node.op_type for node in nodes[-len(formula) :]] == formula:
+            z = nodes[-len(formula)].input[0]
+            nodes[-len(formula) :] = [onnx.helper.make_node("Mish", [z], list(node.output))]
+    count = sum(node.op_type == "Mish" for node in nodes)
+    assert count == 3 * T, f"{MISH_OP}: {count} activations found in the exported graph, expected {3 * T}"
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.checker.check_model(model, full_check=True)
+    return model.SerializeToString()
+
+
+@lru_cache(maxsize=2)
+def _onnxruntime_session(mish_op: bool) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1  # fixing B as well changes nothing (tried)
+    # Its threads wait for more work in a busy loop: not beyond the call, into the time of whoever is next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    path = _exported_file()[0]
+    model = _with_mish_operators(path) if mish_op else str(path)
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+@lru_cache(maxsize=2)
+def _openvino_model(B: int | None) -> Any:
+    """Compiled for one B, or (None) for all."""
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(_exported_file()[0])
+    if B is not None:
+        model.reshape({"states": [B, S], "noise": [T, B, A]})
+    hints = {
+        "INFERENCE_PRECISION_HINT": "f32",  # its own choice is bf16 where the CPU has it
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    return core.compile_model(model, "CPU", hints)
+
+
 class GivenDraws(TorchFunctionMode):
     """Inside, torch.randn, randn_like and randint return the given tensors in turn: the published code takes none."""
 
@@ -158,6 +290,28 @@ def check_elements(contender: str, name: str, got: Tensor, want: Tensor, toleran
             f"{float(error[index]):.1e} of the largest element, allowed {tolerance:.0e}"
         )
     return float(error.max())
+
+
+def check_selected(
+    contender: str, action: Tensor, published: PublishedAgent, state: Tensor, num_candidates: int, seed: int
+) -> float:
+    """Checks the action [A] that `dql.select` drew for state [1, S]; returns its worst error.
+
+    It must be the candidate that the published code's networks and softmax give for dql's noise and its written way
+    to draw. In bf16 the draw may be on the other side of a limit that it is very near to.
+    """
+    tolerance = TOLERANCES[backend_of(contender)[1]]
+    noise = dql.noise.normal(seed, T, num_candidates, A, device=state.device)
+    repeated = state.repeat(num_candidates, 1)  # [N, S]
+    with torch.no_grad():
+        candidates = published.actor.sample(repeated, noise)  # [N, A]
+        probabilities = published.critic_target.q_min(repeated, candidates).flatten().softmax(0)  # [N]
+    cumulative = probabilities.cumsum(0)
+    slack = tolerance / num_candidates
+    draw = dql.noise.uniform(seed, 1).to(state.device)
+    possible = (cumulative > draw - slack) & (cumulative - probabilities <= draw + slack)  # [N]
+    distances = (candidates - action).norm(dim=1).masked_fill(~possible, torch.inf)  # [N]
+    return check_elements(contender, "action", action, candidates[distances.argmin()], tolerance)
 
 
 def check_norms(contender: str, got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> float:

@@ -4,17 +4,23 @@ A backend is three functions: `check` (None, or one sentence with the reason and
 The same sentence serves `BackendUnavailable`, `dql.backends()`, `dql doctor` and the tests' skip reasons.
 """
 
+import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dql import noise as noise_stream
+from dql.kept import Kept
 from dql.kernels import reference
 from dql.kernels.layout import DenoiserSpec
 from dql.schedule import StepTable
+
+if TYPE_CHECKING:
+    from dql.networks import TwinCritic
 
 Tensor = torch.Tensor
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -29,7 +35,7 @@ class Chain:
     """One reverse chain to run: what every backend is handed.
 
     Attributes:
-        flat: the denoiser's parameters [P], laid out as `spec.layout`.
+        flat: the denoiser's parameters [P], detached, laid out as `spec.layout`.
         weights: the same as named views.
         spec: sizes of the denoiser.
         states: [B, S].
@@ -39,6 +45,7 @@ class Chain:
         table: the K steps.
         max_action: the bound of actions and predicted x0.
         precision: "fp32", "tf32" or "bf16".
+        kept: what backends derive from the denoiser and keep with it.
     """
 
     flat: Tensor
@@ -51,6 +58,7 @@ class Chain:
     table: StepTable
     max_action: float
     precision: str
+    kept: Kept
 
 
 class Backend(ABC):
@@ -71,6 +79,21 @@ class Backend(ABC):
         self, chain: Chain, saved: Any, d_actions: Tensor, need_parameters: bool, need_states: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """(d_flat [P], d_states [B, S]), None where not needed."""
+
+    def prepare(
+        self, chain: Chain, places: tuple[Any, ...], held: tuple[Any, ...]
+    ) -> Callable[[Tensor, Tensor, int], bool] | None:
+        """`run(states, actions, seed)` for chains like this one with less ado, or None if this backend has none.
+
+        It fills the actions, or returns False with nothing written if anything is not as it was: other sizes, dtypes
+        or strides, states that are not finite, and parameters (`places`) or objects (`held`) that were replaced; see
+        `dql.kernels.native.intact`.
+        """
+        return None
+
+    def select(self, chain: Chain, critic: "TwinCritic", draw_seed: int) -> Tensor | None:
+        """Of each state's N actions one, drawn from softmax(min(Q_1, Q_2)): [B, A]. None: it has no call for that."""
+        return None
 
 
 _CACHED_ROWS = 512  # run at a time on a CPU: a hidden layer's activations and Mish's temporaries stay in the L2 cache
@@ -94,6 +117,10 @@ class EagerBackend(Backend):
         return None
 
     def forward(self, chain: Chain, save: bool) -> tuple[Tensor, Any]:
+        with _no_autocast(chain.flat):
+            return self._forward(chain, save)
+
+    def _forward(self, chain: Chain, save: bool) -> tuple[Tensor, Any]:
         flat, table = chain.flat, chain.table
         noise = chain.noise
         if noise is None:
@@ -101,7 +128,7 @@ class EagerBackend(Backend):
             noise = noise_stream.normal(
                 chain.seed, table.num_steps, rows, chain.spec.action_dim, dtype=flat.dtype, device=flat.device
             )
-        embedding = _embedding(table.timesteps, chain.spec.time_dim, flat.dtype, flat.device)
+        embedding = timestep_embedding(table.timesteps, chain.spec.time_dim, flat.dtype, flat.device)
         w, states, N = chain.weights, chain.states, chain.candidates
         step = max(1, _CACHED_ROWS // N) if flat.device.type == "cpu" and not save else max(1, len(states))
         if step >= len(states):
@@ -117,11 +144,20 @@ class EagerBackend(Backend):
     def backward(
         self, chain: Chain, saved: Any, d_actions: Tensor, need_parameters: bool, need_states: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        return reference.chain_bwd(saved, chain.spec, d_actions, need_parameters, need_states)
+        with _no_autocast(chain.flat):
+            return reference.chain_bwd(saved, chain.spec, d_actions, need_parameters, need_states)
+
+
+def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
+    """The chain's precision is `precision`'s business alone."""
+    kind = tensor.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
 
 
 @lru_cache(maxsize=64)
-def _embedding(timesteps: tuple[int, ...], dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def timestep_embedding(timesteps: tuple[int, ...], dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The timesteps' embedding [K, D]: no parameter is in it, so it is made once."""
     return reference.time_embedding(torch.tensor(timesteps, dtype=dtype, device=device), dim)
 
@@ -134,7 +170,16 @@ def register(backend: Backend) -> None:
     _REGISTRY[backend.name] = backend
 
 
-register(EagerBackend())
+def registry() -> dict[str, Backend]:
+    """The backends by name, in the order of "auto"."""
+    return _REGISTRY
+
+
+def _register_all() -> None:
+    from dql.cpp import CppBackend
+
+    register(CppBackend())
+    register(EagerBackend())
 
 
 def backends() -> dict[str, str | None]:
@@ -174,3 +219,6 @@ def pick(name: str, chain: Chain) -> Backend:
             f"backend {name!r} cannot run this: {reason} (able to: {', '.join(able) or 'no backend'})"
         )
     return backend
+
+
+_register_all()

@@ -1,4 +1,4 @@
-"""The command line: `dql demo | data | train | eval | doctor`."""
+"""The command line: `dql demo | data | train | eval | export | doctor`."""
 
 import contextlib
 import io
@@ -306,6 +306,50 @@ _SELECTION_NOTE = (
 )
 
 
+def export(
+    source: tyro.conf.Positional[Path],
+    which: str = "last",
+    out: Path | None = None,
+    sampler: str = "ddpm",
+    num_steps: int | None = None,
+    num_candidates: int | None = None,
+) -> int:
+    """Write a policy's whole reverse chain as one ONNX file, the noise an input, for runtimes without torch.
+
+    Args:
+        source: A run folder, an agent's folder, or a policy's .safetensors file.
+        which: Checkpoint of a run: last, best, offline or a step.
+        out: File to write; by default policy.onnx in the folder, or the policy's file with .onnx.
+        sampler: ddpm (the paper's), ddim or dpm-solver++.
+        num_steps: Steps to run; by default as many as the policy was trained with.
+        num_candidates: Actions for each state; by default one, without a dimension of its own.
+    """
+    from dql.agent import load
+    from dql.policy import DiffusionPolicy
+    from dql.rundir import find_checkpoint
+
+    if source.is_file():
+        if which != "last":
+            raise ValueError(f"--which chooses among a run's checkpoints, but {source} is a file; leave it out")
+        policy = DiffusionPolicy.load(source)
+        target = source.with_suffix(".onnx")
+    else:
+        policy = load(find_checkpoint(source, which)).policy
+        target = source / ("policy.onnx" if which == "last" else f"policy-{which}.onnx")
+    target = target if out is None else out
+    policy.export_onnx(target, sampler=sampler, num_steps=num_steps, num_candidates=num_candidates)
+    K, rows = policy.T if num_steps is None else num_steps, "B" if num_candidates is None else f"B, {num_candidates}"
+    A = policy.action_dim
+    Console().print(
+        f"{target}: states [B, {policy.state_dim}], noise [{K}, {rows}, {A}] -> actions [{rows}, {A}], float32; "
+        f"{sampler}, {target.stat().st_size / 1e6:.1f} MB; noise is standard normal, drawn anew for every call",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
 def doctor(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> int:
     """Versions, CPU, GPU, and what each backend says.
 
@@ -338,13 +382,14 @@ def doctor(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> int:
 
 
 _DATA: dict[str, Callable[..., Any]] = {"list": data_list, "info": data_info, "make": data_make}
-_COMMANDS: dict[str, Callable[..., int]] = {"demo": demo, "eval": evaluate, "doctor": doctor}
+_COMMANDS: dict[str, Callable[..., int]] = {"demo": demo, "eval": evaluate, "export": export, "doctor": doctor}
 _HELP = """usage: dql COMMAND ...
 
   demo     make data, train, evaluate and draw, in minutes on a CPU
   data     list | info ID | make RECIPE: datasets on this machine
   train    --dataset ID, or --resume RUN
   eval     RUN: roll out its checkpoints
+  export   RUN: its policy as one ONNX file
   doctor   versions, hardware, backends
 
 dql COMMAND --help tells more."""
@@ -366,7 +411,7 @@ def _dispatch(arguments: list[str]) -> int:
         return tyro.extras.subcommand_cli_from_dict(_DATA, args=rest, prog="dql data")
     if command in _COMMANDS:
         return tyro.cli(_COMMANDS[command], args=rest, prog=f"dql {command}")
-    raise ValueError(f"unknown command {command!r}; dql has demo, data, train, eval and doctor")
+    raise ValueError(f"unknown command {command!r}; dql has demo, data, train, eval, export and doctor")
 
 
 def main(arguments: list[str] | None = None) -> int:

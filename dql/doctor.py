@@ -1,5 +1,6 @@
 """`dql doctor`: what this installation is made of and what each backend says."""
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -12,13 +13,14 @@ import torch
 
 from dql import __version__
 from dql.backends import backends
+from dql.kernels import native_build
 
 _PACKAGES = ("torch", "numpy", "gymnasium", "minari", "h5py", "safetensors", "mujoco", "gymnasium-robotics", "triton")
 _CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def examine() -> dict[str, Any]:
-    """Versions, CPU, GPU, compilers, data folders, and each backend with None or its reason; plain JSON values."""
+    """Versions, hardware, compilers, extension, folders, each backend with None or its reason; plain JSON values."""
     return {
         "dql": __version__,
         "python": platform.python_version(),
@@ -28,6 +30,7 @@ def examine() -> dict[str, Any]:
         "cpu": _cpu(),
         "gpu": _gpu(),
         "compilers": {name: _compiler(name) for name in ("g++", "nvcc")},
+        "extension": _extension(),
         "folders": _folders(),
         "backends": backends(),
     }
@@ -84,6 +87,35 @@ def _compiler(name: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return path
     return next((line for line in reversed(lines) if "release" in line), lines[0] if lines else path)
+
+
+def _extension() -> dict[str, Any]:
+    """How `dql.kernels._native` was built, why it cannot be used (or None), and which of its variants this CPU runs."""
+    record = native_build.record() or {}
+    keys = ("compiler", "seconds", "variants", "left_out")
+    facts = {key: record.get(key) for key in keys} | {"built": False, "reason": None, "outdated": None, "runs": {}}
+    try:
+        importlib.import_module("dql.kernels._native")
+        native = importlib.import_module("dql.kernels.native")
+    except ImportError as error:
+        return facts | {"reason": native_build.reason(error)}
+    return facts | {"built": True, "outdated": native_build.outdated(), "runs": dict(native.variants())}
+
+
+def extension_rows(facts: dict[str, Any]) -> dict[str, str]:
+    """`examine()["extension"]` as lines of a table: title -> text."""
+    if not facts["built"]:
+        return {"extension": facts["reason"]}
+    seconds = f" in {facts['seconds']} s" if facts["seconds"] is not None else ""
+    rows = {"extension": f"built by {facts['compiler'] or 'an unknown compiler'}{seconds}"}
+    if facts["outdated"]:
+        rows["extension"] += f", but {facts['outdated']}"
+    used = next((name for name in native_build.VARIANTS if facts["runs"].get(name, "absent") is None), None)
+    for name in native_build.VARIANTS:
+        left_out = (facts["left_out"] or {}).get(name)
+        reason = f"it was not built: {left_out}" if left_out else facts["runs"].get(name, "it was not built")
+        rows[f"variant {name}"] = "used" if name == used else "available" if reason is None else reason
+    return rows
 
 
 def _folders() -> dict[str, str]:

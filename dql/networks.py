@@ -11,10 +11,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from dql.kept import Kept
+from dql.kernels import native
 from dql.kernels.layout import ACTIVATIONS, CriticSpec, DenoiserSpec, FlatLayout
 from dql.kernels.reference import activation_bwd, activation_fwd, time_embedding
 
 Tensor = torch.Tensor
+_intact = native.intact if native.unavailable() is None else None
 
 
 class _ActivationFunction(torch.autograd.Function):
@@ -56,14 +59,22 @@ class FlatModule(nn.Module):
     Attributes:
         flat: [P] the buffer, a leaf whose `.grad` [P] the parameters' `.grad` are views of. An optimizer takes either
             it, `torch.optim.Adam([module.flat])`, or `module.parameters()`.
+        buffer: `flat`, detached: the same memory and version counter.
         weights: the parameters by name, detached; for code that computes its own gradients.
+        kept: what backends derive from the module and keep with it, such as packed weights.
     """
 
     layout: FlatLayout
     flat: nn.Parameter
+    buffer: Tensor
     weights: dict[str, Tensor]
-    _places: list[tuple[dict[str, Any], str, int]]  # of each slot: its owner's parameters, its name there, its offset
-    _tree: list[tuple[dict[str, Any], str, nn.Module]]  # of each submodule: its parent's children, its name, itself
+    kept: Kept
+    _places: tuple[
+        tuple[dict[str, Any], str, int], ...
+    ]  # of each slot: its owner's parameters, its name there, its offset
+    _tree: tuple[
+        tuple[dict[str, Any], str, nn.Module], ...
+    ]  # of each submodule: its parent's children, its name, itself
     _gradients: Tensor  # the buffer that the parameters' gradients are views of
 
     def flatten_parameters(self) -> None:
@@ -77,7 +88,8 @@ class FlatModule(nn.Module):
         for name, view in self.layout.views(buffer).items():
             view.copy_(parameters[name].detach())
         flat = nn.Parameter(buffer)
-        places, views = [], self.layout.views(flat.detach())  # one version counter for all
+        detached = flat.detach()
+        places, views = [], self.layout.views(detached)  # one version counter for all
         for name, view in views.items():
             owner, _, leaf = name.rpartition(".")
             module = self.get_submodule(owner)
@@ -87,9 +99,11 @@ class FlatModule(nn.Module):
         # Outside the registered parameters: state_dict() and parameters() keep the published names alone.
         for attribute, value in (
             ("flat", flat),
+            ("buffer", detached),
             ("weights", views),
-            ("_places", places),
-            ("_tree", tree),
+            ("kept", Kept()),
+            ("_places", tuple(places)),
+            ("_tree", tuple(tree)),
             ("_gradients", torch.zeros_like(flat.detach())),
         ):
             object.__setattr__(self, attribute, value)
@@ -118,6 +132,20 @@ class FlatModule(nn.Module):
                     "(parameter.data.copy_(...)), or call flatten_parameters() and make its optimizer anew"
                 )
         return parameters  # type: ignore[return-value]
+
+    def check_intact(self) -> None:
+        """`flat_parameters` for who needs no list: in one native call, if there is one.
+
+        Raises:
+            RuntimeError: as `flat_parameters`.
+        """
+        if _intact is None or not _intact(self._places, self._tree, self.buffer.data_ptr()):
+            self.flat_parameters()
+
+    def places(self, held: list[tuple[dict[str, Any], str, Any]]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """What `dql.kernels.native.intact` compares: where the parameters are, and the submodules together with
+        `held`."""
+        return self._places, (*self._tree, *held)
 
     def attach_gradients(self) -> None:
         """Makes the parameters' gradients views of `flat.grad` again, if an optimizer's zero_grad() undid that.
@@ -159,7 +187,7 @@ class FlatModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for derived in ("flat", "weights", "_places", "_tree", "_gradients"):
+        for derived in ("flat", "buffer", "weights", "kept", "_places", "_tree", "_gradients"):
             state.pop(derived, None)
         return state
 

@@ -18,6 +18,7 @@ ever "drawn next": the same seed gives the same numbers on every device, in any 
 
 import hashlib
 import math
+import threading
 from functools import lru_cache
 
 import numpy as np
@@ -62,7 +63,18 @@ def derive(seed: int, *tags: int | str) -> int:
 
 def seed_from_torch() -> int:
     """A seed drawn from torch's default CPU generator, so that `torch.manual_seed` makes runs repeat."""
-    return int(torch.empty((), dtype=torch.int64).random_())
+    return int(_drawn.tensor.random_().item())
+
+
+class _Drawn(threading.local):
+    def __init__(self) -> None:
+        with torch.inference_mode(False):
+            self.tensor = torch.empty(
+                (), dtype=torch.int64, device="cpu"
+            )
+
+
+_drawn = _Drawn()
 
 
 def _keys(seed: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from dql.checkpoint import CheckpointError, checked_device, load_tensors, reading, save_tensors
+from dql.kept import Kept
 from dql.networks import Denoiser, load_published
 from dql.schedule import BETA_SCHEDULES, NoiseSchedule, StepTable
 
@@ -36,6 +37,7 @@ class DiffusionPolicy(nn.Module):
     Attributes:
         denoiser: the network; `denoiser.flat` holds its parameters.
         schedule: the NoiseSchedule.
+        kept: what backends derive from the policy and keep with it.
 
     Raises:
         ValueError: an argument that makes no policy, named with its value.
@@ -64,6 +66,7 @@ class DiffusionPolicy(nn.Module):
         self.predict_epsilon = bool(predict_epsilon)
         self.denoiser = Denoiser(state_dim, action_dim, hidden_dim, num_hidden, time_dim, activation)
         self._q_sample_table: Tensor | None = None
+        self.kept = Kept()
 
     @property
     def state_dim(self) -> int:
@@ -156,6 +159,35 @@ class DiffusionPolicy(nn.Module):
         """
         about = {"kind": "policy", "format": _FORMAT, "config": self.config()}
         save_tensors(path, self.denoiser.state_dict(), about)
+
+    def export_onnx(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        sampler: str | StepTable = "ddpm",
+        num_steps: int | None = None,
+        num_candidates: int | None = None,
+    ) -> None:
+        """Writes the whole reverse chain as one ONNX file, atomically, for runtimes without torch.
+
+        Inputs `states` [B, S] and `noise` [K, B, A] (standard normal, drawn anew for every call), output `actions`
+        [B, A], all float32, B free: what `dql.sample(states, policy, noise=noise)` gives. The file's metadata name the
+        sizes. Needs the extra `export`.
+
+        Args:
+            path: of the file.
+            sampler: "ddpm" (the paper's), "ddim", "dpm-solver++" or a StepTable.
+            num_steps: K, 1 .. T; None means T.
+            num_candidates: N actions a state: noise [K, B, N, A], actions [B, N, A].
+
+        Raises:
+            ValueError: a sampler, number of steps or of candidates that `dql.sample` would refuse.
+            CheckpointError: the file cannot be written; the message says what to do.
+            ModuleNotFoundError: the package onnx is missing; the message says what to install.
+        """
+        from dql.export import export_onnx
+
+        export_onnx(self, path, sampler=sampler, num_steps=num_steps, num_candidates=num_candidates)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "DiffusionPolicy":

@@ -9,11 +9,13 @@ import itertools
 import math
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
+
+from dql.kept import Kept
 
 BETA_SCHEDULES = ("vp", "linear", "cosine")
 SAMPLERS = ("ddpm", "ddim", "dpm-solver++")
@@ -124,6 +126,8 @@ class StepTable:
     rows: tuple[tuple[float, float, float, float, float, float], ...]
     timesteps: tuple[int, ...]
     predict_epsilon: bool = True
+    kept: Kept = field(default_factory=Kept, init=False, repr=False, compare=False)
+    """What backends derive from the table and keep with it."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(tuple(row) for row in self.rows))

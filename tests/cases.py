@@ -46,6 +46,13 @@ TOLERANCES = {
     "float32 yardstick": Tolerance(
         5e-7, 0.0, "8 units in the last place, beside 4 times the error of plain float32 torch"
     ),
+    "bf16": Tolerance(2e-2, 0.0, "a last bit of float32 may round an operand to the next bf16 number; measured 1.1e-2"),
+    "bf16 on average": Tolerance(1e-3, 0.0, "... which few operands do: of the root mean square, measured 2e-4"),
+    "bf16 in all": Tolerance(
+        0.05, 0.0, "root mean square: 8 bits in every product of a hidden layer, times a_0; measured 1.3e-2"
+    ),
+    "critic float32": Tolerance(1e-5, 1e-6, "float32, one pass through a network and back; measured 7e-7"),
+    "random float32": Tolerance(2e-5, 0.0, "beside 4 times the error of eager in float32, where that is more"),
     "rows": Tolerance(1e-5, 0.0, "float32; a matrix product sums in another order for another number of rows"),
     "agent float64": Tolerance(1e-10, 1e-13, "the issue's bound, over ten updates"),
     "agent float32": Tolerance(
@@ -249,12 +256,19 @@ def loss_weights(case: Case) -> Tensor:
     return problem.weights * clear.reshape(problem.weights.shape[:-1])[..., None]
 
 
-def plain_chain(problem: Problem, distances: list[Tensor] | None = None) -> Tensor:
+def bf16_operands(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer whose operands are rounded to bf16; its gradient is that of the layer without rounding."""
+    z = F.linear(h, weight, bias)
+    return z + (F.linear(h.bfloat16().to(h), weight.bfloat16().to(h), bias) - z).detach()
+
+
+def plain_chain(problem: Problem, distances: list[Tensor] | None = None, precision: str = "fp32") -> Tensor:
     """The chain as anyone would write it for autograd, in the problem's dtype: the yardstick of float32's rounding.
 
     Args:
         problem: what to run.
         distances: if given, is filled with each row's distance to the kinks, in units of their margins, [R] each.
+        precision: "bf16" for bf16 operands in the hidden layers but the first.
 
     Returns:
         actions, in the shape of `problem.weights`.
@@ -272,8 +286,11 @@ def plain_chain(problem: Problem, distances: list[Tensor] | None = None) -> Tens
         t = torch.full((case.rows,), problem.table.timesteps[k], dtype=noise.dtype)  # [R]
         features = linear("time_mlp.3", activation(linear("time_mlp.1", time_embedding(t, 16))))  # [R, D]
         h = torch.cat([x, features, states], dim=1)
-        for name in hidden_names(case.num_hidden):
-            z = linear(name, h)  # [R, H]
+        for i, name in enumerate(hidden_names(case.num_hidden)):
+            if i and precision == "bf16":
+                z = bf16_operands(h, w[f"{name}.weight"], w[f"{name}.bias"])
+            else:
+                z = linear(name, h)  # [R, H]
             if distances is not None and case.activation == "relu":
                 distances.append(z.abs().amin(dim=1) / RELU_MARGIN)
             h = activation(z)
@@ -288,9 +305,17 @@ def plain_chain(problem: Problem, distances: list[Tensor] | None = None) -> Tens
     return x.clamp(-case.max_action, case.max_action).reshape(problem.weights.shape)
 
 
-def named_gradients(problem: Problem, actions: Tensor, states: Tensor) -> dict[str, Tensor]:
-    """`actions` with `d_states` and `d_<parameter>` of the case's loss."""
-    weights = loss_weights(problem.case).to(actions)
+def clear_of_kinks(problem: Problem, distances: list[Tensor], margins: float = 1) -> Tensor:
+    """The problem's weights, zero for rows nearer to a kink than that many margins; see `loss_weights`."""
+    clear = torch.stack(distances).amin(dim=0) > margins  # [R]
+    return problem.weights * clear.reshape(problem.weights.shape[:-1])[..., None]
+
+
+def named_gradients(
+    problem: Problem, actions: Tensor, states: Tensor, weights: Tensor | None = None
+) -> dict[str, Tensor]:
+    """`actions` with `d_states` and `d_<parameter>` of the case's loss, or of (actions * weights).sum()."""
+    weights = (loss_weights(problem.case) if weights is None else weights).to(actions)
     names, parameters = zip(*problem.policy.denoiser.named_parameters(), strict=True)
     d_states, *d_parameters = torch.autograd.grad(
         (actions * weights).sum(), [states, *parameters], materialize_grads=True
@@ -309,7 +334,14 @@ def plain(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def run(case: Case, backend: str, dtype: torch.dtype = torch.float32, precision: str = "fp32") -> dict[str, Tensor]:
     """The same tensors as `expected`, by `dql.sample(backend=...)`."""
-    problem = make_problem(case, dtype)
+    return run_problem(make_problem(case, dtype), backend, precision=precision)
+
+
+def run_problem(
+    problem: Problem, backend: str, weights: Tensor | None = None, precision: str = "fp32"
+) -> dict[str, Tensor]:
+    """`run` for a problem that was made, with the case's loss or these weights."""
+    case = problem.case
     problem.states.requires_grad_(True)
     actions = dql.sample(
         problem.states,
@@ -320,7 +352,7 @@ def run(case: Case, backend: str, dtype: torch.dtype = torch.float32, precision:
         sampler=problem.table,
         precision=precision,
     )
-    return named_gradients(problem, actions, problem.states)
+    return named_gradients(problem, actions, problem.states, weights)
 
 
 def error(got: Tensor, want: Tensor) -> float:

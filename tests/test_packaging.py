@@ -1,11 +1,13 @@
 """The sdist and the wheel, built for real, installed elsewhere and imported from there."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from importlib.metadata import version
@@ -17,6 +19,7 @@ import dql
 
 ROOT = Path(__file__).parents[1]
 IGNORED = (".*", "venv", "env", "build", "dist", "runs", "*.egg-info", "__pycache__")
+LEFT_BEHIND = ("_native.abi3.so", "_native_build.json", "_native_build.log")
 
 
 def run(*command: str, cwd: Path, **environment: str) -> str:
@@ -34,6 +37,8 @@ def dist(tmp_path_factory) -> Path:
     """Builds the sdist from a copy of the sources, and the wheel from the sdist alone."""
     folder = tmp_path_factory.mktemp("packaging")
     shutil.copytree(ROOT, folder / "sources", ignore=shutil.ignore_patterns(*IGNORED))
+    for name in LEFT_BEHIND:  # of an editable installation: no concern of the sdist, and not what the wheel gets
+        (folder / "sources" / "kernels" / name).write_text("left behind")
     isolation = ["--no-isolation"] if can_build_without_isolation() else []
     run(
         sys.executable,
@@ -62,6 +67,10 @@ def sdist(dist) -> set[str]:
         return {name.partition("/")[2] for name in archive.getnames()}
 
 
+def info_folder() -> str:
+    return f"diffusion_ql-{dql.__version__}.dist-info"
+
+
 def sources(folder: str, pattern: str) -> set[str]:
     return {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).glob(pattern)}
 
@@ -69,23 +78,37 @@ def sources(folder: str, pattern: str) -> set[str]:
 def test_the_wheel_holds_dql_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if not name.endswith("/")}
-    info = f"diffusion_ql-{dql.__version__}.dist-info"
+    info = info_folder()
     assert {name.split("/")[0] for name in names} == {"dql", info}
     assert wheel.name.startswith(f"diffusion_ql-{dql.__version__}-")
     wanted = sources("dql", "*.py") | sources("dql/behaviours", "*.npz") | sources("dql/behaviours", "*.py")
     wanted |= {f"dql/{name}" for name in sources("kernels", "*.py")}
     assert not wanted - names, f"missing: {sorted(wanted - names)}"
     assert {"dql/kernels/__init__.py", "dql/kernels/reference.py", "dql/behaviours/hopper-0.npz"} <= names
-    assert not [name for name in names if name.startswith(("kernels/", "tests/", "bench/"))]
+    assert not [name for name in names if name.startswith(("kernels/", "tests/", "bench/", "csrc/"))]
+    assert not [name for name in names if name.endswith((".cpp", ".h", ".o"))]
     assert not [name for name in names if "__pycache__" in name]
     assert any(name.startswith(f"{info}/") and name.endswith("LICENSE") for name in names)
 
 
+def test_the_wheel_holds_the_extension_for_every_later_python(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        record = json.loads(archive.read("dql/kernels/_native_build.json"))
+        tags = re.findall(r"^Tag: (.+)$", archive.read(f"{info_folder()}/WHEEL").decode(), re.M)
+    assert ("dql/kernels/_native.abi3.so" in names) == record["built"]
+    assert ("dql/kernels/_native_build.log" in names) == bool(not record["built"] and record["compiler"])
+    if shutil.which("g++"):
+        assert record["built"], record["reason"]
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert tags == [f"cp311-abi3-{platform}"]
+    assert wheel.name.endswith(f"-cp311-abi3-{platform}.whl")
+
+
 def test_the_wheel_describes_itself(wheel):
     with zipfile.ZipFile(wheel) as archive:
-        info = f"diffusion_ql-{dql.__version__}.dist-info"
-        metadata = archive.read(f"{info}/METADATA").decode()
-        entry_points = archive.read(f"{info}/entry_points.txt").decode()
+        metadata = archive.read(f"{info_folder()}/METADATA").decode()
+        entry_points = archive.read(f"{info_folder()}/entry_points.txt").decode()
     assert re.search(r"^Name: diffusion-ql$", metadata, re.M)
     assert re.search(r"^Requires-Python: >=3\.11$", metadata, re.M)
     for extra in ("mujoco", "bench", "test", "dev"):
@@ -99,8 +122,11 @@ def test_the_wheel_describes_itself(wheel):
 def test_the_sdist_holds_all_that_building_needs(sdist):
     wanted = {"pyproject.toml", "setup.py", "README.md", "LICENSE", "dql/__init__.py"}
     wanted |= sources("kernels", "*.py") | sources("dql", "*.py") | sources("dql/behaviours", "*.npz")
+    wanted |= {name for name in sources("csrc", "**/*") if name.endswith((".cpp", ".h"))}
     assert not wanted - sdist, f"missing: {sorted(wanted - sdist)}"
-    assert not [name for name in sdist if "__pycache__" in name]
+    assert "csrc/variant.cpp" in sdist
+    assert any(name.startswith("csrc/tests/") for name in sdist)
+    assert not [name for name in sdist if "__pycache__" in name or name.endswith(LEFT_BEHIND)]
 
 
 def test_the_sdist_holds_all_tests_or_none(sdist):
@@ -117,7 +143,7 @@ def test_the_installed_wheel_imports_and_samples(wheel, tmp_path):
     install = ["install", "--quiet", "--no-deps", "--no-index", "--disable-pip-version-check", "--target"]
     run(sys.executable, "-m", "pip", *install, str(target), str(wheel), cwd=elsewhere)
     top = {path.name for path in target.iterdir()} - {"bin"}
-    assert top == {"dql", f"diffusion_ql-{dql.__version__}.dist-info"}
+    assert top == {"dql", info_folder()}
     code = """
 import importlib.resources
 import dql, dql.kernels.reference, dql.kernels.layout, torch
@@ -128,6 +154,12 @@ try:
     import kernels
 except ModuleNotFoundError:
     print("no kernels")
+try:
+    import dql.kernels._native as native
+    print(native.__file__)
+except ImportError as error:
+    from dql.kernels import native_build
+    print(native_build.reason(error))
 """
     output = run(sys.executable, "-c", code, cwd=elsewhere, PYTHONPATH=str(target)).splitlines()
     assert output[0] == str(target / "dql" / "__init__.py")
@@ -135,3 +167,8 @@ except ModuleNotFoundError:
     assert int(output[2]) == len(sources("dql/behaviours", "*.npz")) > 0
     assert output[3] == "(2, 2)"
     assert output[4] == "no kernels"
+    extension = target / "dql" / "kernels" / "_native.abi3.so"
+    if extension.exists():
+        assert output[5] == str(extension)
+    else:
+        assert output[5].startswith("it was not built: ")

@@ -1,0 +1,183 @@
+// What a call of the native backend does: packs weights once per version of the parameters, cuts the rows into tiles
+// and runs a variant's kernels over them. Knows nothing of Python.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "network.h"
+
+namespace dql {
+
+// ---- variants ----
+
+// Every variant that was compiled, the fastest first, with "" if this CPU can run it and else the reason.
+struct Variant {
+    const char* name;
+    const Kernels* kernels;  // null if this CPU cannot run it
+    std::string reason;
+};
+const std::vector<Variant>& variants();
+
+// The kernels in use: the first that can run, or the one that was forced.
+const Kernels& kernels();
+
+// Forces a variant for the whole process; an empty name undoes that. Packed weights serve all variants but bf16's.
+// Throws std::invalid_argument with the reason if it is unknown or this CPU cannot run it.
+void force_variant(const std::string& name);
+
+// ---- memory ----
+
+// 64-byte aligned floats, not initialised.
+class Buffer {
+public:
+    Buffer() = default;
+    explicit Buffer(int64_t floats);
+    float* data() const { return memory_.get(); }
+    int64_t size() const { return size_; }
+
+private:
+    struct Free {
+        void operator()(float* p) const;
+    };
+    std::unique_ptr<float, Free> memory_;
+    int64_t size_ = 0;
+};
+
+// ---- networks ----
+
+// Sizes of a denoiser (one trunk, A outputs) or of twin critics (two trunks, one output each), and where each tensor
+// starts in the flat buffer, in the order of kernels/layout.py.
+struct Spec {
+    bool critic;
+    int S, A, D, H, L;
+    int activation;
+    std::vector<int64_t> offsets;
+    int64_t flat_size;
+};
+
+// The weights of one version of the parameters, packed for the kernels. Immutable while a call uses it, but for parts
+// that are added (another precision, the backward pass's transposed weights).
+struct Packed {
+    Trunk trunks[2];
+    int parts = 0;      // Pack flags: filled for this version
+    int allocated = 0;  // ... and those with memory
+    std::vector<Buffer> buffers;
+    std::vector<float> time_mlp;  // the time MLP's four tensors
+    struct TimeTable {
+        uint64_t id;
+        Buffer floats;  // table [K][32 P], then what its backward pass needs
+    };
+    std::vector<TimeTable> tables;
+};
+
+// The steps of a sampler, or the T timesteps of the noise-prediction loss (then without steps).
+struct Table {
+    uint64_t id;  // unique in the process
+    int K, D;
+    std::vector<float> steps;      // [K][STEP_COLUMNS]
+    std::vector<float> embedding;  // [K][D], of the timesteps
+    std::vector<float> q_sample;   // [K][2], for the loss
+};
+
+class Network {
+public:
+    explicit Network(Spec spec);
+    const Spec& spec() const { return spec_; }
+
+    // The parameters at `flat`, packed. `version` is the tensors' version counter; beside it some elements spread over
+    // the buffer are compared, since optimizers and `.data` can write without counting.
+    // Not thread-safe (the Python binding holds the GIL); what it returns may be used from any thread.
+    std::shared_ptr<Packed> packed(const float* flat, int64_t version, int parts);
+
+    // Adds the table's time part to `packed`, if it is not there.
+    const float* time_table(Packed& packed, const Table& table) const;
+
+private:
+    static constexpr int PROBES = 64;
+    Spec spec_;
+    std::shared_ptr<Packed> current_;
+    const float* flat_ = nullptr;
+    int64_t version_ = -1;
+    float probes_[PROBES] = {};
+
+    TrunkSource source(const float* flat, int trunk) const;
+    void allocate(Packed& packed, int parts) const;
+};
+
+// ---- calls; `flat` gradients are laid out as the parameters, padding untouched ----
+
+// What a chain keeps for its backward pass. A backward pass overwrites it: `spent` says so.
+struct SavedChain {
+    std::shared_ptr<Packed> packed;
+    const float* time_table;
+    Buffer memory;
+    Saved saved;
+    int64_t B, N;
+    bool spent = false;
+};
+
+struct ChainCall {
+    std::shared_ptr<Packed> packed;
+    const float* time_table;
+    const Table* table;
+    const float* states;
+    int64_t B, N;
+    const float* noise;  // or null
+    uint64_t seed;
+    float max_action;
+    bool bf16;
+    int threads;
+    float* actions;
+};
+
+int64_t saved_floats(const Trunk& net, int64_t rows, int64_t inside_rows);
+void chain(const ChainCall& call, SavedChain* saved);
+
+// The published acting rule: of each state's N actions one, drawn from softmax(min(Q_1, Q_2)).
+void select(const ChainCall& call, const Packed& critic, uint64_t draw_seed, float* chosen);
+
+struct Gradients {
+    float* flat;     // or null
+    bool accumulate;
+    float* d_states;  // [B][S], or null
+};
+void chain_backward(const Network& net, SavedChain& saved, const Table& table, const float* states,
+                    const float* d_actions, float d_scale, const Gradients& out, int threads);
+
+void q_values(const Packed& critic, const float* states, int64_t B, const float* actions, int64_t N, float* q1,
+              float* q2, int threads);
+
+// r + mask * discount * min over i of max over n of Q_i(s, a_n): [B]; returns its mean
+double target_q(const Packed& critic, const float* states, int64_t B, const float* actions, int64_t N,
+                const float* rewards, const float* masks, float discount, float* out, int threads);
+
+struct CriticLoss {
+    double loss, q;  // the sum of both means of squared errors; the mean of both Q
+};
+CriticLoss critic_gradient(const Network& net, const Packed& packed, const float* states, const float* actions,
+                           int64_t B, const float* target, const Gradients& out, int threads);
+
+struct QMeans {
+    double q, other;  // mean Q_i, mean |Q_j|
+};
+// dQ_i/da [B][A] of the critic `which` (0 or 1).
+QMeans q_gradient(const Packed& critic, int which, const float* states, const float* actions, int64_t B,
+                  float* d_actions, int threads);
+
+// The noise-prediction loss, t and noise drawn from the seeds; returns the loss.
+double bc_gradient(const Network& net, Packed& packed, const Table& table, const float* states, const float* actions,
+                   int64_t B, uint64_t t_seed, uint64_t noise_seed, bool predict_epsilon, const Gradients& out,
+                   int threads);
+
+// Clips to max_norm (0: no clipping) and takes a step; returns the norm before clipping.
+struct AdamState {
+    float *parameters, *gradient, *exp_avg, *exp_avg_sq;
+    int64_t size;
+};
+double adam_step(const AdamState& state, double lr, int64_t step, double max_norm);
+
+}  // namespace dql

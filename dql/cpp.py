@@ -1,0 +1,124 @@
+"""The backend "cpp": the whole chain in one native call on the CPU (csrc/), forward, backward and `select`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dql.backends import Backend, Chain, timestep_embedding
+from dql.kernels import native
+from dql.networks import FlatModule, TwinCritic
+from dql.schedule import StepTable
+
+Tensor = torch.Tensor
+
+
+class CppBackend(Backend):
+    """float32 (and, on CPUs with AVX512_BF16, bf16 operands) on the CPU. Its gradient is always float32.
+
+    A row's action does not depend, to the last bit, on the other rows, nor on the number of threads.
+    """
+
+    name = "cpp"
+
+    def check(self, chain: Chain | None = None) -> str | None:
+        if (reason := native.unavailable()) is not None or chain is None:
+            return reason
+        flat = chain.flat
+        if not flat.is_cpu:
+            return f"it runs on the CPU and this policy is on {flat.device}; move it with policy.to('cpu')"
+        if flat.dtype is not torch.float32:
+            return f"it computes in float32 and this policy is {flat.dtype}; convert it with policy.to(torch.float32)"
+        if chain.precision != "fp32":
+            if chain.precision != "bf16":
+                return f"it has no precision={chain.precision!r}; use precision='fp32'"
+            if not native.has_bf16():
+                return "precision='bf16' needs a CPU with AVX512_BF16, which this one has not; use precision='fp32'"
+        if (limit := _network_limit(chain)) is not None:
+            return f"{limit}; use backend='eager'"
+        if chain.table.num_steps > native.MAX_STEPS:
+            return f"it runs up to {native.MAX_STEPS} steps, not {chain.table.num_steps}; use backend='eager'"
+        return None
+
+    def forward(self, chain: Chain, save: bool) -> tuple[Tensor, Any]:
+        return native.chain(
+            denoiser_network(chain),
+            chain.flat,
+            step_table(chain.table, chain.spec.time_dim),
+            chain.states,
+            chain.candidates,
+            chain.noise,
+            chain.seed,
+            chain.max_action,
+            chain.precision == "bf16",
+            save,
+        )
+
+    def backward(
+        self, chain: Chain, saved: Any, d_actions: Tensor, need_parameters: bool, need_states: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        d_flat = torch.zeros_like(chain.flat) if need_parameters else None
+        d_states = torch.empty_like(chain.states, memory_format=torch.contiguous_format) if need_states else None
+        table = step_table(chain.table, chain.spec.time_dim)
+        network = denoiser_network(chain)
+        if native.spent(saved):  # a second backward pass through one graph (retain_graph=True): run forward again
+            _, saved = self.forward(chain, save=True)
+        native.chain_backward(network, saved, table, chain.states, d_actions, d_flat, d_states)
+        return d_flat, d_states
+
+    def prepare(
+        self, chain: Chain, places: tuple[Any, ...], held: tuple[Any, ...]
+    ) -> Callable[[Tensor, Tensor, int], bool] | None:
+        if not native.HAS_EXCHANGE:
+            return None
+        table = step_table(chain.table, chain.spec.time_dim)
+        bf16 = chain.precision == "bf16"
+        return native.Prepared(denoiser_network(chain), table, chain.flat, places, held, chain.max_action, bf16).run
+
+    def select(self, chain: Chain, critic: TwinCritic, draw_seed: int) -> Tensor:
+        return native.select(
+            denoiser_network(chain),
+            chain.flat,
+            step_table(chain.table, chain.spec.time_dim),
+            network(critic),
+            critic.buffer,
+            chain.states,
+            chain.candidates,
+            chain.noise,
+            chain.seed,
+            draw_seed,
+            chain.max_action,
+            chain.precision == "bf16",
+        )
+
+
+def _network_limit(chain: Chain) -> str | None:
+    limit = chain.kept.get("cpp limit", "")  # looked at once a network
+    if limit == "":
+        limit = chain.kept["cpp limit"] = native.too_large(chain.spec)
+    return limit
+
+
+def denoiser_network(chain: Chain) -> native.Network:
+    """The chain's denoiser as the kernels see it, with the weights they packed."""
+    made = chain.kept.get("cpp")
+    if made is None:
+        made = chain.kept["cpp"] = native.Network(chain.spec)
+    return made
+
+
+def network(module: FlatModule) -> native.Network:
+    """A module as the kernels see it, with the weights they packed."""
+    made = module.kept.get("cpp")
+    if made is None:
+        made = module.kept["cpp"] = native.Network(module.spec)
+    return made
+
+
+def step_table(table: StepTable, time_dim: int) -> native.Table:
+    """The table as the kernels see it."""
+    made = table.kept.get(time_dim)
+    if made is None:
+        embedding = timestep_embedding(table.timesteps, time_dim, torch.float32, torch.device("cpu"))
+        made = table.kept[time_dim] = native.Table(table.rows, embedding)
+    return made

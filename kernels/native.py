@@ -1,0 +1,480 @@
+"""The native CPU kernels of csrc/: tensors in, tensors out. Without a compiled extension, `unavailable()` says why.
+
+Everything is float32 on the CPU. Weights are packed once per version of the parameters and kept in the `Network`: a
+change is noticed by the flat buffer's address, its version counter and, because optimizers and `.data` may write
+without counting, by some of its elements.
+
+Letters: B states, N candidates, R = B * N rows, S state size, A action size, H hidden width, K steps.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from . import native_build
+from .layout import ACTIVATIONS, CriticSpec, DenoiserSpec
+
+try:
+    from . import _native  # type: ignore[attr-defined]
+
+    _reason: str | None = None
+except ImportError as error:
+    _native = None
+    _reason = native_build.reason(error)
+
+Tensor = torch.Tensor
+
+
+def _use_exchange() -> bool:
+    """Lets the extension read tensors through DLPack's C exchange API, where torch has it; slower ways remain."""
+    api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if _native is None or api is None:
+        return False
+    probe = torch.zeros(3, 4)[1:].requires_grad_(True)
+    return _native.use_exchange(api, probe, probe.data_ptr())
+
+
+HAS_EXCHANGE = _use_exchange()
+MAX_STATE_DIM, MAX_ACTION_DIM, MAX_HIDDEN_DIM, MAX_STEPS = 512, 64, 512, 1000
+HIDDEN_LAYERS = (2, 4)
+
+
+def unavailable() -> str | None:
+    """None if the extension is here, else one sentence: why not, and what mends it."""
+    return _reason
+
+
+def variants() -> dict[str, str | None]:
+    """The instruction sets that were compiled, the fastest first, each with None or why this CPU cannot run it."""
+    return _native.variants() if _native else {}
+
+
+def in_use() -> str:
+    """The variant that runs: the first that this CPU can, unless `forced`."""
+    return _native.in_use()[0]
+
+
+def has_bf16() -> bool:
+    """Whether the variant in use multiplies bf16 operands."""
+    return _native.in_use()[1]
+
+
+@contextlib.contextmanager
+def forced(variant: str) -> Iterator[None]:
+    """Runs this variant instead, in the whole process; for tests and benches.
+
+    Raises:
+        ValueError: it is unknown, or this CPU cannot run it.
+    """
+    _native.force(variant)
+    try:
+        yield
+    finally:
+        _native.force("")
+
+
+def too_large(spec: DenoiserSpec | CriticSpec) -> str | None:
+    """None if the kernels take a network of these sizes, else the limit that it breaks."""
+    low, high = HIDDEN_LAYERS
+    for name, value, least, most in (
+        ("state_dim", spec.state_dim, 1, MAX_STATE_DIM),
+        ("action_dim", spec.action_dim, 1, MAX_ACTION_DIM),
+        ("hidden_dim", spec.hidden_dim, 1, MAX_HIDDEN_DIM),
+        ("num_hidden", spec.num_hidden, low, high),
+    ):
+        if not least <= value <= most:
+            return f"it takes a {name} from {least} to {most}, and this network has {value}"
+    return None
+
+
+class Network:
+    """A denoiser or twin critic as the kernels see it, with its packed weights."""
+
+    def __init__(self, spec: DenoiserSpec | CriticSpec) -> None:
+        critic = isinstance(spec, CriticSpec)
+        self.action_dim = spec.action_dim
+        self.handle = _native.network(
+            critic,
+            spec.state_dim,
+            spec.action_dim,
+            0 if isinstance(spec, CriticSpec) else spec.time_dim,
+            spec.hidden_dim,
+            spec.num_hidden,
+            ACTIVATIONS.index(spec.activation),
+            spec.layout.size,
+            tuple(slot.offset for slot in spec.layout.slots),
+        )
+
+
+class Table:
+    """The steps of a sampler, or the timesteps of the noise-prediction loss, with their embedding.
+
+    Args:
+        rows: K rows (a, b, c0, cx, cp, s); none for the loss.
+        embedding: [K, D], float32.
+        q_sample: [K, 2], sqrt(abar) and sqrt(1 - abar) of each timestep, float32; for the loss alone.
+    """
+
+    def __init__(
+        self, rows: Sequence[Sequence[float]] | None, embedding: Tensor, q_sample: Tensor | None = None
+    ) -> None:
+        K, D = embedding.shape
+        steps = torch.tensor(rows, dtype=torch.float32) if rows is not None else None
+        embedding = embedding.contiguous()
+        self.handle = _native.table(
+            K,
+            D,
+            0 if steps is None else steps.data_ptr(),
+            embedding.data_ptr(),
+            0 if q_sample is None else q_sample.contiguous().data_ptr(),
+        )
+        self.num_steps = K
+
+
+_uncounted = -1
+
+
+def version(flat: Tensor) -> int:
+    """The version counter of `flat`; of an inference tensor, which has none, a number never given before."""
+    try:
+        return flat._version
+    except RuntimeError:
+        global _uncounted
+        _uncounted -= 1
+        return _uncounted
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no element is NaN or infinite; `values` is contiguous."""
+    return _native.all_finite(values.data_ptr(), values.numel())
+
+
+def intact(places: tuple[Any, ...], held: tuple[Any, ...], base: int) -> bool:
+    """Whether parameters are where they were: each (dict, name, offset) of `places` still holds a tensor at
+    `base` + offset, and each (dict, name, object) of `held` that object."""
+    return _native.intact(places, held, base)
+
+
+class Prepared:
+    """A chain whose arguments were checked once, to be run often; see `intact` for `places` and `held`.
+
+    Raises:
+        RuntimeError: torch lacks the interface that this needs (`HAS_EXCHANGE`).
+    """
+
+    __slots__ = ("_references", "handle")
+
+    def __init__(
+        self,
+        network: Network,
+        table: Table,
+        flat: Tensor,
+        places: tuple[Any, ...],
+        held: tuple[Any, ...],
+        max_action: float,
+        bf16: bool,
+    ) -> None:
+        if not HAS_EXCHANGE:
+            raise RuntimeError("this version of torch has no __dlpack_c_exchange_api__")
+        self._references = (network, table, flat, places, held)
+        self.handle = _native.prepare(network.handle, table.handle, flat, places, held, max_action, bf16)
+
+    def run(self, states: Tensor, actions: Tensor, seed: int) -> bool:
+        """Fills actions [B, A] for states [B, S]. False, with nothing written, if anything is not as it was prepared:
+        other sizes, dtypes or strides, replaced parameters, states that are not finite."""
+        return _native.run_prepared(self.handle, states, actions, seed, torch.get_num_threads())
+
+
+def chain(
+    network: Network,
+    flat: Tensor,
+    table: Table,
+    states: Tensor,
+    candidates: int,
+    noise: Tensor | None,
+    seed: int,
+    max_action: float,
+    bf16: bool,
+    save: bool = False,
+) -> tuple[Tensor, Any]:
+    """Runs the reverse chain, see `reference.chain_fwd`.
+
+    Args:
+        network: of `flat`.
+        flat: parameters [P].
+        table: the steps.
+        states: [B, S].
+        candidates: N.
+        noise: [K, R, A], or None: then it is drawn from the seed, as `dql.noise.normal(seed, K, R, A)`.
+        seed: 0 .. 2^64 - 1.
+        max_action: the bound of actions and predicted x0.
+        bf16: hidden layers' operands in bf16.
+        save: keep what `chain_backward` needs.
+
+    Returns:
+        (actions [R, A], saved or None).
+    """
+    states = states.contiguous()
+    B = states.shape[0]
+    actions = torch.empty((B * candidates, network.action_dim))  # [R, A]
+    if noise is not None:
+        noise = noise.contiguous()
+    saved = (_native.chain_saved if save else _native.chain)(
+        network.handle,
+        flat.data_ptr(),
+        version(flat),
+        table.handle,
+        states.data_ptr(),
+        B,
+        candidates,
+        0 if noise is None else noise.data_ptr(),
+        seed,
+        max_action,
+        bf16,
+        torch.get_num_threads(),
+        actions.data_ptr(),
+    )
+    return actions, saved
+
+
+def chain_backward(
+    network: Network,
+    saved: Any,
+    table: Table,
+    states: Tensor,
+    d_actions: Tensor,
+    d_flat: Tensor | None,
+    d_states: Tensor | None,
+    *,
+    scale: float = 1.0,
+    accumulate: bool = False,
+) -> None:
+    """The gradient of `chain`, see `reference.chain_bwd`. It uses `saved` up.
+
+    Args:
+        network, table: as in `chain`.
+        saved: what `chain` returned.
+        states: [B, S].
+        d_actions: [R, A].
+        d_flat: [P], written (or added to) where parameters lie; None if not wanted.
+        d_states: [B, S], written; None if not wanted.
+        scale: a factor of d_actions.
+        accumulate: add to d_flat.
+
+    Raises:
+        RuntimeError: `saved` was used before.
+    """
+    d_actions = d_actions.contiguous()
+    states = states.contiguous()
+    _native.chain_backward(
+        network.handle,
+        saved,
+        table.handle,
+        states.data_ptr(),
+        d_actions.data_ptr(),
+        scale,
+        0 if d_flat is None else d_flat.data_ptr(),
+        accumulate,
+        0 if d_states is None else d_states.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def spent(saved: Any) -> bool:
+    """Whether `saved` was used by a backward pass."""
+    return _native.spent(saved)
+
+
+def select(
+    network: Network,
+    flat: Tensor,
+    table: Table,
+    critic: Network,
+    critic_flat: Tensor,
+    states: Tensor,
+    candidates: int,
+    noise: Tensor | None,
+    seed: int,
+    draw_seed: int,
+    max_action: float,
+    bf16: bool,
+) -> Tensor:
+    """Of each state's N actions one, drawn from softmax(min(Q_1, Q_2)): [B, A]; arguments as in `chain`."""
+    states = states.contiguous()
+    B = states.shape[0]
+    chosen = torch.empty((B, network.action_dim))
+    if noise is not None:
+        noise = noise.contiguous()
+    _native.select(
+        network.handle,
+        flat.data_ptr(),
+        version(flat),
+        table.handle,
+        states.data_ptr(),
+        B,
+        candidates,
+        0 if noise is None else noise.data_ptr(),
+        seed,
+        max_action,
+        bf16,
+        torch.get_num_threads(),
+        chosen.data_ptr(),
+        critic.handle,
+        critic_flat.data_ptr(),
+        version(critic_flat),
+        draw_seed,
+    )
+    return chosen
+
+
+def q_values(critic: Network, flat: Tensor, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    """(Q_1, Q_2), each [R], of states [B, S] and actions [R, A], R = B * N."""
+    states, actions = states.contiguous(), actions.contiguous()
+    B, R = states.shape[0], actions.shape[0]
+    q = torch.empty(2, R)
+    _native.q_values(
+        critic.handle,
+        flat.data_ptr(),
+        version(flat),
+        states.data_ptr(),
+        B,
+        actions.data_ptr(),
+        R // max(B, 1),
+        q.data_ptr(),
+        q[1].data_ptr(),
+        torch.get_num_threads(),
+    )
+    return q[0], q[1]
+
+
+def target_q(
+    critic: Network, flat: Tensor, states: Tensor, actions: Tensor, rewards: Tensor, masks: Tensor, discount: float
+) -> tuple[Tensor, float]:
+    """(r + mask * discount * min over i of max over n of Q_i(s, a_n) [B], its mean); actions [R, A]."""
+    B = states.shape[0]
+    out = torch.empty(B)
+    mean = _native.target_q(
+        critic.handle,
+        flat.data_ptr(),
+        version(flat),
+        states.data_ptr(),
+        B,
+        actions.data_ptr(),
+        actions.shape[0] // B,
+        rewards.data_ptr(),
+        masks.data_ptr(),
+        discount,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out, mean
+
+
+def critic_gradient(
+    critic: Network, flat: Tensor, states: Tensor, actions: Tensor, target: Tensor, d_flat: Tensor
+) -> tuple[float, float]:
+    """Writes the gradient of mean (Q_1 - y)^2 + mean (Q_2 - y)^2 into d_flat; returns (loss, mean of both Q)."""
+    return _native.critic_gradient(
+        critic.handle,
+        flat.data_ptr(),
+        version(flat),
+        states.data_ptr(),
+        actions.data_ptr(),
+        states.shape[0],
+        target.data_ptr(),
+        d_flat.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def q_gradient(
+    critic: Network, flat: Tensor, which: int, states: Tensor, actions: Tensor
+) -> tuple[Tensor, float, float]:
+    """(dQ_i/da [B, A], mean Q_i, mean |Q_j|), i being `which` (1 or 2) and j the other."""
+    d_actions = torch.empty_like(actions)
+    q, other = _native.q_gradient(
+        critic.handle,
+        flat.data_ptr(),
+        version(flat),
+        which - 1,
+        states.data_ptr(),
+        actions.data_ptr(),
+        states.shape[0],
+        d_actions.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return d_actions, q, other
+
+
+def bc_gradient(
+    network: Network,
+    flat: Tensor,
+    table: Table,
+    states: Tensor,
+    actions: Tensor,
+    t_seed: int,
+    noise_seed: int,
+    predict_epsilon: bool,
+    d_flat: Tensor,
+) -> float:
+    """Writes the gradient of the noise-prediction loss into d_flat and returns the loss.
+
+    t is `dql.noise.integers(t_seed, T, B)` and the noise `dql.noise.normal(noise_seed, 1, B, A)[0]`; `table` holds the
+    T timesteps 0 .. T - 1 and q_sample's coefficients.
+    """
+    return _native.bc_gradient(
+        network.handle,
+        flat.data_ptr(),
+        version(flat),
+        table.handle,
+        states.data_ptr(),
+        actions.data_ptr(),
+        states.shape[0],
+        t_seed,
+        noise_seed,
+        predict_epsilon,
+        d_flat.data_ptr(),
+        False,
+        torch.get_num_threads(),
+    )
+
+
+def adam(
+    flat: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr: float, step: int, max_norm: float
+) -> float:
+    """Clips the gradient to max_norm (0: never) and takes Adam's step number `step`; returns the norm before clipping.
+
+    beta = (0.9, 0.999), eps = 1e-8. The tensors' version counters count it.
+    """
+    norm = _native.adam(
+        flat.data_ptr(),
+        gradient.data_ptr(),
+        exp_avg.data_ptr(),
+        exp_avg_sq.data_ptr(),
+        flat.numel(),
+        lr,
+        step,
+        max_norm,
+    )
+    torch.autograd.graph.increment_version((flat, exp_avg, exp_avg_sq))
+    return norm
+
+
+def lerp(target: Tensor, source: Tensor, weight: float) -> None:
+    """target += weight (source - target), in place."""
+    _native.lerp(target.data_ptr(), source.data_ptr(), target.numel(), weight)
+    torch.autograd.graph.increment_version(target)
+
+
+def activate(kind: str, z: Tensor) -> tuple[Tensor, Tensor]:
+    """(activation, its derivative) as the kernels compute them; z is a vector whose size is a multiple of 16."""
+    h, slope = z.clone(), torch.empty_like(z)
+    _native.activate(ACTIVATIONS.index(kind), h.data_ptr(), slope.data_ptr(), z.numel())
+    return h, slope
+
+
+def fma_ceiling(seconds: float = 0.2, bf16: bool = False) -> float:
+    """FLOP/s of multiply-adds on one core's registers alone: what no product can exceed."""
+    return _native.fma_ceiling(seconds, bf16)

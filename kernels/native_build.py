@@ -1,0 +1,88 @@
+"""What became of the extension `dql.kernels._native` when it was built: the sentences, and the record beside it.
+
+setup.py writes the record, this module reads it, so both agree on its name and on what counts as a source. setup.py
+loads this file by its path, before anything is installed: it imports nothing but the standard library.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+RECORD = "_native_build.json"  # beside the extension: what was built, or why nothing was
+LOG = "_native_build.log"  # beside it after a failed compile: the compiler's whole output
+EXTENSION = "_native.abi3.so"
+VARIANTS = ("avx512bf16", "avx512", "avx2", "generic")  # fastest first
+
+_HERE = Path(__file__).parent
+_CHECKOUT = _HERE.parent  # of an editable installation; otherwise the installed package dql
+
+
+def remedy(in_place: bool) -> str:
+    """The command that builds the extension anew: in a checkout, or where dql was installed as a wheel."""
+    if in_place:
+        return "run pip install -e . again"
+    # a plain second install would find the version present, or the wheel without the extension in pip's cache
+    return "install dql again with pip install --force-reinstall --no-deps --no-cache-dir"
+
+
+def fingerprint(csrc: Path) -> str:
+    """A digest of every file that the extension is compiled from, by name and content; its tests are left out."""
+    digest = hashlib.sha256()
+    for path in compiled_files(csrc):
+        digest.update(f"{path.relative_to(csrc).as_posix()}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def compiled_files(csrc: Path) -> list[Path]:
+    """The sources and headers of the extension, sorted."""
+    found = (path for path in csrc.rglob("*") if path.suffix in (".cpp", ".h", ".hpp", ".inl"))
+    return sorted(path for path in found if path.relative_to(csrc).parts[0] != "tests")
+
+
+def record() -> dict[str, Any] | None:
+    """The record of the last build, or None where there is none or it is not one.
+
+    Keys: built, reason (None or a sentence), variants (names, fastest first), left_out (variant -> why), compiler
+    (its version or None), seconds, sources (`fingerprint`).
+    """
+    try:
+        facts = json.loads((_HERE / RECORD).read_text())
+    except (OSError, ValueError):
+        return None
+    return facts if isinstance(facts, dict) and "built" in facts else None
+
+
+def reason(error: ImportError | None = None) -> str:
+    """One sentence for a `dql.kernels._native` that cannot be imported: why, and what mends it.
+
+    Args:
+        error: what the import raised, used where the record says that the extension was built.
+    """
+    facts, again = record(), remedy(_is_checkout())
+    if facts is None:
+        return f"it was not built: this copy of dql holds no record of a build; {again}"
+    if not facts["built"]:
+        return str(facts["reason"])
+    if not (_HERE / EXTENSION).exists():
+        return f"it was built, but its file {EXTENSION} is no longer in {_HERE}; {again}"
+    return f"it was built, but Python cannot load it ({_one_line(error)}); {again}"
+
+
+def outdated() -> str | None:
+    """None, or one sentence: the extension was compiled from other sources than this checkout holds now."""
+    facts = record()
+    if facts is None or not facts["built"] or not _is_checkout():
+        return None
+    if facts.get("sources") == fingerprint(_CHECKOUT / "csrc"):
+        return None
+    return f"the sources in csrc/ have changed since it was built; {remedy(in_place=True)}"
+
+
+def _is_checkout() -> bool:
+    return (_CHECKOUT / "setup.py").exists()
+
+
+def _one_line(error: ImportError | None) -> str:
+    return " ".join(str(error).split()) if error is not None else "it gave no reason"

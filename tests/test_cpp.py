@@ -1,0 +1,466 @@
+"""The backend "cpp": its actions and gradients against the transcription, the eager backend and itself."""
+
+import math
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    TOLERANCES,
+    Case,
+    assert_all_close,
+    assert_close,
+    clear_of_kinks,
+    error,
+    expected,
+    make_problem,
+    named_gradients,
+    plain_chain,
+    run,
+    run_problem,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import dql
+from dql.cpp import step_table
+from dql.kernels import native
+
+Tensor = torch.Tensor
+S, A, H = 11, 3, 48
+SEEDS = [0, 1, 2**63, 2**64 - 1]
+
+pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+VARIANTS = [
+    pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
+    for name, reason in native.variants().items()
+]
+needs_bf16 = pytest.mark.skipif(
+    native.unavailable() is not None or not native.has_bf16(), reason="this CPU has no AVX512_BF16"
+)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned():
+    """torch fills what it allocates with NaN, as its deterministic mode does: what is not written shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request):
+    with native.forced(request.param):
+        assert native.in_use() == request.param
+        yield request.param
+
+
+def make_policy(**options) -> dql.DiffusionPolicy:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return dql.DiffusionPolicy(S, A, hidden_dim=H, **options)
+
+
+def make_critic() -> dql.TwinCritic:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(6)
+        critic = dql.TwinCritic(S, A, H)
+    with torch.no_grad():
+        critic.flat.mul_(4)  # torch's default Q hardly differ
+    return critic
+
+
+def states_of(B: int, width: int = S) -> Tensor:
+    return torch.randn(B, width, generator=torch.Generator().manual_seed(B))
+
+
+def every_gradient(actions: Tensor, states: Tensor, policy: dql.DiffusionPolicy) -> list[Tensor]:
+    """Of the states (if they require one) and of all parameters, for a fixed loss."""
+    weights = torch.randn(actions.shape, generator=torch.Generator().manual_seed(7))
+    inputs = ([states] if states.requires_grad else []) + list(policy.denoiser.parameters())
+    return list(torch.autograd.grad((actions * weights).sum(), inputs, retain_graph=True))
+
+
+def same_bits(got: list[Tensor], want: list[Tensor]) -> bool:
+    return all(torch.equal(g.detach(), w.detach()) for g, w in zip(got, want, strict=True))
+
+
+# Every case, in every variant
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_transcription(case, variant):
+    got = run(case, "cpp")
+    assert_all_close(got, expected(case), TOLERANCES["float32"], case=case, backend=f"cpp ({variant})")
+
+
+@needs_bf16
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bf16(case):
+    """Against the chain in float64 with rounded operands; its gradient is the float32 one at those activations."""
+    problem, distances = make_problem(case, torch.float64), []
+    with torch.no_grad():
+        plain_chain(problem, distances, "bf16")
+    weights = clear_of_kinks(problem, distances, margins=10)
+    problem.states.requires_grad_(True)
+    actions = plain_chain(problem, precision="bf16")
+    want = named_gradients(problem, actions, problem.states, weights)
+    got = run_problem(make_problem(case, torch.float32), "cpp", weights, "bf16")
+    assert_all_close(got, want, TOLERANCES["bf16"], case=case, backend="cpp, bf16")
+    for name, tolerance, target in (
+        ("bf16 on average", TOLERANCES["bf16 on average"], want["actions"]),
+        ("bf16 in all", TOLERANCES["bf16 in all"], expected(case)["actions"]),
+    ):
+        rms = (got["actions"].double() - target).square().mean().sqrt() / target.square().mean().sqrt()
+        assert rms <= tolerance.rel, f"{name} in case {case}: {rms:.2g} above {tolerance.rel:g}: {tolerance.why}"
+
+
+@needs_bf16
+def test_bf16_differs_from_float32():
+    problem = make_problem(CASES[3], torch.float32)
+    fp32, bf16 = (
+        dql.sample(problem.states, problem.policy, noise=problem.noise, backend="cpp", precision=precision)
+        for precision in ("fp32", "bf16")
+    )
+    assert error(bf16, fp32) > 1e-4
+
+
+def test_gaps_between_parameters_are_left_alone(variant):
+    """The gradient's buffer is written where parameters lie and nowhere else: NaN stays NaN in the gaps."""
+    problem = make_problem(Case(B=5, S=S, A=A, K=5, H=H), torch.float32)
+    spec, flat = problem.policy.denoiser.spec, problem.policy.denoiser.buffer
+    network, table = native.Network(spec), step_table(problem.table, spec.time_dim)
+    actions, saved = native.chain(
+        network, flat, table, problem.states, 1, problem.noise, 0, problem.policy.max_action, False, save=True
+    )
+    d_flat, d_states = torch.full_like(flat, math.nan), torch.full_like(problem.states, math.nan)
+    native.chain_backward(network, saved, table, problem.states, problem.weights, d_flat, d_states)
+    assert actions.isfinite().all() and d_states.isfinite().all()
+    inside = torch.zeros_like(d_flat, dtype=torch.bool)
+    for view in spec.layout.views(inside).values():
+        view.fill_(True)
+    assert d_flat[inside].isfinite().all()
+    assert d_flat[~inside].isnan().all()
+    assert native.spent(saved)
+    with pytest.raises(RuntimeError, match="used before"):
+        native.chain_backward(network, saved, table, problem.states, problem.weights, d_flat, d_states)
+
+
+# Random problems
+
+
+@st.composite
+def problems(draw) -> Case:
+    """Mostly small, now and then large, often no multiple of anything; T at most 50."""
+    large = draw(st.integers(0, 9)) == 0
+    K = draw(st.integers(1, 20))
+    return Case(
+        B=draw(st.integers(1, 4 if large else 40)),
+        S=draw(st.integers(1, 512 if large else 40)),
+        A=draw(st.one_of(st.integers(1, 8), st.integers(1, 64))),
+        K=K,
+        N=draw(st.one_of(st.none(), st.integers(1, 5))),
+        H=draw(st.one_of(st.sampled_from([16, 32, 64, 96]), st.integers(16, 512 if large else 80))),
+        num_hidden=draw(st.integers(2, 4)),
+        activation=draw(st.sampled_from(["mish", "relu", "silu"])),
+        sampler=draw(st.sampled_from(["ddpm", "ddim", "dpm-solver++"])),
+        stochasticity=draw(st.sampled_from([0.0, 0.5, 1.0])),
+        T=draw(st.one_of(st.none(), st.integers(K, 50))),
+        beta_schedule=draw(st.sampled_from(["vp", "linear", "cosine"])),
+        max_action=draw(st.sampled_from([0.3, 1.0, 3.0, 20.0])),
+        predict_epsilon=draw(st.booleans()),
+    )
+
+
+def check_against_eager(case: Case) -> None:
+    """float64 eager is right; float32 torch shows how much the problem itself loses to rounding."""
+    exact, distances = make_problem(case, torch.float64), []
+    with torch.no_grad():
+        plain_chain(exact, distances)
+    weights = clear_of_kinks(exact, distances, margins=10)
+    want = run_problem(exact, "eager", weights)
+    got = run_problem(make_problem(case, torch.float32), "cpp", weights)
+    yardstick: dict[str, Tensor] | None = None
+    for name in want:
+        assert got[name].shape == want[name].shape
+        if error(got[name], want[name]) > 1e-5:
+            yardstick = yardstick or run_problem(make_problem(case, torch.float32), "eager", weights)
+            allowed = TOLERANCES["random float32"].rel + 4 * error(yardstick[name], want[name])
+            assert error(got[name], want[name]) <= allowed, f"{name} in case {case}"
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(problems())
+def test_random_problems(case):
+    check_against_eager(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(B=2, S=512, A=64, K=2, H=512, num_hidden=4),
+        Case(B=15, S=1, A=1, K=2, H=1, num_hidden=2, activation="silu"),
+        Case(B=2, S=3, A=2, K=1000, H=16, num_hidden=2, beta_schedule="linear", max_action=3.0),
+    ],
+    ids=["largest", "smallest", "longest"],
+)
+def test_the_corners_of_what_it_takes(case, variant):
+    check_against_eager(case)
+
+
+# Rows, tiles, threads
+
+
+@pytest.mark.parametrize("activation", ["mish", "relu", "silu"])
+def test_a_row_is_the_same_in_any_batch(variant, activation):
+    """To the last bit, and so is its gradient: B = 1 to 40 are tiles of every size."""
+    policy, states = make_policy(activation=activation), states_of(40)
+    noise = torch.randn(5, 40, A, generator=torch.Generator().manual_seed(1))
+
+    def run_rows(rows: slice) -> tuple[Tensor, Tensor]:
+        inputs = states[rows].requires_grad_(True)
+        actions = dql.sample(inputs, policy, noise=noise[:, rows], backend="cpp")
+        return actions, torch.autograd.grad(actions.square().sum(), inputs)[0]
+
+    actions, d_states = run_rows(slice(None))
+    for B in range(1, 41):
+        for rows in (slice(0, B), slice(40 - B, 40)):
+            got, d_got = run_rows(rows)
+            assert torch.equal(got, actions[rows]), rows
+            assert torch.equal(d_got, d_states[rows]), rows
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
+@pytest.mark.parametrize("N", [1, 3, 14, 50])
+def test_candidates_are_repeated_states(N, precision):
+    policy, states = make_policy(), states_of(9)
+    with torch.no_grad():
+        got = dql.sample(states, policy, num_candidates=N, seed=3, backend="cpp", precision=precision)
+        repeated = states.repeat_interleave(N, 0)
+        assert torch.equal(
+            got.view(-1, A), dql.sample(repeated, policy, seed=3, backend="cpp", precision=precision)
+        )
+        one = dql.sample(states[:1], policy, num_candidates=N, seed=3, backend="cpp", precision=precision)
+        assert torch.equal(one, got[:1])
+
+
+@pytest.mark.parametrize("case", [CASES[3], CASES[9], CASES[27], CASES[15]], ids=str)
+def test_the_number_of_threads_changes_nothing(case, variant):
+    results = []
+    for threads in (1, 2, 5):  # the last: more than there are cores
+        torch.set_num_threads(threads)
+        try:
+            results.append(run(case, "cpp"))
+        finally:
+            torch.set_num_threads(1)
+    for threads, other in zip((2, 5), results[1:], strict=True):
+        for name, tensor in results[0].items():
+            assert torch.equal(other[name], tensor), f"{name} with {threads} threads"
+
+
+def test_the_number_of_threads_does_not_change_select(variant):
+    policy, critic, states = make_policy(), make_critic(), states_of(33)
+    want = dql.select(states, policy, critic, seed=1, backend="cpp")
+    for threads in (2, 5):
+        torch.set_num_threads(threads)
+        try:
+            assert torch.equal(dql.select(states, policy, critic, seed=1, backend="cpp"), want)
+        finally:
+            torch.set_num_threads(1)
+
+
+# The same seed as eager
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_same_seed_gives_the_same_actions_as_eager(seed, variant):
+    policy, critic, states = make_policy(), make_critic(), states_of(50)
+    with torch.no_grad():
+        for N in (None, 7):
+            got, want = (
+                dql.sample(states, policy, num_candidates=N, seed=seed, backend=backend) for backend in ("cpp", "eager")
+            )
+            assert_close(got, want, TOLERANCES["float32"], what="actions", case=f"seed {seed}, N={N}", backend="cpp")
+        got, want = (dql.select(states, policy, critic, seed=seed, backend=backend) for backend in ("cpp", "eager"))
+    # where a draw falls within rounding of two candidates' border either may be taken
+    same = (got - want).abs().amax(dim=1) < 1e-3
+    assert int(same.sum()) >= 49
+    assert_close(got[same], want[same], TOLERANCES["float32"], what="chosen", case=f"seed {seed}", backend="cpp")
+
+
+def test_select_with_noise_and_of_a_critic_that_is_nan():
+    policy, critic, states = make_policy(), make_critic(), states_of(20)
+    noise = torch.randn(5, 20, 6, A, generator=torch.Generator().manual_seed(1))
+    got, want = (
+        dql.select(states, policy, critic, num_candidates=6, noise=noise, seed=2, backend=backend)
+        for backend in ("cpp", "eager")
+    )
+    assert_close(got, want, TOLERANCES["float32"], what="chosen", backend="cpp")
+    with torch.no_grad():
+        candidates = dql.sample(states, policy, num_candidates=6, noise=noise, backend="cpp")
+        critic.q2_model[0].weight[0, 0] = math.nan
+    broken = dql.select(states, policy, critic, num_candidates=6, noise=noise, seed=2, backend="cpp")
+    assert torch.equal(broken, candidates[:, 0])
+
+
+def test_candidates_that_are_hugely_better_are_taken():
+    policy, critic, states = make_policy(), make_critic(), states_of(20)
+    with torch.no_grad():
+        critic.flat.mul_(10)
+        candidates = dql.sample(states, policy, num_candidates=50, seed=4, backend="cpp")
+        best = critic.q_min(states, candidates).argmax(dim=1)
+    got = dql.select(states, policy, critic, num_candidates=50, seed=4, backend="cpp")
+    taken = (got[:, None] == candidates).all(dim=2)
+    assert taken.any(dim=1).all()  # each is one of its own state's candidates
+    assert int(taken[torch.arange(20), best].sum()) >= 18
+
+
+# Gradients as a caller meets them
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
+@pytest.mark.parametrize("activation", ["mish", "relu", "silu"])
+def test_actions_are_the_same_with_and_without_gradients(activation, precision):
+    policy, states = make_policy(activation=activation), states_of(40)
+    for name, reason in native.variants().items():
+        if reason is not None or (precision == "bf16" and name != "avx512bf16"):
+            continue
+        with native.forced(name):
+            with_gradients = dql.sample(states, policy, seed=8, backend="cpp", precision=precision)
+            with torch.no_grad():
+                assert torch.equal(dql.sample(states, policy, seed=8, backend="cpp", precision=precision), with_gradients)
+
+
+def test_backward_twice_through_one_graph(variant):
+    policy, states = make_policy(), states_of(20).requires_grad_(True)
+    actions = dql.sample(states, policy, seed=1, backend="cpp")
+    first, second, third = (every_gradient(actions, states, policy) for _ in range(3))
+    assert same_bits(second, first)
+    assert same_bits(third, first)
+
+
+@pytest.mark.parametrize("what", ["parameter", "flat buffer", "load_state_dict", "states"])
+def test_changes_before_backward_are_noticed(what):
+    policy, states = make_policy(), states_of(5)
+    actions = dql.sample(states, policy, seed=1, backend="cpp")
+    with torch.no_grad():
+        if what == "parameter":
+            policy.denoiser.final_layer.bias.add_(0.1)
+        elif what == "flat buffer":
+            policy.denoiser.flat.mul_(1.1)
+        elif what == "load_state_dict":
+            policy.load_state_dict(make_policy().state_dict())
+        else:
+            states.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        actions.sum().backward()
+
+
+def test_gradients_of_states_alone_and_of_some_parameters_alone():
+    policy, states = make_policy(), states_of(20).requires_grad_(True)
+    d_states, *d_parameters = every_gradient(dql.sample(states, policy, seed=1, backend="cpp"), states, policy)
+    names = [name for name, _ in policy.denoiser.named_parameters()]
+    policy.requires_grad_(False)
+    actions = dql.sample(states, policy, seed=1, backend="cpp")
+    weights = torch.randn(actions.shape, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(torch.autograd.grad((actions * weights).sum(), states)[0], d_states)
+    policy.denoiser.final_layer.requires_grad_(True)
+    policy.denoiser.zero_grad()
+    plain = states.detach()
+    (dql.sample(plain, policy, seed=1, backend="cpp") * weights).sum().backward()
+    for name, parameter, want in zip(names, policy.denoiser.parameters(), d_parameters, strict=True):
+        if name.startswith("final_layer"):
+            assert torch.equal(parameter.grad, want)
+        else:
+            assert not parameter.grad.any()
+
+
+def test_inputs_of_any_stride(variant):
+    policy = make_policy()
+    wide = states_of(6, 2 * S)
+    noise = torch.randn(5, 6, A, generator=torch.Generator().manual_seed(1))
+    plain = wide[:, ::2].contiguous().requires_grad_(True)
+    actions = dql.sample(plain, policy, noise=noise, backend="cpp")
+    want = every_gradient(actions, plain, policy)
+    turned = noise.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    for states in (wide[:, ::2], wide[:, ::2].t().contiguous().t()):
+        states = states.detach().requires_grad_(True)
+        assert not states.is_contiguous()
+        got = dql.sample(states, policy, noise=turned, backend="cpp")
+        assert torch.equal(got, actions)
+        assert same_bits(every_gradient(got, states, policy), want)
+    expanded = dql.sample(plain.detach()[:1].expand(6, S), policy, noise=noise, backend="cpp")
+    assert torch.equal(expanded[0], actions[0])
+    (gradient,) = torch.autograd.grad(dql.sample(plain, policy, noise=noise, backend="cpp").sum(), plain)
+    assert gradient.isfinite().all()  # the gradient of a sum is an expanded scalar
+
+
+def test_no_states():
+    policy, empty = make_policy(), torch.zeros(0, S, requires_grad=True)
+    actions = dql.sample(empty, policy, seed=0, backend="cpp")
+    assert actions.shape == (0, A)
+    actions.sum().backward()
+    assert dql.sample(empty, policy, num_candidates=5, backend="cpp").shape == (0, 5, A)
+    assert dql.select(empty.detach(), policy, make_critic(), backend="cpp").shape == (0, A)
+
+
+@pytest.mark.xfail(reason="native.* allocates in torch's default dtype", strict=True)
+def test_torchs_default_dtype_is_of_no_concern():
+    policy, critic, states = make_policy(), make_critic(), states_of(9)
+    want = dql.sample(states, policy, seed=1, backend="cpp")
+    chosen = dql.select(states, policy, critic, seed=1, backend="cpp")
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = dql.sample(states, policy, seed=1, backend="cpp")
+        assert got.dtype == torch.float32
+        assert torch.equal(got, want)
+        assert torch.equal(dql.select(states, policy, critic, seed=1, backend="cpp"), chosen)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+# Values that are no numbers, and very large ones
+
+
+@pytest.mark.parametrize("hidden_dim", [16, 48, 64])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e38, -1e38])
+@pytest.mark.parametrize("where", ["time_mlp.1.weight", "mid_layer.0.weight", "mid_layer.2.weight", "final_layer.bias"])
+def test_broken_weights_give_what_eager_gives(hidden_dim, value, where, variant):
+    """NaN comes out as NaN, and infinity as torch has it; nothing hangs or crashes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        policy = dql.DiffusionPolicy(S, A, hidden_dim=hidden_dim)
+    states = states_of(17)
+    with torch.no_grad():
+        policy.denoiser.get_parameter(where).view(-1)[1] = value
+        got, want = (dql.sample(states, policy, seed=0, backend=backend) for backend in ("cpp", "eager"))
+    if math.isinf(value):  # an activation of -infinity is 0 here, its limit; torch's is NaN
+        assert (want.isnan() | ~got.isnan()).all()
+        got = torch.where(want.isnan(), want, got)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, equal_nan=True)
+    dql.sample(states, policy, seed=0, backend="cpp").sum().backward()
+    dql.select(states, policy, make_critic(), num_candidates=4, seed=0, backend="cpp")
+
+
+@pytest.mark.parametrize("size", [1e4, 1e18, 3e38])
+def test_huge_states(size, variant):
+    policy = make_policy()
+    states = states_of(17).clamp(-1, 1) * size
+    with torch.no_grad():
+        got, want = (dql.sample(states, policy, seed=0, backend=backend) for backend in ("cpp", "eager"))
+    assert torch.equal(got.isnan(), want.isnan())
+    if size < 1e38:
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    actions = dql.sample(states.requires_grad_(True), policy, seed=0, backend="cpp")
+    actions.sum().backward()
+
+
+def test_bad_states_are_found():
+    policy, states = make_policy(), states_of(37)
+    for row, column, value in ((0, 0, math.nan), (36, S - 1, math.inf), (20, 5, -math.inf)):
+        bad = states.clone()
+        bad[row, column] = value
+        with pytest.raises(ValueError, match=f"hold 1 NaN or infinite values, the first at row {row}, column {column};"):
+            dql.sample(bad, policy, backend="cpp")
+    assert dql.sample(torch.full((3, S), 3e38), policy, backend="cpp").shape == (3, A)  # though their sum overflows
