@@ -3,6 +3,13 @@
 //     mish(z)  = z w / (w + 2)
 //     mish'(z) = w / (w + 2) + 4 z e (e + 1) / (w + 2)^2
 //     silu(z)  = z e / (e + 1),   silu'(z) = e / (e + 1) + z e / (e + 1)^2
+//
+// The largest errors of Mish and SiLU over all 2^32 floats (tests/test_activation.cpp --all), ReLU having none:
+//                                                                     avx512    avx2      generic
+//     value, in ulp of the exact value (of 2^-119 where it is less)   6.41      5.52      4.99
+//     slope for z of [-2.5, -0.5], where it crosses zero: absolute    9.8e-8    8.6e-8    8.9e-8
+//     slope elsewhere: relative to its exact value (or to 2^-119)     5.6e-7    5.2e-7    5.3e-7
+// NaN gives NaN and the slope NaN; +inf gives +inf and 1; -inf gives -0 (ReLU 0) and 0.
 #pragma once
 
 #include "vec.h"
@@ -83,8 +90,9 @@ struct Mish {
     DQL_INLINE Vec value(Vec z) {
         z = not_below(z);
         const Vec e = scaled_exp(not_above(z));
-        const Vec w = e * (e + 2.0f * EXP_SCALE);  // times EXP_SCALE^2
-        return z * (w / (w + 2.0f * EXP_SCALE * EXP_SCALE));
+        const Vec half = e * (0.5f / EXP_SCALE) + 1.0f;
+        const Vec r = 1.0f / (e * half + EXP_SCALE);
+        return z * ((e * r) * half);  // in this order: to the bit what value_and_slope() gives
     }
     DQL_INLINE Vec value_and_slope(Vec z, Vec& slope) {
         z = not_below(z);
@@ -103,7 +111,7 @@ struct Silu {
     DQL_INLINE Vec value(Vec z) {
         z = not_below(z);
         const Vec e = scaled_exp(not_above(z));
-        return z * (e / (e + EXP_SCALE));
+        return z * (e * (1.0f / (e + EXP_SCALE)));
     }
     DQL_INLINE Vec value_and_slope(Vec z, Vec& slope) {
         z = not_below(z);

@@ -95,23 +95,72 @@ void force_variant(const std::string& name) {
 
 // ---- memory ----
 
-void Buffer::Free::operator()(float* p) const { std::free(p); }
-
 // Large buffers in pages of 2 MB, where the system has them: fewer faults and TLB misses, and neighbours in memory are
 // neighbours in the L2 cache. With pages of 4 KB one row's chain took 14 to 17 us, as luck distributed them.
 constexpr size_t HUGE_PAGE = size_t{2} << 20;
-constexpr size_t WORTH_HUGE_PAGES = size_t{1} << 18;
+constexpr size_t LARGE = size_t{1} << 18;
+
+// What a thread keeps of the large buffers that it freed.
+struct Kept {
+    static constexpr int BUFFERS = 4;
+    static constexpr size_t BYTES = size_t{128} << 20;
+    void* memory[BUFFERS] = {};
+    size_t bytes[BUFFERS] = {};
+
+    // The smallest that holds `needed` and is not far too large, or null.
+    void* take(size_t& needed) {
+        int best = -1;
+        for (int i = 0; i < BUFFERS; ++i)
+            if (memory[i] && bytes[i] >= needed && bytes[i] / 2 <= needed && (best < 0 || bytes[i] < bytes[best]))
+                best = i;
+        if (best < 0) return nullptr;
+        needed = bytes[best];
+        void* found = memory[best];
+        memory[best] = nullptr;
+        return found;
+    }
+
+    bool keep(void* freed, size_t size) {
+        size_t total = size;
+        for (int i = 0; i < BUFFERS; ++i) total += memory[i] ? bytes[i] : 0;
+        if (total > BYTES) return false;
+        for (int i = 0; i < BUFFERS; ++i) {
+            if (memory[i]) continue;
+            memory[i] = freed;
+            bytes[i] = size;
+            return true;
+        }
+        return false;
+    }
+
+    ~Kept();
+};
+
+static thread_local bool kept_is_gone = false;  // buffers may be freed after it, while the thread ends
+static thread_local Kept kept;
+
+Kept::~Kept() {
+    kept_is_gone = true;
+    for (void* p : memory) std::free(p);
+}
+
+void Buffer::Free::operator()(float* p) const {
+    if (bytes < LARGE || kept_is_gone || !kept.keep(p, bytes)) std::free(p);
+}
 
 Buffer::Buffer(int64_t floats) : size_(floats) {
     const size_t needed = static_cast<size_t>(floats > 0 ? floats : 1) * sizeof(float);
-    const size_t alignment = needed >= WORTH_HUGE_PAGES ? HUGE_PAGE : 64;
-    const size_t bytes = (needed + alignment - 1) / alignment * alignment;
-    void* memory = std::aligned_alloc(alignment, bytes);
-    if (!memory) throw std::bad_alloc();
+    const size_t alignment = needed >= LARGE ? HUGE_PAGE : 64;
+    size_t bytes = (needed + alignment - 1) / alignment * alignment;
+    void* memory = needed >= LARGE && !kept_is_gone ? kept.take(bytes) : nullptr;
+    if (!memory) {
+        memory = std::aligned_alloc(alignment, bytes);
+        if (!memory) throw std::bad_alloc();
 #if defined(MADV_HUGEPAGE)
-    if (alignment == HUGE_PAGE) madvise(memory, bytes, MADV_HUGEPAGE);  // a hint: its failure does not matter
+        if (alignment == HUGE_PAGE) madvise(memory, bytes, MADV_HUGEPAGE);  // a hint: its failure does not matter
 #endif
-    memory_.reset(static_cast<float*>(memory));
+    }
+    memory_ = std::unique_ptr<float, Free>(static_cast<float*>(memory), Free{bytes});
 }
 
 // The calling thread's scratch, kept until the thread ends.
@@ -719,7 +768,8 @@ double adam_step(const AdamState& state, double lr, int64_t step, double max_nor
     job.gradient_scale = max_norm > 0.0 && !(scale >= 1.0) ? static_cast<float>(scale) : 1.0f;
     job.step_size = static_cast<float>(lr / (1.0 - std::pow(BETA1, static_cast<double>(step))));
     job.correction = static_cast<float>(std::sqrt(1.0 - std::pow(BETA2, static_cast<double>(step))));
-    job.beta1 = static_cast<float>(BETA1);
+    job.one_minus_beta1 = static_cast<float>(1.0 - BETA1);
+    job.one_minus_beta2 = static_cast<float>(1.0 - BETA2);
     job.beta2 = static_cast<float>(BETA2);
     job.eps = static_cast<float>(EPS);
     kernels().adam(job);

@@ -31,7 +31,8 @@ void force_variant(const std::string& name);
 
 // ---- memory ----
 
-// 64-byte aligned floats, not initialised.
+// 64-byte aligned floats, not initialised. A thread keeps the few large ones that it freed last for its next calls: the
+// system would take their pages back and clear new ones every time.
 class Buffer {
 public:
     Buffer() = default;
@@ -41,6 +42,7 @@ public:
 
 private:
     struct Free {
+        size_t bytes;
         void operator()(float* p) const;
     };
     std::unique_ptr<float, Free> memory_;

@@ -102,8 +102,8 @@ static double sum_squares(const float* values, int64_t size) {
 static void adam(const AdamJob& job) {
     for (int64_t i = 0; i < job.size; ++i) {
         const float g = job.gradient[i] * job.gradient_scale;
-        const float m = job.exp_avg[i] + (1.0f - job.beta1) * (g - job.exp_avg[i]);
-        const float v = job.beta2 * job.exp_avg_sq[i] + (1.0f - job.beta2) * g * g;
+        const float m = job.exp_avg[i] + job.one_minus_beta1 * (g - job.exp_avg[i]);
+        const float v = job.beta2 * job.exp_avg_sq[i] + job.one_minus_beta2 * g * g;
         job.exp_avg[i] = m;
         job.exp_avg_sq[i] = v;
         job.parameters[i] -= job.step_size * m / (__builtin_sqrtf(v) / job.correction + job.eps);

@@ -162,7 +162,7 @@ struct AdamJob {
     float gradient_scale;  // of clipping
     float step_size;       // lr / (1 - beta1^step)
     float correction;      // sqrt(1 - beta2^step)
-    float beta1, beta2, eps;
+    float beta2, one_minus_beta1, one_minus_beta2, eps;  // 1 - beta in double: 1 - 0.999f is off by 5e-5
 };
 
 // One variant of the kernels. `scratch` is 64-byte aligned memory of the calling thread, *_scratch() floats of it.

@@ -1,9 +1,9 @@
 // The noise stream of dql/noise.py, W counters at a time. A counter (row, k, block, offset) gives four words w and with
 // u(w) = ((w >> 9) + 1/2) / 2^23 the normals of dims 4 block .. 4 block + 3 (Box and Muller):
 //     n0, n1 = sqrt(-2 ln u(w0)) * (cos, sin)(2 pi u(w1)),   n2, n3 likewise from w2, w3
-// A number depends on its counter alone, not on the lane, the call or the tile that it was made in. It is within 3e-7 of
-// the same formula in float64, relative, next to the zeros of cos and sin too: over all 2^23 values of u the radius is
-// within 1.1e-7, cos and sin within 1.3e-7, and the product is rounded once more.
+// A number depends on its counter alone, not on the lane, the call or the tile that it was made in. It is within 3e-7
+// of the same formula in float64, relative, next to the zeros of cos and sin too: over all 2^23 values of u the radius
+// is within 1.1e-7, cos and sin within 1.3e-7, and the product is rounded once more.
 #pragma once
 
 #include "philox.h"

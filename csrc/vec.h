@@ -66,27 +66,6 @@ DQL_INLINE float sum(Vec v) {
 #endif
 }
 
-// p * 2^n for whole n of [-200, 127]; gradual underflow.
-DQL_INLINE Vec scale(Vec p, Vec n) {
-#if defined(__AVX512F__)
-    return _mm512_maskz_scalef_ps((__mmask16)-1, p, n);
-#else
-    IVec whole = __builtin_convertvector(n, IVec);
-    IVec half = whole >> 1;  // in two steps: 2^n itself may be below the normal range
-    return p * as_float((half + 127) << 23) * as_float((whole - half + 127) << 23);
-#endif
-}
-
-// 1 / v to about an ulp, for normal v whose reciprocal is normal.
-DQL_INLINE Vec reciprocal(Vec v) {
-#if defined(__AVX512F__)
-    Vec r = _mm512_rcp14_ps(v);
-    return r + r * (1.0f - v * r);
-#else
-    return 1.0f / v;
-#endif
-}
-
 // Whole numbers without a sign: W of 32 bits, or W / 2 of 64 in the same register.
 typedef uint32_t UVec __attribute__((vector_size(W * 4)));
 typedef uint64_t LongVec __attribute__((vector_size(W * 4)));

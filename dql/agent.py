@@ -17,12 +17,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dql import noise
+from dql import native_update, noise
 from dql.backends import check_name
 from dql.checkpoint import FILE, CheckpointError, checked_device, load_tensors, reading, save_tensors
 from dql.config import Config
 from dql.data import Batch
 from dql.networks import FlatModule, TwinCritic
+from dql.optimizer import FlatAdam
 from dql.policy import DiffusionPolicy
 from dql.rundir import find_checkpoint
 from dql.sampler import run_chain, sample, select
@@ -49,48 +50,6 @@ class UpdateSeeds:
     @classmethod
     def of(cls, seed: int, step: int) -> "UpdateSeeds":
         return cls(*(noise.derive(seed, name, step) for name in ("target", "bc_t", "bc_noise", "actor", "coin")))
-
-
-class _FlatAdam:
-    """Adam over a module's flat buffer, with the gradient's norm clipped; no host sync."""
-
-    def __init__(self, module: FlatModule, lr: float, grad_norm: float) -> None:
-        self.module, self.lr, self.grad_norm = module, lr, grad_norm
-        self.adam = torch.optim.Adam([module.flat], lr=lr, fused=True)
-
-    def step(self, loss: Tensor, lr_scale: float) -> Tensor:
-        """Backpropagates the loss and takes a step; returns the gradient's norm before clipping."""
-        if self.adam.param_groups[0]["params"][0] is not self.module.flat:
-            self._reattach()
-        self.module.zero_grad()
-        loss.backward()
-        gradient = self.module.flat.grad
-        assert gradient is not None
-        norm = torch.linalg.vector_norm(gradient)
-        if self.grad_norm > 0:
-            gradient.mul_((self.grad_norm / (norm + 1e-6)).clamp_(max=1))
-        self.adam.param_groups[0]["lr"] = self.lr * lr_scale
-        self.adam.step()
-        torch.autograd.graph.increment_version(self.module.flat)  # the fused step does not say that it wrote
-        return norm
-
-    def _reattach(self) -> None:
-        """Follows a module that was moved or cast, which gave it a new buffer."""
-        tensors = self.tensors()
-        self.adam = torch.optim.Adam([self.module.flat], lr=self.lr, fused=True)
-        self.load(tensors)
-
-    def tensors(self) -> dict[str, Tensor]:
-        state = self.adam.state.get(self.adam.param_groups[0]["params"][0])
-        if not state:
-            return {}
-        return {name: state[name] for name in ("step", "exp_avg", "exp_avg_sq")}
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        flat = self.module.flat
-        if tensors:
-            state = {k: v.to(flat) if k != "step" else v.to(flat.device, torch.float32) for k, v in tensors.items()}
-            self.adam.state[flat] = state
 
 
 @contextlib.contextmanager
@@ -150,7 +109,7 @@ class DiffusionBC:
             activation=c.activation,
         )
         self.policy = policy.to(device=device, dtype=dtype)
-        self._actor_adam = _FlatAdam(self.policy.denoiser, c.lr, self._actor_grad_norm())
+        self._actor_adam = FlatAdam(self.policy.denoiser, c.lr, self._actor_grad_norm())
 
     def _actor_grad_norm(self) -> float:
         return 0.0
@@ -177,10 +136,17 @@ class DiffusionBC:
         """
         batch = _checked(batch, self.policy)
         seeds = UpdateSeeds.of(self.config.seed, self.step)
-        loss = self._bc_loss(batch, seeds)
-        norm = self._actor_adam.step(loss, self.lr_scale())
+        if native_update.runs_natively(self, batch):
+            metrics = self._update_natively(batch, seeds)
+        else:
+            loss = self._bc_loss(batch, seeds)
+            metrics = {"actor/bc_loss": loss.detach(), "actor/grad_norm": self._actor_adam.step(loss, self.lr_scale())}
         self.step += 1
-        return {"actor/bc_loss": loss.detach(), "actor/grad_norm": norm}
+        return metrics
+
+    def _update_natively(self, batch: Batch, seeds: UpdateSeeds) -> dict[str, Tensor]:
+        loss = native_update.bc_gradient(self.policy, batch, seeds)
+        return _scalars({"actor/bc_loss": loss, "actor/grad_norm": self._actor_adam.step_natively(self.lr_scale())})
 
     def _bc_loss(self, batch: Batch, seeds: UpdateSeeds) -> Tensor:
         B, A = batch.actions.shape
@@ -220,10 +186,14 @@ class DiffusionBC:
     def _act(self, states: Tensor, seed: int | None) -> Tensor:
         return sample(states, self.policy, backend=self.config.backend, seed=seed)
 
+    def trained(self) -> list[str]:
+        """Names of the networks that have an optimizer."""
+        return [name.removesuffix("_adam") for name in self._optimizers()]
+
     def _modules(self) -> dict[str, FlatModule]:
         return {"actor": self.policy.denoiser}
 
-    def _optimizers(self) -> dict[str, _FlatAdam]:
+    def _optimizers(self) -> dict[str, FlatAdam]:
         return {"actor_adam": self._actor_adam}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -288,7 +258,7 @@ class DiffusionQL(DiffusionBC):
         critic = TwinCritic(state_dim, action_dim, c.hidden_dim, c.num_hidden, c.activation)
         self.critic = critic.to(device=device, dtype=dtype)
         self.critic_target = deepcopy(self.critic).requires_grad_(False)
-        self._critic_adam = _FlatAdam(self.critic, c.critic_lr, c.grad_norm)
+        self._critic_adam = FlatAdam(self.critic, c.critic_lr, c.grad_norm)
 
     @torch.enable_grad()
     def update(self, batch: Batch) -> dict[str, Tensor]:
@@ -305,11 +275,21 @@ class DiffusionQL(DiffusionBC):
         """
         batch = _checked(batch, self.policy)
         seeds = UpdateSeeds.of(self.config.seed, self.step)
-        metrics = self._update_critic(batch, seeds)
-        metrics |= self._update_actor(batch, seeds)
+        if native_update.runs_natively(self, batch):
+            metrics = self._update_natively(batch, seeds)
+        else:
+            metrics = self._update_critic(batch, seeds)
+            metrics |= self._update_actor(batch, seeds)
         self._update_averages()
         self.step += 1
         return metrics
+
+    def _update_natively(self, batch: Batch, seeds: UpdateSeeds) -> dict[str, Tensor]:
+        metrics = native_update.critic_gradient(self, batch, seeds)
+        metrics["critic/grad_norm"] = self._critic_adam.step_natively(self.lr_scale())
+        metrics |= native_update.actor_gradient(self, batch, seeds)
+        metrics["actor/grad_norm"] = self._actor_adam.step_natively(self.lr_scale())
+        return _scalars(metrics)
 
     @torch.no_grad()
     def target_q(self, batch: Batch, seed: int) -> Tensor:
@@ -377,8 +357,12 @@ class DiffusionQL(DiffusionBC):
             "critic_target": self.critic_target,
         }
 
-    def _optimizers(self) -> dict[str, _FlatAdam]:
+    def _optimizers(self) -> dict[str, FlatAdam]:
         return super()._optimizers() | {"critic_adam": self._critic_adam}
+
+
+def _scalars(values: dict[str, float]) -> dict[str, Tensor]:
+    return dict(zip(values, torch.tensor(list(values.values()), dtype=torch.float32).unbind(), strict=True))
 
 
 def _checked(batch: Batch, policy: DiffusionPolicy) -> Batch:
@@ -406,7 +390,7 @@ def _checked(batch: Batch, policy: DiffusionPolicy) -> Batch:
                 f"batch.{name} is {tensor.dtype} on {tensor.device}, the agent is {policy.dtype} on {policy.device}; "
                 "convert one of them"
             )
-    return Batch(*(value.detach() for value in vars(batch).values()))
+    return Batch(*(value.detach().contiguous() for value in vars(batch).values()))
 
 
 def make_agent(

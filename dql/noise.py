@@ -69,9 +69,7 @@ def seed_from_torch() -> int:
 class _Drawn(threading.local):
     def __init__(self) -> None:
         with torch.inference_mode(False):
-            self.tensor = torch.empty(
-                (), dtype=torch.int64, device="cpu"
-            )
+            self.tensor = torch.empty((), dtype=torch.int64, device="cpu")
 
 
 _drawn = _Drawn()

@@ -112,13 +112,17 @@ class DiffusionPolicy(nn.Module):
         Returns:
             [B, A].
         """
+        coefficients = self.q_sample_table(actions)[t]  # [B, 2]
+        return coefficients[:, :1] * actions + coefficients[:, 1:] * noise
+
+    def q_sample_table(self, like: Tensor) -> Tensor:
+        """[T, 2]: sqrt(alphas_cumprod_t) and sqrt(1 - alphas_cumprod_t), in the dtype and on the device of `like`."""
         table = self._q_sample_table
-        if table is None or table.dtype != actions.dtype or table.device != actions.device:
+        if table is None or table.dtype != like.dtype or table.device != like.device:
             schedule = self.schedule
             columns = np.stack([schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod], axis=1)
-            table = self._q_sample_table = torch.as_tensor(columns, dtype=actions.dtype, device=actions.device)
-        coefficients = table[t]  # [B, 2]
-        return coefficients[:, :1] * actions + coefficients[:, 1:] * noise
+            table = self._q_sample_table = torch.as_tensor(columns, dtype=like.dtype, device=like.device)
+        return table
 
     def bc_loss(self, states: Tensor, actions: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """The behaviour-cloning loss, the mean squared error of the predicted noise (arXiv 2208.06193, eq. 2).

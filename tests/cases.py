@@ -52,7 +52,6 @@ TOLERANCES = {
         0.05, 0.0, "root mean square: 8 bits in every product of a hidden layer, times a_0; measured 1.3e-2"
     ),
     "critic float32": Tolerance(1e-5, 1e-6, "float32, one pass through a network and back; measured 7e-7"),
-    "random float32": Tolerance(2e-5, 0.0, "beside 4 times the error of eager in float32, where that is more"),
     "rows": Tolerance(1e-5, 0.0, "float32; a matrix product sums in another order for another number of rows"),
     "agent float64": Tolerance(1e-10, 1e-13, "the issue's bound, over ten updates"),
     "agent float32": Tolerance(

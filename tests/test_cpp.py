@@ -8,6 +8,7 @@ from cases import (
     CASES,
     TOLERANCES,
     Case,
+    Tolerance,
     assert_all_close,
     assert_close,
     clear_of_kinks,
@@ -174,20 +175,21 @@ def problems(draw) -> Case:
 
 
 def check_against_eager(case: Case) -> None:
-    """float64 eager is right; float32 torch shows how much the problem itself loses to rounding."""
+    """In float64, whose gradient is the same but for rows at a kink."""
     exact, distances = make_problem(case, torch.float64), []
     with torch.no_grad():
         plain_chain(exact, distances)
     weights = clear_of_kinks(exact, distances, margins=10)
     want = run_problem(exact, "eager", weights)
     got = run_problem(make_problem(case, torch.float32), "cpp", weights)
-    yardstick: dict[str, Tensor] | None = None
-    for name in want:
-        assert got[name].shape == want[name].shape
-        if error(got[name], want[name]) > 1e-5:
-            yardstick = yardstick or run_problem(make_problem(case, torch.float32), "eager", weights)
-            allowed = TOLERANCES["random float32"].rel + 4 * error(yardstick[name], want[name])
-            assert error(got[name], want[name]) <= allowed, f"{name} in case {case}"
+    # the denoiser's rounding times b, which is 1,000 where abar is nearly 0, relative to the actions
+    gain = max(abs(row[1]) for row in exact.table.rows) / case.max_action
+    rel = TOLERANCES["float32"].rel + 1e-5 * gain
+    largest = max(float(gradient.abs().amax()) for name, gradient in want.items() if name != "actions")
+    tolerance = Tolerance(
+        rel, rel * 0.01 * largest, f"float32, with b / max_action = {gain:.3g}; sums over rows may cancel"
+    )
+    assert_all_close(got, want, tolerance, case=case, backend="cpp")
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -1,0 +1,70 @@
+"""Adam over a module's flat buffer: one pass over all parameters."""
+
+import torch
+
+from dql.kernels import native
+from dql.networks import FlatModule
+
+Tensor = torch.Tensor
+
+
+class FlatAdam:
+    """Adam over a module's flat buffer, with the gradient's norm clipped; no host sync."""
+
+    def __init__(self, module: FlatModule, lr: float, grad_norm: float) -> None:
+        self.module, self.lr, self.grad_norm = module, lr, grad_norm
+        self.adam = torch.optim.Adam([module.flat], lr=lr, fused=True)
+
+    def step(self, loss: Tensor, lr_scale: float) -> Tensor:
+        """Backpropagates the loss and takes a step; returns the gradient's norm before clipping."""
+        if self.adam.param_groups[0]["params"][0] is not self.module.flat:
+            self._reattach()
+        self.module.zero_grad()
+        loss.backward()
+        gradient = self.module.flat.grad
+        assert gradient is not None
+        norm = torch.linalg.vector_norm(gradient)
+        if self.grad_norm > 0:
+            gradient.mul_((self.grad_norm / (norm + 1e-6)).clamp_(max=1))
+        self.adam.param_groups[0]["lr"] = self.lr * lr_scale
+        self.adam.step()
+        torch.autograd.graph.increment_version(self.module.flat)  # the fused step does not say that it wrote
+        return norm
+
+    def step_natively(self, lr_scale: float) -> float:
+        """`step` for a gradient that is in `flat.grad` already, in one native call."""
+        flat = self.module.flat
+        if self.adam.param_groups[0]["params"][0] is not flat:
+            self._reattach()
+        state = self.adam.state[flat]
+        if not state:
+            zeros = torch.zeros_like(self.module.buffer)
+            state.update(step=torch.zeros(()), exp_avg=zeros, exp_avg_sq=zeros.clone())
+        state["step"] += 1
+        return native.adam(
+            self.module.buffer,
+            flat.grad,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            self.lr * lr_scale,
+            int(state["step"]),
+            self.grad_norm,
+        )
+
+    def _reattach(self) -> None:
+        """Follows a module that was moved or cast, which gave it a new buffer."""
+        tensors = self.tensors()
+        self.adam = torch.optim.Adam([self.module.flat], lr=self.lr, fused=True)
+        self.load(tensors)
+
+    def tensors(self) -> dict[str, Tensor]:
+        state = self.adam.state.get(self.adam.param_groups[0]["params"][0])
+        if not state:
+            return {}
+        return {name: state[name] for name in ("step", "exp_avg", "exp_avg_sq")}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        flat = self.module.flat
+        if tensors:
+            state = {k: v.to(flat) if k != "step" else v.to(flat.device, torch.float32) for k, v in tensors.items()}
+            self.adam.state[flat] = state
