@@ -136,7 +136,6 @@ struct ChainCall {
     float* actions;
 };
 
-int64_t saved_floats(const Trunk& net, int64_t rows, int64_t inside_rows);
 void chain(const ChainCall& call, SavedChain* saved);
 
 // The published acting rule: of each state's N actions one, drawn from softmax(min(Q_1, Q_2)).
