@@ -31,7 +31,7 @@ Saved saved_in(float* at, const Trunk& t, int64_t rows, int64_t inside_rows) {
 static ChainJob chain_job(const ChainCall& call) {
     ChainJob job = {};
     job.net = &call.packed->trunks[0];
-    job.time_table = call.time_table;
+    job.time_table = call.time_table->data();
     job.states = call.states;
     job.noise = call.noise;
     job.seed = call.seed;
@@ -130,7 +130,7 @@ void chain_backward(const Network& net, SavedChain& saved, const Table& table, c
         parallel_for(threads, weights.size() + extra,
                      [&](int64_t task, int) { task < weights.size() ? weights.run(task) : sums(task - weights.size()); });
         state_gradient(net, d_part.data(), B, states, out.flat + net.spec().offsets[4], out.accumulate, threads);
-        time_gradient(net, *saved.packed, saved.time_table, table, d_table.data(), out);
+        time_gradient(net, *saved.packed, saved.time_table->data(), table, d_table.data(), out);
     }
     if (out.d_states) d_states(t, d_part.data(), B, out.d_states, threads);
 }

@@ -71,7 +71,7 @@ struct Packed {
     std::vector<float> time_mlp;  // the time MLP's four tensors
     struct TimeTable {
         uint64_t id;
-        Buffer floats;  // table [K][32 P], then what its backward pass needs
+        std::shared_ptr<const Buffer> floats;  // table [K][32 P], then what its backward pass needs
     };
     std::vector<TimeTable> tables;
 };
@@ -95,8 +95,8 @@ public:
     // Not thread-safe (the Python binding holds the GIL); what it returns may be used from any thread.
     std::shared_ptr<Packed> packed(const float* flat, int64_t version, int parts);
 
-    // Adds the table's time part to `packed`, if it is not there.
-    const float* time_table(Packed& packed, const Table& table) const;
+    // The table's time part; `packed` remembers the last few. Like `packed`, not thread-safe.
+    std::shared_ptr<const Buffer> time_table(Packed& packed, const Table& table) const;
 
 private:
     static constexpr int PROBES = 64;
@@ -115,7 +115,7 @@ private:
 // What a chain keeps for its backward pass. A backward pass overwrites it: `spent` says so.
 struct SavedChain {
     std::shared_ptr<Packed> packed;
-    const float* time_table;
+    std::shared_ptr<const Buffer> time_table;
     Buffer memory;
     Saved saved;
     int64_t B, N;
@@ -124,7 +124,7 @@ struct SavedChain {
 
 struct ChainCall {
     std::shared_ptr<Packed> packed;
-    const float* time_table;
+    std::shared_ptr<const Buffer> time_table;
     const Table* table;
     const float* states;
     int64_t B, N;
@@ -170,9 +170,9 @@ QMeans q_gradient(const Packed& critic, int which, const float* states, const fl
                   float* d_actions, int threads);
 
 // The noise-prediction loss, t and noise drawn from the seeds; returns the loss.
-double bc_gradient(const Network& net, Packed& packed, const Table& table, const float* states, const float* actions,
-                   int64_t B, uint64_t t_seed, uint64_t noise_seed, bool predict_epsilon, const Gradients& out,
-                   int threads);
+double bc_gradient(const Network& net, const Packed& packed, const Buffer& time_table, const Table& table,
+                   const float* states, const float* actions, int64_t B, uint64_t t_seed, uint64_t noise_seed,
+                   bool predict_epsilon, const Gradients& out, int threads);
 
 // Clips to max_norm (0: no clipping) and takes a step; returns the norm before clipping.
 struct AdamState {

@@ -283,11 +283,11 @@ PyObject* py_bc_gradient(PyObject*, PyObject* const* items, Py_ssize_t count) {
         const bool predict_epsilon = args.integer() != 0;
         const Gradients out = {args.pointer(), args.integer() != 0, nullptr};
         const int threads = static_cast<int>(args.integer());
-        network.time_table(*packed, table);  // made here, under the GIL
+        const std::shared_ptr<const Buffer> time_table = network.time_table(*packed, table);
         double loss;
         {
             WithoutGil released;
-            loss = bc_gradient(network, *packed, table, states, actions, B, t_seed, noise_seed, predict_epsilon, out,
+            loss = bc_gradient(network, *packed, *time_table, table, states, actions, B, t_seed, noise_seed, predict_epsilon, out,
                                threads);
         }
         return PyFloat_FromDouble(loss);

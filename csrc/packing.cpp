@@ -107,14 +107,14 @@ std::shared_ptr<Packed> Network::packed(const float* flat, int64_t version, int 
     return current_;
 }
 
-const float* Network::time_table(Packed& packed, const Table& table) const {
+std::shared_ptr<const Buffer> Network::time_table(Packed& packed, const Table& table) const {
     for (const Packed::TimeTable& known : packed.tables)
-        if (known.id == table.id) return known.floats.data();
+        if (known.id == table.id) return known.floats;
     const Trunk& t = packed.trunks[0];
     const int64_t D = t.D, K = table.K;
     const TimeMlp mlp(packed, D);
-    Buffer floats(TimeSaved::floats(t, K));
-    const TimeSaved s(floats.data(), t, K);
+    auto floats = std::make_shared<const Buffer>(TimeSaved::floats(t, K));
+    const TimeSaved s(floats->data(), t, K);
     std::memset(s.hidden, 0, sizeof(float) * static_cast<size_t>(K * (2 * s.wide + s.columns)));
     for (int64_t k = 0; k < K; ++k)
         for (int64_t i = 0; i < 2 * D; ++i) {
@@ -131,8 +131,8 @@ const float* Network::time_table(Packed& packed, const Table& table) const {
         }
     kernels().time_table(t, s.features, K, s.table);
     if (packed.tables.size() >= 8) packed.tables.erase(packed.tables.begin());
-    packed.tables.push_back({table.id, std::move(floats)});
-    return packed.tables.back().floats.data();
+    packed.tables.push_back({table.id, floats});
+    return floats;
 }
 
 }  // namespace dql

@@ -97,12 +97,11 @@ QMeans q_gradient(const Packed& critic, int which, const float* states, const fl
 
 // ---- the noise-prediction loss ----
 
-double bc_gradient(const Network& net, Packed& packed, const Table& table, const float* states, const float* actions,
-                   int64_t B, uint64_t t_seed, uint64_t noise_seed, bool predict_epsilon, const Gradients& out,
-                   int threads) {
+double bc_gradient(const Network& net, const Packed& packed, const Buffer& time_table, const Table& table,
+                   const float* states, const float* actions, int64_t B, uint64_t t_seed, uint64_t noise_seed,
+                   bool predict_epsilon, const Gradients& out, int threads) {
     const Trunk& t = packed.trunks[0];
     const int64_t P = t.P, A = t.X;
-    const float* floats = net.time_table(packed, table);
     Buffer memory(saved_floats(t, B, 0) + B + table.K * P * PANEL);
     float* row_loss = memory.data() + saved_floats(t, B, 0);
     float* d_table = row_loss + B;
@@ -111,7 +110,7 @@ double bc_gradient(const Network& net, Packed& packed, const Table& table, const
     kernels().integers(t_seed, 0, static_cast<uint64_t>(table.K), 0, B, times.data());
     BcJob job = {};
     job.net = &t;
-    job.time_table = floats;
+    job.time_table = time_table.data();
     job.q_sample = table.q_sample.data();
     job.states = states;
     job.actions = actions;
@@ -134,7 +133,7 @@ double bc_gradient(const Network& net, Packed& packed, const Table& table, const
                                   d_table + (times[static_cast<size_t>(b)] * P + p) * PANEL, true);
     });
     state_gradient(net, saved.d_z[0], B, states, out.flat + net.spec().offsets[4], out.accumulate, threads);
-    time_gradient(net, packed, floats, table, d_table, out);
+    time_gradient(net, packed, time_table.data(), table, d_table, out);
     return mean(row_loss, B) / static_cast<double>(A);
 }
 

@@ -36,6 +36,8 @@ class CppBackend(Backend):
                 return "precision='bf16' needs a CPU with AVX512_BF16, which this one has not; use precision='fp32'"
         if (limit := _network_limit(chain)) is not None:
             return f"{limit}; use backend='eager'"
+        if len(chain.states) * chain.candidates > native.MAX_ROWS:
+            return f"it takes up to {native.MAX_ROWS:,} rows a call; split the states"
         if chain.table.num_steps > native.MAX_STEPS:
             return f"it runs up to {native.MAX_STEPS} steps, not {chain.table.num_steps}; use backend='eager'"
         return None

@@ -7,15 +7,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from cpp_cases import make_critic, needs_cpp, same_bits, states_of
+from cpp_cases import make_policy as policy_of
 
 import dql
-from dql.kernels import native
 
 Tensor = torch.Tensor
-S, A, H = 11, 3, 48
 THREADS, CALLS = 8, 12
-
-pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+pytestmark = needs_cpp
 needs_fork = pytest.mark.skipif(
     "fork" not in multiprocessing.get_all_start_methods(), reason="this system cannot fork processes"
 )
@@ -31,19 +30,7 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def make_policy(seed: int = 5) -> dql.DiffusionPolicy:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return dql.DiffusionPolicy(S, A, hidden_dim=H, T=20)
-
-
-def make_critic() -> dql.TwinCritic:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(6)
-        return dql.TwinCritic(S, A, H)
-
-
-def states_of(B: int) -> Tensor:
-    return torch.randn(B, S, generator=torch.Generator().manual_seed(B))
+    return policy_of(seed, T=20)
 
 
 def at_once(jobs: list[Callable[[], object]]) -> list[object]:
@@ -101,10 +88,6 @@ def train(policy: dql.DiffusionPolicy, steps: int = 4 * CALLS) -> list[Tensor]:
         with torch.no_grad():
             flat.sub_(flat.grad, alpha=1e-3)
     return [flat.detach().clone()]
-
-
-def same_bits(got: list[Tensor], want: list[Tensor]) -> bool:
-    return len(got) == len(want) and all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
