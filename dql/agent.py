@@ -7,7 +7,7 @@ same on every backend, to rounding.
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from dql.backends import check_name
 from dql.checkpoint import FILE, CheckpointError, checked_device, load_tensors, reading, save_tensors
 from dql.config import Config
 from dql.data import Batch
+from dql.kernels import native
 from dql.networks import FlatModule, TwinCritic
 from dql.optimizer import FlatAdam
 from dql.policy import DiffusionPolicy
@@ -280,7 +281,7 @@ class DiffusionQL(DiffusionBC):
         else:
             metrics = self._update_critic(batch, seeds)
             metrics |= self._update_actor(batch, seeds)
-        self._update_averages()
+            self._update_averages(torch.Tensor.lerp_)
         self.step += 1
         return metrics
 
@@ -289,6 +290,7 @@ class DiffusionQL(DiffusionBC):
         metrics["critic/grad_norm"] = self._critic_adam.step_natively(self.lr_scale())
         metrics |= native_update.actor_gradient(self, batch, seeds)
         metrics["actor/grad_norm"] = self._actor_adam.step_natively(self.lr_scale())
+        self._update_averages(native.lerp)
         return _scalars(metrics)
 
     @torch.no_grad()
@@ -338,11 +340,11 @@ class DiffusionQL(DiffusionBC):
         }
 
     @torch.no_grad()
-    def _update_averages(self) -> None:
+    def _update_averages(self, lerp: Callable[[Tensor, Tensor, float], object]) -> None:
         c = self.config
         if self.step >= c.ema_start and self.step % c.ema_every == 0:
-            self.ema_policy.denoiser.flat.lerp_(self.policy.denoiser.flat, 1 - c.ema_decay)
-        self.critic_target.flat.lerp_(self.critic.flat, c.tau)
+            lerp(self.ema_policy.denoiser.flat, self.policy.denoiser.flat, 1 - c.ema_decay)
+        lerp(self.critic_target.flat, self.critic.flat, c.tau)
 
     def _act(self, states: Tensor, seed: int | None) -> Tensor:
         c = self.config

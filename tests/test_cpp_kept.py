@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import TOLERANCES, assert_close
-from cpp_cases import A, H, S, make_critic, make_policy, needs_cpp, same_bits
+from cpp_cases import A, H, S, make_critic, make_policy, needs_cpp
 
 import dql
 from dql.kernels import native
@@ -261,19 +261,25 @@ def test_states_are_checked_at_every_call(policy, way):
 
 @pytest.mark.xfail(reason="Network::time_table frees the oldest table while a saved chain points to it", strict=True)
 def test_more_tables_than_are_kept():
-    """A graph's table outlives those of later calls, which take the same memory and hold other timesteps."""
-    policy = make_policy(T=40)
-    table = policy.step_table("ddpm", 12)
-    others = [dql.StepTable("own", table.rows, tuple(range(i + 11, i - 1, -1)), True) for i in range(29)]
-
-    def gradients(tables: list[dql.StepTable]) -> list[Tensor]:
-        actions = dql.sample(STATES, policy, seed=1, sampler=table, backend="cpp")
-        with torch.no_grad():
-            for other in tables:
-                dql.sample(STATES, policy, seed=2, sampler=other, backend="cpp")
-        return [actions.detach(), *torch.autograd.grad(actions.sum(), list(policy.parameters()))]
-
-    assert same_bits(gradients(others), gradients([]))
+    """A graph's table outlives those of later calls. Freed memory is overwritten here, if the C library can."""
+    same = run_alone(
+        """
+import torch, dql
+policy, states = dql.DiffusionPolicy(11, 3, hidden_dim=48, T=40), torch.randn(9, 11)
+table = policy.step_table("ddpm", 12)
+others = [dql.StepTable("own", table.rows, tuple(range(i + 11, i - 1, -1)), True) for i in range(29)]
+found = []
+for tables in (others, []):
+    actions = dql.sample(states, policy, seed=1, sampler=table, backend="cpp")
+    with torch.no_grad():
+        for other in tables:
+            dql.sample(states, policy, seed=2, sampler=other, backend="cpp")
+    found.append([actions, *torch.autograd.grad(actions.sum(), list(policy.parameters()))])
+print(all(torch.equal(a, b) for a, b in zip(*found)))
+""",
+        MALLOC_PERTURB_="85",
+    )
+    assert same == ["True"]
 
 
 def test_a_policy_that_nobody_needs_goes_away(critic):
@@ -289,9 +295,11 @@ def test_a_policy_that_nobody_needs_goes_away(critic):
     assert dead() is None
 
 
-def run_alone(program: str) -> list[str]:
-    """Runs a program in a process of its own, whose memory nothing else changes; gives the lines that it printed."""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+def run_alone(program: str, **environment: str) -> list[str]:
+    """Runs a program in a process of its own, whose memory nothing else changes; gives the words that it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, env=os.environ | environment
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 
@@ -312,27 +320,25 @@ needs_proc = pytest.mark.skipif(
 
 @needs_proc
 def test_steady_state_takes_no_memory():
-    """20,000 calls: a kilobyte leaked by each would be 20 MB."""
+    """20,000 calls: a kilobyte leaked by each would be 20 MB. What malloc keeps or gives back goes up and down."""
     grown = run_alone(
         _MEMORY
         + """
 state = torch.randn(1, 17)
-def calls(n):
-    for i in range(n):
+found = []
+for n in range(11):
+    for i in range(2000):
         with torch.no_grad():
             dql.sample(state, policy, backend="cpp")
-        if i % 20 == 0:
+        if i % 10 == 0:
             dql.select(state, policy, critic, num_candidates=50, backend="cpp")
             dql.sample(state, policy, seed=i, backend="cpp").sum().backward()
-calls(2000)
-gc.collect()
-before = resident()
-calls(20000)
-gc.collect()
-print(resident() - before)
+    gc.collect()
+    found.append(resident())
+print(min(found[6:]) - min(found[1:6]))
 """
     )
-    assert int(grown[0]) < 600_000
+    assert int(grown[0]) < 500_000, grown
 
 
 @needs_proc
