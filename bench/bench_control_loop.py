@@ -1,8 +1,8 @@
 """A 1 kHz control loop: in each period, one action for one state. What counts is the slowest call, not the median.
 
 As in a robot's code, the thread waits for an absolute deadline, so the wait's own error does not add up; a call that
-runs over the period costs the periods it runs into. Python collects its garbage as always. `latest_start_us` is how
-late the loop itself woke up, at worst: that is the machine, and calls are disturbed by as much.
+runs over the period is missed, and costs the periods it runs into. Python collects its garbage as always.
+`latest_start_us` is how late the loop itself woke up, at worst: that is the machine, and it disturbs calls as much.
 """
 
 import math
@@ -89,18 +89,18 @@ def control_loop(
         calls = np.array(benchmark.stats.stats.data)
         times.setdefault(problem, {})[contender] = calls
         p50, p99, p999 = (float(q) * 1e6 for q in np.quantile(calls, (0.5, 0.99, 0.999), method="inverted_cdf"))
-        record(
-            TITLE,
-            call=problem,
-            contender=contender,
-            p50_us=p50,
-            p99_us=p99,
-            p99_9_us=p999,
-            worst_us=float(calls.max()) * 1e6,
-            missed=int((calls > PERIOD).sum()),
-            calls=len(calls),
-            latest_start_us=max(timer.late) * 1e6,
-        )
+        row: dict[str, Any] = {
+            "call": problem,
+            "contender": contender,
+            "p50_us": p50,
+            "p99_us": p99,
+            "p99.9_us": p999,
+            "worst_us": float(calls.max()) * 1e6,
+            "missed": int((calls > PERIOD).sum()),
+            "calls": len(calls),
+            "latest_start_us": max(timer.late) * 1e6,
+        }
+        record(TITLE, **row)
 
     return run
 
@@ -160,12 +160,15 @@ def _draw(times: Times, path: Path) -> None:
     every = np.concatenate([calls for group in times.values() for calls in group.values()]) * 1e6
     low, high = math.log10(every.min() * 0.9), math.log10(max(every.max(), PERIOD * 1e6) * 1.1)
     edges = np.logspace(low, high, int((high - low) * 40) + 2)  # 40 bins a decade
+    names = list(dict.fromkeys(name for group in times.values() for name in group))
     figure = Figure(figsize=(8, 3 * len(times)), layout="constrained")
     panels = figure.subplots(len(times), sharex=True, squeeze=False).flat
     for panel, (problem, group) in zip(panels, times.items(), strict=True):
         for contender, calls in group.items():
             worst = calls.max() * 1e6
-            panel.stairs(np.histogram(calls * 1e6, edges)[0], edges, label=f"{contender} (worst {worst:,.0f} us)")
+            count, _ = np.histogram(calls * 1e6, edges)
+            color = f"C{names.index(contender)}"
+            panel.stairs(count, edges, color=color, label=f"{contender} (worst {worst:,.0f} us)")
         panel.axvline(PERIOD * 1e6, color="gray", linestyle="--", label="the period")
         panel.set(xscale="log", yscale="log", ylim=(0.7, None), title=problem, ylabel="calls")
         panel.legend(fontsize="small")

@@ -1,6 +1,6 @@
 """`import dql` against `import torch`, each in a fresh interpreter.
 
-The one bench that asserts: that dql imports fast is promised, and a few tenths of a second show on any machine.
+It asserts: that dql imports fast is promised, and a few tenths of a second show on any machine.
 """
 
 import os

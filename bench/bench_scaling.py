@@ -5,6 +5,7 @@ memory is the high-water mark of a fresh process that does one call, less what i
 packed weights, the scratch, and every page of code that a first call loads. More than is promised fails.
 """
 
+import os
 import statistics
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import dql
 
 SMALL = 256
 BATCH_SIZES, SHORT_BATCH_SIZES = (256, 1024, 4096, 16384, 65536), (256, 4096)
-SECONDS, MIN_ROUNDS, MAX_ROUNDS = 5.0, 5, 100
+SECONDS, SHORT_SECONDS, MIN_ROUNDS, MAX_ROUNDS = 5.0, 1.0, 5, 100
 MEMORY_LIMIT = 16.0  # MB
 TITLE = "large batches, one thread"
 PRECISIONS = [rivals.backend_of(name)[1] for name in rivals.contenders() if name.startswith("dql-cpp")]
@@ -50,7 +51,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_scaling(precision: str, B: int, benchmark: Any, device: torch.device, record: Callable[..., None]) -> None:
+def test_scaling(
+    precision: str,
+    B: int,
+    request: pytest.FixtureRequest,
+    benchmark: Any,
+    device: torch.device,
+    record: Callable[..., None],
+) -> None:
     if device.type != "cpu":
         pytest.skip(f"the backend cpp runs on a CPU, this is {device}")
     policy = dql.DiffusionPolicy.from_published(rivals.published_actor(device).state_dict())
@@ -75,10 +83,10 @@ def test_scaling(precision: str, B: int, benchmark: Any, device: torch.device, r
             start = time.perf_counter()
             call(states)
             small_calls()
-            rounds = int(SECONDS / (time.perf_counter() - start))
+            seconds = SHORT_SECONDS if request.config.getoption("short") else SECONDS
+            rounds = max(MIN_ROUNDS, min(int(seconds / (time.perf_counter() - start)), MAX_ROUNDS))
             small_times.clear()
             benchmark.group = f"{TITLE}, {precision}"
-            rounds = max(MIN_ROUNDS, min(rounds, MAX_ROUNDS))
             benchmark.pedantic(lambda: call(states), setup=small_calls, rounds=rounds)
     finally:
         torch.set_num_threads(threads)
@@ -105,7 +113,7 @@ def test_scaling(precision: str, B: int, benchmark: Any, device: torch.device, r
 
 def _memory(B: int, precision: str) -> float | None:
     """MB at most in use during one call, beyond inputs and outputs; None where Linux does not tell."""
-    if not Path("/proc/self/clear_refs").exists():
+    if not os.access("/proc/self/clear_refs", os.W_OK):
         return None
     command = [sys.executable, "-c", MEMORY, str(B), precision]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)

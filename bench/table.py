@@ -1,38 +1,105 @@
-"""Prints a bench report as the README's table: python bench/table.py bench/results/REPORT.json"""
+"""Prints a bench report as the README's tables: python bench/table.py bench/results/REPORT.json"""
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
 
 
 def time(us: float) -> str:
-    return f"{us:.0f} us" if us < 1000 else f"{us / 1000:.3g} ms"
+    if us < 99.95:
+        return f"{us:.1f} us"
+    return f"{us:.0f} us" if us < 999.5 else f"{us / 1000:.3g} ms"
 
 
-def table(report: dict) -> str:
-    """A line a problem. `published` is its median in the rounds beside dql; the ratio is the median over pairs."""
-    rows = [row for row in report["rows"] if row["speedup_over"]["published"] is not None]
-    lines = [
-        "| | `dql`, eager | published | faster than published | faster than torch.compile |",
-        "|---|---|---|---|---|",
-    ]
-    for ours in (row for row in rows if row["contender"] == "dql-eager"):
-        compiled = [
-            row["speedup_over"]["published"]
-            for row in rows
-            if row["problem"] == ours["problem"] and row["contender"].startswith("compile")
-        ]
-        ratio = ours["speedup_over"]["published"]
-        low, _, high = ours["speedup_over_published_quartiles"]
-        rival = f"{ratio / max(compiled):.2f}x" if compiled else ""
-        lines.append(
-            f"| {ours['problem']} | {time(ours['median_us'])} | {time(ours['baseline_median_us'])} "
-            f"| {ratio:.2f}x ({low:.2f} to {high:.2f}) | {rival} |"
-        )
-    return "\n".join(lines)
+def race_table(rows: list[Row]) -> str:
+    """A line a problem, a column a contender; of torch.compile and of the exported graph's runtimes the fastest.
+
+    A time is a contender's median. In brackets are the medians over pairs: how many times faster than the published
+    code, and than the fastest of what a user would take instead, all of it float32.
+    """
+    problems: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        problems.setdefault(row["problem"], {})[row["contender"]] = row
+    problems = {name: group for name, group in problems.items() if "published" in group}
+    if not problems:
+        return ""
+    names = dict.fromkeys(name for group in problems.values() for name in group)
+    ours = sorted((name for name in names if name.startswith("dql-")), key=lambda name: name != "dql-eager")
+    columns = {
+        "published": ["published"],
+        "torch.compile": [name for name in names if name.startswith("compile-")],
+        "ONNX Runtime or OpenVINO": [name for name in names if name.startswith(("onnxruntime", "openvino"))],
+    } | {_title(name): [name] for name in ours}
+    columns = {title: members for title, members in columns.items() if members}
+    lines = [["", *columns]]
+    for problem, group in problems.items():
+        cells = [_race_cell([group[name] for name in members if name in group]) for members in columns.values()]
+        lines.append([problem, *cells])
+    return _markdown(lines)
+
+
+def _title(contender: str) -> str:
+    """dql-cpp-bf16 is `cpp`, bf16."""
+    backend, _, precision = contender.removeprefix("dql-").partition("-")
+    return f"`{backend}`, {precision}" if precision else f"`{backend}`"
+
+
+def _race_cell(rows: list[Row]) -> str:
+    if not rows:
+        return ""
+    row = max(rows, key=lambda row: row["speedup_over"]["published"])
+    name, ratios = row["contender"], row["speedup_over"]
+    if name == "published":
+        return time(row["median_us"])
+    if not name.startswith("dql-"):
+        return f"{time(row['median_us'])} ({name.removeprefix('compile-')})"
+    over = [f"{ratios[key]:.3g}x" for key in ("published", "best_rival") if ratios.get(key) is not None]
+    return f"{time(row['median_us'])} ({', '.join(over)})"
+
+
+def ceiling_table(rows: list[Row]) -> str:
+    """How much of the CPU's multiply-adds the native forward pass uses, in percent."""
+    shares = [row for row in rows if row.get("share_of_fma_ceiling") and row["contender"].startswith("dql-cpp")]
+    if not shares:
+        return ""
+    lines = [["", "contender", "% of FMA ceiling", "ceiling, GFLOP/s"]]
+    for row in shares:
+        share, ceiling = f"{100 * row['share_of_fma_ceiling']:.1f}", f"{row['fma_ceiling_gflops']:.0f}"
+        lines.append([row["problem"], row["contender"], share, ceiling])
+    return _markdown(lines)
+
+
+def further_table(rows: list[Row]) -> str:
+    """A table that is no race with the published code, its columns as they were recorded."""
+    return _markdown([[name.replace("_", " ") for name in rows[0]], *([*map(_text, row.values())] for row in rows)])
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return " to ".join(map(_text, value))
+    if isinstance(value, float):
+        return f"{value:.3f}" if abs(value) < 10 else f"{value:,.0f}"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _markdown(lines: Iterable[list[str]]) -> str:
+    first, *rest = lines
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [first, ["---"] * len(first), *rest])
+
+
+def tables(report: dict[str, Any]) -> str:
+    """All of a report's tables."""
+    rows = report["rows"]
+    parts = [race_table(rows), ceiling_table(rows)]
+    parts += [f"{title}:\n\n{further_table(table)}" for title, table in report.get("tables", {}).items()]
+    return "\n\n".join(part for part in parts if part)
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_file():
         sys.exit("usage: python bench/table.py bench/results/REPORT.json")
-    print(table(json.loads(Path(sys.argv[1]).read_text())))
+    print(tables(json.loads(Path(sys.argv[1]).read_text())))

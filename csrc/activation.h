@@ -90,18 +90,17 @@ struct Mish {
     DQL_INLINE Vec value(Vec z) {
         z = not_below(z);
         const Vec e = scaled_exp(not_above(z));
-        const Vec half = e * (0.5f / EXP_SCALE) + 1.0f;
-        const Vec r = 1.0f / (e * half + EXP_SCALE);
-        return z * ((e * r) * half);  // in this order: to the bit what value_and_slope() gives
+        const Vec p = e * (e * (0.5f / EXP_SCALE) + 1.0f);  // w / 2, times EXP_SCALE
+        return z * (p / (p + EXP_SCALE));
     }
     DQL_INLINE Vec value_and_slope(Vec z, Vec& slope) {
         z = not_below(z);
         const Vec bounded = not_above(z);
         const Vec e = scaled_exp(bounded);
-        const Vec half = e * (0.5f / EXP_SCALE) + 1.0f;  // e / 2 + 1
-        const Vec r = 1.0f / (e * half + EXP_SCALE);     // 2 / (w + 2), over EXP_SCALE
+        const Vec p = e * (e * (0.5f / EXP_SCALE) + 1.0f);
+        const Vec t = p / (p + EXP_SCALE);     // w / (w + 2), to the bit as in value(): the divider has time for both
+        const Vec r = 1.0f / (p + EXP_SCALE);  // 2 / (w + 2), over EXP_SCALE
         const Vec er = e * r;
-        const Vec t = er * half;  // w / (w + 2)
         slope = (bounded * er) * (r * EXP_SCALE + er) + t;
         return z * t;
     }

@@ -104,7 +104,6 @@ void chain_backward(const Network& net, SavedChain& saved, const Table& table, c
     job.d_actions = d_actions;
     job.d_scale = d_scale;
     job.saved = &saved.saved;
-    saved.spent = true;
     over_tiles(threads, R, kernels().scratch_floats(t, table.K), [&](int64_t first, int rows, float* scratch) {
         kernels().chain_backward_tile(job, first, rows, scratch);
     });

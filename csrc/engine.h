@@ -90,8 +90,9 @@ public:
     explicit Network(Spec spec);
     const Spec& spec() const { return spec_; }
 
-    // The parameters at `flat`, packed. `version` is the tensors' version counter; beside it some elements spread over
-    // the buffer are compared, since optimizers and `.data` can write without counting.
+    // The parameters at `flat`, packed. `version` is the tensors' version counter; beside it 16 elements of each tensor
+    // are compared, since optimizers and `.data` can write without counting. A write through `.data` to a few elements
+    // alone can go unnoticed.
     // Not thread-safe (the Python binding holds the GIL); what it returns may be used from any thread.
     std::shared_ptr<Packed> packed(const float* flat, int64_t version, int parts);
 
@@ -99,12 +100,12 @@ public:
     std::shared_ptr<const Buffer> time_table(Packed& packed, const Table& table) const;
 
 private:
-    static constexpr int PROBES = 64;
     Spec spec_;
+    std::vector<int64_t> probed_;  // elements of the flat buffer, some of each tensor
+    std::vector<float> probes_;    // their values when the weights were packed
     std::shared_ptr<Packed> current_;
     const float* flat_ = nullptr;
     int64_t version_ = -1;
-    float probes_[PROBES] = {};
 
     TrunkSource source(const float* flat, int trunk) const;
     void allocate(Packed& packed, int parts) const;

@@ -138,7 +138,7 @@ PyObject* py_chain_saved(PyObject*, PyObject* const* items, Py_ssize_t count) {
 }
 
 PyObject* py_chain_backward(PyObject*, PyObject* const* items, Py_ssize_t count) {
-    return guarded([&] {
+    return guarded([&]() -> PyObject* {
         Arguments args(items, count, 10, "chain_backward");
         NetworkHandle& network = args.handle<NetworkHandle>();
         SavedHandle& saved = args.handle<SavedHandle>();
@@ -151,19 +151,13 @@ PyObject* py_chain_backward(PyObject*, PyObject* const* items, Py_ssize_t count)
         out.accumulate = args.integer() != 0;
         out.d_states = args.pointer();
         const int threads = static_cast<int>(args.integer());
-        if (saved.spent) throw std::runtime_error("chain_backward: this saved chain was used before");
+        if (saved.spent) return PyBool_FromLong(0);
+        saved.spent = true;  // under the GIL: of two threads, one gets it
         {
             WithoutGil released;
             chain_backward(network, saved, table, states, d_actions, d_scale, out, threads);
         }
-        return none();
-    });
-}
-
-PyObject* py_spent(PyObject*, PyObject* const* items, Py_ssize_t count) {
-    return guarded([&] {
-        Arguments args(items, count, 1, "spent");
-        return PyBool_FromLong(args.handle<SavedHandle>().spent);
+        return PyBool_FromLong(1);
     });
 }
 
@@ -367,8 +361,7 @@ PyMethodDef methods[] = {
     DQL_FUNCTION(chain, DQL_CHAIN_DOC),
     DQL_FUNCTION(chain_saved, DQL_CHAIN_DOC " -> saved chain"),
     DQL_FUNCTION(chain_backward, "network, saved, table, states, d_actions, d_scale, d_flat or 0, accumulate, "
-                                 "d_states or 0, threads"),
-    DQL_FUNCTION(spent, "saved chain -> bool"),
+                                 "d_states or 0, threads -> whether saved was unused"),
     DQL_FUNCTION(select, DQL_CHAIN_DOC " [B, A], critic, flat, version, draw seed"),
     DQL_FUNCTION(q_values, "critic, flat, version, states, B, actions, N, q1, q2, threads"),
     DQL_FUNCTION(target_q, "critic, flat, version, states, B, actions, N, rewards, masks, discount, out, threads "

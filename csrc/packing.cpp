@@ -6,7 +6,15 @@
 
 namespace dql {
 
-Network::Network(Spec spec) : spec_(std::move(spec)) {}
+Network::Network(Spec spec) : spec_(std::move(spec)) {
+    constexpr int64_t PROBES = 16;  // as many as the smallest tensor has with its padding
+    for (size_t i = 0; i < spec_.offsets.size(); ++i) {
+        const int64_t end = i + 1 < spec_.offsets.size() ? spec_.offsets[i + 1] : spec_.flat_size;
+        const int64_t stride = std::max<int64_t>(1, (end - spec_.offsets[i]) / PROBES);
+        for (int64_t at = spec_.offsets[i]; at < end; at += stride) probed_.push_back(at);
+    }
+    probes_.resize(probed_.size());
+}
 
 TrunkSource Network::source(const float* flat, int trunk) const {
     const Spec& s = spec_;
@@ -76,10 +84,9 @@ void Network::allocate(Packed& packed, int parts) const {
 }
 
 std::shared_ptr<Packed> Network::packed(const float* flat, int64_t version, int parts) {
-    const int64_t stride = spec_.flat_size / PROBES > 0 ? spec_.flat_size / PROBES : 1;
-    const int64_t probes = std::min<int64_t>(PROBES, spec_.flat_size / stride);
     bool same = current_ && flat == flat_ && version == version_;
-    for (int64_t i = 0; same && i < probes; ++i) same = std::memcmp(&probes_[i], flat + i * stride, sizeof(float)) == 0;
+    for (size_t i = 0; same && i < probed_.size(); ++i)
+        same = std::memcmp(&probes_[i], flat + probed_[i], sizeof(float)) == 0;
     if (!same) {
         // Where nobody else holds the old version, its memory serves the new one.
         if (!current_ || current_.use_count() > 1) current_ = std::make_shared<Packed>();
@@ -93,7 +100,7 @@ std::shared_ptr<Packed> Network::packed(const float* flat, int64_t version, int 
             for (size_t i = 0; i < 4; ++i, to += sizes[i - 1])
                 std::memcpy(to, flat + spec_.offsets[i], sizeof(float) * static_cast<size_t>(sizes[i]));
         }
-        for (int64_t i = 0; i < probes; ++i) probes_[i] = flat[i * stride];
+        for (size_t i = 0; i < probed_.size(); ++i) probes_[i] = flat[probed_[i]];
         flat_ = flat;
         version_ = version;
     }

@@ -63,9 +63,10 @@ class CppBackend(Backend):
         d_states = torch.empty_like(chain.states, memory_format=torch.contiguous_format) if need_states else None
         table = step_table(chain.table, chain.spec.time_dim)
         network = denoiser_network(chain)
-        if native.spent(saved):  # a second backward pass through one graph (retain_graph=True): run forward again
+        if not native.chain_backward(network, saved, table, chain.states, d_actions, d_flat, d_states):
+            # a second backward pass through one graph (retain_graph=True): forward once more
             _, saved = self.forward(chain, save=True)
-        native.chain_backward(network, saved, table, chain.states, d_actions, d_flat, d_states)
+            native.chain_backward(network, saved, table, chain.states, d_actions, d_flat, d_states)
         return d_flat, d_states
 
     def prepare(
@@ -77,7 +78,9 @@ class CppBackend(Backend):
         bf16 = chain.precision == "bf16"
         return native.Prepared(denoiser_network(chain), table, chain.flat, places, held, chain.max_action, bf16).run
 
-    def select(self, chain: Chain, critic: TwinCritic, draw_seed: int) -> Tensor:
+    def select(self, chain: Chain, critic: TwinCritic, draw_seed: int) -> Tensor | None:
+        if native.too_large(critic.spec) is not None:
+            return None  # the chain runs here, this critic in torch
         return native.select(
             denoiser_network(chain),
             chain.flat,

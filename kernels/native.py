@@ -2,7 +2,7 @@
 
 Everything is float32 on the CPU. Weights are packed once per version of the parameters and kept in the `Network`: a
 change is noticed by the flat buffer's address, its version counter and, because optimizers and `.data` may write
-without counting, by some of its elements.
+without counting, by 16 elements of each tensor.
 
 Letters: B states, N candidates, R = B * N rows, S state size, A action size, H hidden width, K steps.
 """
@@ -85,7 +85,7 @@ def too_large(spec: DenoiserSpec | CriticSpec) -> str | None:
         ("num_hidden", spec.num_hidden, low, high),
     ):
         if not least <= value <= most:
-            return f"it takes a {name} from {least} to {most}, and this network has {value}"
+            return f"it takes {name} from {least} to {most}, and this network has {value}"
     return None
 
 
@@ -121,14 +121,15 @@ class Table:
         self, rows: Sequence[Sequence[float]] | None, embedding: Tensor, q_sample: Tensor | None = None
     ) -> None:
         K, D = embedding.shape
-        steps = torch.tensor(rows, dtype=torch.float32) if rows is not None else None
+        steps = torch.tensor(rows, dtype=torch.float32, device="cpu") if rows is not None else None
         embedding = embedding.contiguous()
+        q_sample = None if q_sample is None else q_sample.contiguous()
         self.handle = _native.table(
             K,
             D,
             0 if steps is None else steps.data_ptr(),
             embedding.data_ptr(),
-            0 if q_sample is None else q_sample.contiguous().data_ptr(),
+            0 if q_sample is None else q_sample.data_ptr(),
         )
         self.num_steps = K
 
@@ -144,6 +145,11 @@ def version(flat: Tensor) -> int:
         global _uncounted
         _uncounted -= 1
         return _uncounted
+
+
+def _empty(*shape: int) -> Tensor:
+    """Whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def all_finite(values: Tensor) -> bool:
@@ -218,7 +224,7 @@ def chain(
     """
     states = states.contiguous()
     B = states.shape[0]
-    actions = torch.empty((B * candidates, network.action_dim))  # [R, A]
+    actions = _empty(B * candidates, network.action_dim)  # [R, A]
     if noise is not None:
         noise = noise.contiguous()
     saved = (_native.chain_saved if save else _native.chain)(
@@ -250,7 +256,7 @@ def chain_backward(
     *,
     scale: float = 1.0,
     accumulate: bool = False,
-) -> None:
+) -> bool:
     """The gradient of `chain`, see `reference.chain_bwd`. It uses `saved` up.
 
     Args:
@@ -263,12 +269,12 @@ def chain_backward(
         scale: a factor of d_actions.
         accumulate: add to d_flat.
 
-    Raises:
-        RuntimeError: `saved` was used before.
+    Returns:
+        False, with nothing written, if `saved` was used before.
     """
     d_actions = d_actions.contiguous()
     states = states.contiguous()
-    _native.chain_backward(
+    return _native.chain_backward(
         network.handle,
         saved,
         table.handle,
@@ -280,11 +286,6 @@ def chain_backward(
         0 if d_states is None else d_states.data_ptr(),
         torch.get_num_threads(),
     )
-
-
-def spent(saved: Any) -> bool:
-    """Whether `saved` was used by a backward pass."""
-    return _native.spent(saved)
 
 
 def select(
@@ -304,7 +305,7 @@ def select(
     """Of each state's N actions one, drawn from softmax(min(Q_1, Q_2)): [B, A]; arguments as in `chain`."""
     states = states.contiguous()
     B = states.shape[0]
-    chosen = torch.empty((B, network.action_dim))
+    chosen = _empty(B, network.action_dim)
     if noise is not None:
         noise = noise.contiguous()
     _native.select(
@@ -333,7 +334,7 @@ def q_values(critic: Network, flat: Tensor, states: Tensor, actions: Tensor) -> 
     """(Q_1, Q_2), each [R], of states [B, S] and actions [R, A], R = B * N."""
     states, actions = states.contiguous(), actions.contiguous()
     B, R = states.shape[0], actions.shape[0]
-    q = torch.empty(2, R)
+    q = _empty(2, R)
     _native.q_values(
         critic.handle,
         flat.data_ptr(),
@@ -354,7 +355,7 @@ def target_q(
 ) -> tuple[Tensor, float]:
     """(r + mask * discount * min over i of max over n of Q_i(s, a_n) [B], its mean); actions [R, A]."""
     B = states.shape[0]
-    out = torch.empty(B)
+    out = _empty(B)
     mean = _native.target_q(
         critic.handle,
         flat.data_ptr(),

@@ -119,7 +119,6 @@ def test_no_states():
     assert dql.select(empty.detach(), policy, make_critic(), backend="cpp").shape == (0, A)
 
 
-@pytest.mark.xfail(reason="native.* allocates in torch's default dtype", strict=True)
 def test_torchs_default_dtype_is_of_no_concern():
     policy, critic, states = make_policy(), make_critic(), states_of(9)
     want = dql.sample(states, policy, seed=1, backend="cpp")

@@ -147,7 +147,6 @@ def test_one_policy_is_changed_while_others_sample():
         assert all(any(torch.equal(actions, w) for w in want) for actions in found)
 
 
-@pytest.mark.xfail(reason="Network::time_table frees the oldest table while another thread reads it", strict=False)
 def test_many_step_tables_at_once():
     """More tables than a policy keeps, each thread going round in an order of its own."""
     policy, states = make_policy(), states_of(40)
@@ -168,7 +167,6 @@ def test_many_step_tables_at_once():
             assert torch.equal(actions, want[(i * 3 + k * (1 + 2 * (i % 4))) % 20])
 
 
-@pytest.mark.xfail(reason="chain_backward marks its saved chain as used after it released the GIL", strict=False)
 def test_one_graph_backwards_from_several_threads():
     """retain_graph=True allows it: one of them uses up what the forward pass saved, the others run it again."""
     policy = make_policy()

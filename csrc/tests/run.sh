@@ -89,7 +89,8 @@ if [[ $needs_kernels -eq 1 && -f csrc/variant.cpp ]]; then
 fi
 for source in csrc/*.cpp; do
     name="$(basename "$source" .cpp)"
-    [[ $name == variant || $name == module ]] && continue # the one is compiled above, the other needs Python
+    [[ $name == variant ]] && continue # it is compiled above
+    grep -qE '#include ("binding.h"|<Python.h>)' "$source" && continue # it needs Python
     [[ $name == pool || $needs_kernels -eq 1 ]] || continue
     compile "$source" "$name" "$asan"
     asan_objects+=("$build/$name.o")
