@@ -43,10 +43,16 @@ public:
         return value;
     }
 
-    float* pointer() {
+    float* optional() {
         void* value = PyLong_AsVoidPtr(object());
         if (!value && PyErr_Occurred()) throw Failed();
         return static_cast<float*>(value);
+    }
+
+    float* pointer() {
+        float* value = optional();
+        if (!value) throw std::invalid_argument("a tensor has no memory: is it fake, or on the meta device?");
+        return value;
     }
 
     template <class T>

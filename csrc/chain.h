@@ -125,15 +125,13 @@ static void chain_tile(const ChainJob& job, int64_t first_row, int rows, float* 
         }
         if (k == job.K) break;
         const int64_t row = k * job.R + first_row;
-        const float* in = x;
-        int64_t in_panel = panel;
         if (saved) {
             for (int64_t p = 0; p < PA; ++p)
                 for (int64_t i = 0; i < panel; i += W)
                     store(saved->x + (p * saved->rows + row) * PANEL + i, load(x + p * panel + i));
             places = saved_places(*saved, t, row);
         }
-        trunk_forward(t, rows, in, in_panel, job.time_table + k * t.P * PANEL, part, count * PANEL, index, places,
+        trunk_forward(t, rows, x, panel, job.time_table + k * t.P * PANEL, part, count * PANEL, index, places,
                       rounded, eps, panel);
     }
     for (int64_t i = 0; i < size; i += W) {

@@ -60,12 +60,16 @@ void chain(const ChainCall& call, SavedChain* saved) {
                [&](int64_t first, int rows, float* scratch) { kernels().chain_tile(job, first, rows, scratch); });
 }
 
+constexpr int64_t SMALL = 1 << 14;
+
 void select(const ChainCall& call, const Packed& critic, uint64_t draw_seed, float* chosen) {
     ChainJob job = chain_job(call);
     const int64_t A = job.net->X, N = call.N;
-    thread_local Buffer memory;  // of the candidates and their values, when the caller gives none
-    const int64_t needed = job.R * (A + 1) + 16;
-    if (memory.size() < needed) memory = Buffer(needed);
+    const int64_t needed = job.R * (A + 1);
+    thread_local Buffer small(SMALL);  // a robot's calls allocate nothing
+    Buffer large;
+    if (needed > SMALL) large = Buffer(needed);
+    const Buffer& memory = needed > SMALL ? large : small;
     job.actions = memory.data();
     job.q_min = memory.data() + job.R * A;
     job.critic = critic.trunks;
@@ -118,6 +122,11 @@ void chain_backward(const Network& net, SavedChain& saved, const Table& table, c
                 kernels().column_sums(d_z + k * R * PANEL, R, d_table.data() + (k * P + p) * PANEL, false);
             return;
         }
+        if (N == 1) {
+            for (int64_t k = 0; k < K; ++k)
+                kernels().add(d_part.data() + p * B * PANEL, d_z + k * R * PANEL, B * PANEL, k > 0);
+            return;
+        }
         for (int64_t b = 0; b < B; ++b)
             for (int64_t k = 0; k < K; ++k)
                 kernels().column_sums(d_z + (k * R + b * N) * PANEL, N, d_part.data() + (p * B + b) * PANEL, k > 0);
@@ -126,8 +135,9 @@ void chain_backward(const Network& net, SavedChain& saved, const Table& table, c
         parallel_for(threads, extra, [&](int64_t task, int) { sums(task); });
     } else {
         const WeightGradients weights(net, 0, out, saved.saved);
-        parallel_for(threads, weights.size() + extra,
-                     [&](int64_t task, int) { task < weights.size() ? weights.run(task) : sums(task - weights.size()); });
+        parallel_for(threads, weights.size() + extra, [&](int64_t task, int) {
+            task < weights.size() ? weights.run(task) : sums(task - weights.size());
+        });
         state_gradient(net, d_part.data(), B, states, out.flat + net.spec().offsets[4], out.accumulate, threads);
         time_gradient(net, *saved.packed, saved.time_table->data(), table, d_table.data(), out);
     }

@@ -50,6 +50,10 @@ static void column_sums(const float* panel, int64_t rows, float* out, bool accum
     for (int v = 0; v < PANEL / W; ++v) store(out + v * W, accumulate ? load(out + v * W) + sums[v] : sums[v]);
 }
 
+static void add(float* to, const float* from, int64_t size, bool accumulate) {
+    for (int64_t i = 0; i < size; ++i) to[i] = accumulate ? to[i] + from[i] : from[i];
+}
+
 static void states_tile(const Trunk& t, const float* d_state_part, int64_t part_rows, int64_t first_row, int rows,
                         float* d_states, float* scratch) {
     Layer layer = {};

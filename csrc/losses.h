@@ -6,7 +6,8 @@
 namespace dql {
 namespace DQL_VARIANT {
 
-// x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (arXiv 2006.11239, eq. 4); loss = mean (denoiser(x_t, t, s) - noise)^2.
+// x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (arXiv 2006.11239, eq. 4);
+// loss = mean (denoiser(x_t, t, s) - noise)^2.
 static void bc_tile(const BcJob& job, int64_t first_row, int rows, float* scratch) {
     const Trunk& t = *job.net;
     const Saved& saved = *job.saved;

@@ -75,7 +75,7 @@ PyObject* py_table(PyObject*, PyObject* const* items, Py_ssize_t count) {
         table->id = ++next_id;
         table->K = static_cast<int>(args.integer());
         table->D = static_cast<int>(args.integer());
-        const float *steps = args.pointer(), *embedding = args.pointer(), *q_sample = args.pointer();
+        const float *steps = args.optional(), *embedding = args.pointer(), *q_sample = args.optional();
         if (steps) table->steps.assign(steps, steps + table->K * STEP_COLUMNS);
         table->embedding.assign(embedding, embedding + static_cast<int64_t>(table->K) * table->D);
         if (q_sample) table->q_sample.assign(q_sample, q_sample + table->K * 2);
@@ -86,7 +86,7 @@ PyObject* py_table(PyObject*, PyObject* const* items, Py_ssize_t count) {
 PyObject* py_all_finite(PyObject*, PyObject* const* items, Py_ssize_t count) {
     return guarded([&] {
         Arguments args(items, count, 2, "all_finite");
-        const float* values = args.pointer();
+        const float* values = args.optional();
         return PyBool_FromLong(kernels().all_finite(values, args.integer()));
     });
 }
@@ -101,7 +101,7 @@ ChainCall chain_call(Arguments& args, int parts) {
     call.states = args.pointer();
     call.B = args.integer();
     call.N = args.integer();
-    call.noise = args.pointer();
+    call.noise = args.optional();
     call.seed = args.seed();
     call.max_action = static_cast<float>(args.number());
     call.bf16 = args.integer() != 0;
@@ -147,9 +147,9 @@ PyObject* py_chain_backward(PyObject*, PyObject* const* items, Py_ssize_t count)
         const float* d_actions = args.pointer();
         const float d_scale = static_cast<float>(args.number());
         Gradients out = {};
-        out.flat = args.pointer();
+        out.flat = args.optional();
         out.accumulate = args.integer() != 0;
-        out.d_states = args.pointer();
+        out.d_states = args.optional();
         const int threads = static_cast<int>(args.integer());
         if (saved.spent) return PyBool_FromLong(0);
         saved.spent = true;  // under the GIL: of two threads, one gets it
@@ -281,8 +281,8 @@ PyObject* py_bc_gradient(PyObject*, PyObject* const* items, Py_ssize_t count) {
         double loss;
         {
             WithoutGil released;
-            loss = bc_gradient(network, *packed, *time_table, table, states, actions, B, t_seed, noise_seed, predict_epsilon, out,
-                               threads);
+            loss = bc_gradient(network, *packed, *time_table, table, states, actions, B, t_seed, noise_seed,
+                               predict_epsilon, out, threads);
         }
         return PyFloat_FromDouble(loss);
     });
@@ -329,7 +329,7 @@ PyObject* py_activate(PyObject*, PyObject* const* items, Py_ssize_t count) {
     return guarded([&] {
         Arguments args(items, count, 4, "activate");
         const int kind = static_cast<int>(args.integer());
-        float *z = args.pointer(), *slope = args.pointer();
+        float *z = args.pointer(), *slope = args.optional();
         kernels().activate(kind, z, slope, args.integer());
         return none();
     });

@@ -165,14 +165,14 @@ struct AdamJob {
     float beta2, one_minus_beta1, one_minus_beta2, eps;  // 1 - beta in double: 1 - 0.999f is off by 5e-5
 };
 
-// One variant of the kernels. `scratch` is 64-byte aligned memory of the calling thread, *_scratch() floats of it.
+// One variant of the kernels. `scratch` is 64-byte aligned memory of the calling thread, scratch_floats() floats of it.
 struct Kernels {
     const char* name;
     int max_rows;  // a tile holds up to this many
     bool bf16;
     void (*pack)(const Trunk& trunk, const TrunkSource& source, int what);
     void (*to_panels)(const float* in, int64_t stride, int64_t rows, int64_t columns, float* out, int64_t out_panel);
-    // features [K][32] -> table [K][32 P]
+    // features [K][32 panels(D)] -> table [K][32 P]
     void (*time_table)(const Trunk& net, const float* features, int64_t K, float* table);
     void (*activate)(int activation, float* z, float* slope, int64_t n);
     int64_t (*scratch_floats)(const Trunk& net, int K);
@@ -183,6 +183,8 @@ struct Kernels {
     void (*outer)(const OuterJob& job);
     // out[32] (+)= sum of rows of [rows][32]
     void (*column_sums)(const float* panel, int64_t rows, float* out, bool accumulate);
+    // to (+)= from
+    void (*add)(float* to, const float* from, int64_t size, bool accumulate);
     // d_states of rows: [rows][32 P panels] x state_weight_t -> [rows][S]
     void (*states_tile)(const Trunk& net, const float* d_state_part, int64_t part_rows, int64_t first_row, int rows,
                         float* d_states, float* scratch);

@@ -1,6 +1,7 @@
 // A network's weights, packed once for each version of its parameters, and what its timesteps add to the first layer.
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 
 #include "time_mlp.h"
 
@@ -10,8 +11,9 @@ Network::Network(Spec spec) : spec_(std::move(spec)) {
     constexpr int64_t PROBES = 16;  // as many as the smallest tensor has with its padding
     for (size_t i = 0; i < spec_.offsets.size(); ++i) {
         const int64_t end = i + 1 < spec_.offsets.size() ? spec_.offsets[i + 1] : spec_.flat_size;
-        const int64_t stride = std::max<int64_t>(1, (end - spec_.offsets[i]) / PROBES);
-        for (int64_t at = spec_.offsets[i]; at < end; at += stride) probed_.push_back(at);
+        const int64_t size = end - spec_.offsets[i];
+        for (int64_t n = 0; n < PROBES; ++n)  // scattered: an even stride would stay in a few columns
+            probed_.push_back(spec_.offsets[i] + n * 2654435761 % size);
     }
     probes_.resize(probed_.size());
 }
@@ -115,6 +117,7 @@ std::shared_ptr<Packed> Network::packed(const float* flat, int64_t version, int 
 }
 
 std::shared_ptr<const Buffer> Network::time_table(Packed& packed, const Table& table) const {
+    if (table.D != spec_.D) throw std::invalid_argument("the table was made for another size of time embedding");
     for (const Packed::TimeTable& known : packed.tables)
         if (known.id == table.id) return known.floats;
     const Trunk& t = packed.trunks[0];
@@ -126,7 +129,8 @@ std::shared_ptr<const Buffer> Network::time_table(Packed& packed, const Table& t
     for (int64_t k = 0; k < K; ++k)
         for (int64_t i = 0; i < 2 * D; ++i) {
             float z = mlp.bias1[i];
-            for (int64_t d = 0; d < D; ++d) z += mlp.weight1[i * D + d] * table.embedding[static_cast<size_t>(k * D + d)];
+            const float* embedding = table.embedding.data() + k * D;
+            for (int64_t d = 0; d < D; ++d) z += mlp.weight1[i * D + d] * embedding[d];
             s.hidden[k * s.wide + i] = z;
         }
     kernels().activate(t.activation, s.hidden, s.slope, K * s.wide);

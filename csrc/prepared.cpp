@@ -57,7 +57,10 @@ PyObject* py_use_exchange(PyObject*, PyObject* const* items, Py_ssize_t count) {
         Arguments args(items, count, 3, "use_exchange");
         const auto* api =
             static_cast<const DlExchange*>(PyCapsule_GetPointer(args.object(), "dlpack_exchange_api"));
-        if (!api) throw Failed();
+        if (!api) {
+            PyErr_Clear();  // another torch's idea of it: the slower ways remain
+            return PyBool_FromLong(0);
+        }
         PyObject* probe = args.object();
         const float* expected = args.pointer();
         DlTensor described = {};
@@ -137,12 +140,14 @@ PyObject* py_run_prepared(PyObject*, PyObject* const* items, Py_ssize_t count) {
         Arguments args(items, count, 5, "run_prepared");
         const Prepared& p = args.handle<Prepared>();
         DlTensor states, actions;
-        if (!exchange || !describe(args.object(), states) || !describe(args.object(), actions)) return PyBool_FromLong(0);
+        if (!exchange || !describe(args.object(), states) || !describe(args.object(), actions))
+            return PyBool_FromLong(0);
         const Spec& spec = p.network->spec();
         const bool fits = states.device_type == 1 && states.code == 2 && states.bits == 32 && states.dimensions == 2 &&
                           states.shape[0] > 0 && states.shape[1] == spec.S && actions.dimensions == 2 &&
                           actions.shape[0] == states.shape[0] && actions.shape[1] == spec.A && actions.code == 2 &&
-                          actions.bits == 32 && actions.device_type == 1 &&
+                          actions.bits == 32 && actions.device_type == 1 && states.data &&
+                          actions.data && states.shape[0] <= (int64_t{1} << 30) && (!p.bf16 || kernels().bf16) &&
                           (!states.strides || ((states.strides[0] == spec.S || states.shape[0] == 1) &&
                                                (states.strides[1] == 1 || spec.S == 1)));
         if (!fits) return PyBool_FromLong(0);

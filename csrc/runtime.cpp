@@ -102,6 +102,7 @@ struct Kept {
     static constexpr size_t BYTES = size_t{128} << 20;
     void* memory[BUFFERS] = {};
     size_t bytes[BUFFERS] = {};
+    int next = 0;
 
     // The smallest that holds `needed` and is not far too large, or null.
     void* take(size_t& needed) {
@@ -116,17 +117,25 @@ struct Kept {
         return found;
     }
 
+    // The oldest makes room.
     bool keep(void* freed, size_t size) {
-        size_t total = size;
-        for (int i = 0; i < BUFFERS; ++i) total += memory[i] ? bytes[i] : 0;
-        if (total > BYTES) return false;
-        for (int i = 0; i < BUFFERS; ++i) {
-            if (memory[i]) continue;
-            memory[i] = freed;
-            bytes[i] = size;
-            return true;
-        }
-        return false;
+        if (size > BYTES) return false;
+        const auto drop = [&](int i) {
+            std::free(memory[i]);
+            memory[i] = nullptr;
+        };
+        for (int i = 0; i < BUFFERS && total() + size > BYTES; ++i) drop((next + i) % BUFFERS);
+        if (memory[next]) drop(next);
+        memory[next] = freed;
+        bytes[next] = size;
+        next = (next + 1) % BUFFERS;
+        return true;
+    }
+
+    size_t total() const {
+        size_t sum = 0;
+        for (int i = 0; i < BUFFERS; ++i) sum += memory[i] ? bytes[i] : 0;
+        return sum;
     }
 
     ~Kept();

@@ -22,9 +22,12 @@ void over_tiles(int threads, int64_t rows, int64_t scratch_floats, const Body& b
         tiles = std::min((tiles + threads - 1) / threads * threads, std::max(tiles, rows / FEW_ROWS_OF_TILE));
     if (tiles < 1) return;
     const int64_t each = rows / tiles, more = rows % tiles;
-    parallel_for(threads, tiles, [&](int64_t tile, int) {
+    // All threads' scratch is the caller's: there is nobody to tell a worker's failure to.
+    const int64_t floats = (scratch_floats + 15) / 16 * 16;
+    float* const memory = scratch(floats * std::max(threads, 1));
+    parallel_for(threads, tiles, [&](int64_t tile, int worker) {
         const int64_t first = tile * each + std::min(tile, more);
-        body(first, static_cast<int>(each + (tile < more)), scratch(scratch_floats));
+        body(first, static_cast<int>(each + (tile < more)), memory + worker * floats);
     });
 }
 

@@ -299,8 +299,14 @@ static inline void trunk_forward(const Trunk& t, int rows, const float* x, int64
             round_to_bf16(places.hidden[0] + p * places.panel, rounded + p * rows * (PANEL / 2), rows * PANEL);
         for (int l = 1; l < t.L; ++l) {
             LayerBf16 layer = {};
-            layer.product = {rounded + (l - 1) % 2 * size, rows * (PANEL / 2),   t.P * PANEL, t.hidden_weight_bf16[l - 1],
-                             t.P,                          t.hidden_bias[l - 1], places.hidden[l], places.panel};
+            layer.product.in = rounded + (l - 1) % 2 * size;
+            layer.product.in_panel = rows * (PANEL / 2);
+            layer.product.K = t.P * PANEL;
+            layer.product.weight = t.hidden_weight_bf16[l - 1];
+            layer.product.P = t.P;
+            layer.product.common = t.hidden_bias[l - 1];
+            layer.product.out = places.hidden[l];
+            layer.product.out_panel = places.panel;
             layer.activation = t.activation;
             layer.slope = places.slope[l];
             layer.rounded = l + 1 < t.L ? rounded + l % 2 * size : nullptr;

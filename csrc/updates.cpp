@@ -13,7 +13,8 @@ static void critic_tiles(const CriticJob& job, int threads) {
                [&](int64_t first, int rows, float* scratch) { kernels().critic_tile(job, first, rows, scratch); });
 }
 
-static CriticJob critic_job(const Trunk& net, const float* states, int64_t B, const float* actions, int64_t N, float* q) {
+static CriticJob critic_job(const Trunk& net, const float* states, int64_t B, const float* actions, int64_t N,
+                            float* q) {
     CriticJob job = {};
     job.net = &net;
     job.states = states;
@@ -40,7 +41,7 @@ double target_q(const Packed& critic, const float* states, int64_t B, const floa
             const float* values = q.data() + (i * B + b) * N;
             best[i] = values[0];
             for (int64_t n = 1; n < N; ++n)
-                if (!(values[n] <= best[i])) best[i] = values[n];  // a NaN is kept, as torch's amax keeps it
+                if (best[i] == best[i] && !(values[n] <= best[i])) best[i] = values[n];  // a NaN stays, as in amax
         }
         const float least = best[0] < best[1] || best[0] != best[0] ? best[0] : best[1];
         out[b] = rewards[b] + masks[b] * discount * least;

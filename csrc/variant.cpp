@@ -53,7 +53,7 @@ static double fma_ceiling(double seconds, bool bf16) {
                 sums[i] += x * y;
 #if defined(__x86_64__)
                 asm volatile("" : "+v"(sums[i]));
-#else
+#elif defined(__aarch64__)
                 asm volatile("" : "+w"(sums[i]));
 #endif
             }
@@ -79,12 +79,10 @@ const Kernels* DQL_SYMBOL(DQL_VARIANT)() {
     constexpr bool BF16_OPERANDS = false;
 #endif
     static const Kernels kernels = {
-        DQL_NAME(DQL_VARIANT), MAX_ROWS,      BF16_OPERANDS, pack,
-        to_panels,             time_table,    activate,      scratch_floats,
-        chain_tile,            chain_backward_tile, bc_tile, critic_tile,
-        outer,                 column_sums,   states_tile,   sum_squares,
-        adam,                  lerp,          all_finite,    uniform,
-        integers,              normals,       fma_ceiling,
+        DQL_NAME(DQL_VARIANT), MAX_ROWS,   BF16_OPERANDS, pack,           to_panels,  time_table,
+        activate,              scratch_floats, chain_tile, chain_backward_tile, bc_tile, critic_tile,
+        outer,                 column_sums, add,          states_tile,    sum_squares, adam,
+        lerp,                  all_finite, uniform,       integers,       normals,    fma_ceiling,
     };
     return &kernels;
 }

@@ -63,7 +63,7 @@ void WeightGradients::run(int64_t index) const {
 }
 
 void state_gradient(const Network& net, const float* d_part, int64_t B, const float* states,
-                           float* first_weight, bool accumulate, int threads) {
+                    float* first_weight, bool accumulate, int threads) {
     const Spec& s = net.spec();
     const int64_t PS = panels(s.S), P = panels(s.H), stride = s.A + s.D + s.S;
     Buffer padded(PS * B * PANEL);
@@ -85,7 +85,7 @@ void state_gradient(const Network& net, const float* d_part, int64_t B, const fl
 }
 
 void time_gradient(const Network& net, const Packed& packed, const float* floats, const Table& table,
-                          const float* d_table, const Gradients& out) {
+                   const float* d_table, const Gradients& out) {
     const Spec& s = net.spec();
     const Trunk& t = packed.trunks[0];
     const int64_t D = s.D, K = table.K, H = s.H, stride = s.A + s.D + s.S, wide = t.P * PANEL;
@@ -99,7 +99,8 @@ void time_gradient(const Network& net, const Packed& packed, const float* floats
         std::memset(weight3, 0, sizeof(float) * static_cast<size_t>(2 * D * D));
         std::memset(bias3, 0, sizeof(float) * static_cast<size_t>(D));
         std::memset(first_bias, 0, sizeof(float) * static_cast<size_t>(H));
-        for (int64_t j = 0; j < H; ++j) std::memset(first + j * stride + s.A, 0, sizeof(float) * static_cast<size_t>(D));
+        for (int64_t j = 0; j < H; ++j)
+            std::memset(first + j * stride + s.A, 0, sizeof(float) * static_cast<size_t>(D));
     }
     std::vector<float> d_features(static_cast<size_t>(D)), d_hidden(static_cast<size_t>(2 * D));
     for (int64_t k = 0; k < K; ++k) {

@@ -364,7 +364,8 @@ class DiffusionQL(DiffusionBC):
 
 
 def _scalars(values: dict[str, float]) -> dict[str, Tensor]:
-    return dict(zip(values, torch.tensor(list(values.values()), dtype=torch.float32).unbind(), strict=True))
+    tensors = torch.tensor(list(values.values()), dtype=torch.float32, device="cpu").unbind()
+    return dict(zip(values, tensors, strict=True))
 
 
 def _checked(batch: Batch, policy: DiffusionPolicy) -> Batch:

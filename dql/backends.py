@@ -1,6 +1,7 @@
 """The registry of backends: who can run the reverse chain, and if not, why not and what mends it.
 
-A backend is three functions: `check` (None, or one sentence with the reason and the remedy), `forward` and `backward`.
+A backend is `check` (None, or one sentence with the reason and the remedy), `forward` and `backward`; `select` and
+`prepare` are for those that can do better there than with the three.
 The same sentence serves `BackendUnavailable`, `dql.backends()`, `dql doctor` and the tests' skip reasons.
 """
 
@@ -167,7 +168,8 @@ _REGISTRY: dict[str, Backend] = {}
 
 def register(backend: Backend) -> None:
     """Adds a backend. "auto" takes the first that can run the problem, in the order of registration."""
-    _REGISTRY[backend.name] = backend
+    global _REGISTRY
+    _REGISTRY = {**_REGISTRY, backend.name: backend}  # another object: who remembers the old one notices
 
 
 def registry() -> dict[str, Backend]:

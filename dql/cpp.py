@@ -34,7 +34,7 @@ class CppBackend(Backend):
                 return f"it has no precision={chain.precision!r}; use precision='fp32'"
             if not native.has_bf16():
                 return "precision='bf16' needs a CPU with AVX512_BF16, which this one has not; use precision='fp32'"
-        if (limit := _network_limit(chain)) is not None:
+        if (limit := too_large(chain)) is not None:
             return f"{limit}; use backend='eager'"
         if len(chain.states) * chain.candidates > native.MAX_ROWS:
             return f"it takes up to {native.MAX_ROWS:,} rows a call; split the states"
@@ -43,8 +43,8 @@ class CppBackend(Backend):
         return None
 
     def forward(self, chain: Chain, save: bool) -> tuple[Tensor, Any]:
-        return native.chain(
-            denoiser_network(chain),
+        actions, saved = native.chain(
+            network(chain),
             chain.flat,
             step_table(chain.table, chain.spec.time_dim),
             chain.states,
@@ -55,18 +55,24 @@ class CppBackend(Backend):
             chain.precision == "bf16",
             save,
         )
+        return actions, (saved, _noise_version(chain)) if save else None
 
     def backward(
         self, chain: Chain, saved: Any, d_actions: Tensor, need_parameters: bool, need_states: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         d_flat = torch.zeros_like(chain.flat) if need_parameters else None
         d_states = torch.empty_like(chain.states, memory_format=torch.contiguous_format) if need_states else None
-        table = step_table(chain.table, chain.spec.time_dim)
-        network = denoiser_network(chain)
-        if not native.chain_backward(network, saved, table, chain.states, d_actions, d_flat, d_states):
-            # a second backward pass through one graph (retain_graph=True): forward once more
-            _, saved = self.forward(chain, save=True)
-            native.chain_backward(network, saved, table, chain.states, d_actions, d_flat, d_states)
+        table, net = step_table(chain.table, chain.spec.time_dim), network(chain)
+        kept, noise_version = saved
+        if not native.chain_backward(net, kept, table, chain.states, d_actions, d_flat, d_states):
+            # A second backward pass through one graph (retain_graph=True): the first used up what was saved.
+            if noise_version != _noise_version(chain):
+                raise RuntimeError(
+                    "the noise was changed in place since the forward pass, which a second backward pass through its "
+                    "graph runs again; give dql.sample a copy, noise.clone()"
+                )
+            (again, _) = self.forward(chain, save=True)[1]
+            native.chain_backward(net, again, table, chain.states, d_actions, d_flat, d_states)
         return d_flat, d_states
 
     def prepare(
@@ -76,13 +82,13 @@ class CppBackend(Backend):
             return None
         table = step_table(chain.table, chain.spec.time_dim)
         bf16 = chain.precision == "bf16"
-        return native.Prepared(denoiser_network(chain), table, chain.flat, places, held, chain.max_action, bf16).run
+        return native.Prepared(network(chain), table, chain.flat, places, held, chain.max_action, bf16).run
 
     def select(self, chain: Chain, critic: TwinCritic, draw_seed: int) -> Tensor | None:
-        if native.too_large(critic.spec) is not None:
+        if too_large(critic) is not None:
             return None  # the chain runs here, this critic in torch
         return native.select(
-            denoiser_network(chain),
+            network(chain),
             chain.flat,
             step_table(chain.table, chain.spec.time_dim),
             network(critic),
@@ -97,26 +103,23 @@ class CppBackend(Backend):
         )
 
 
-def _network_limit(chain: Chain) -> str | None:
-    limit = chain.kept.get("cpp limit", "")  # looked at once a network
+def _noise_version(chain: Chain) -> int | None:
+    return None if chain.noise is None else native.version(chain.noise)
+
+
+def too_large(owner: Chain | FlatModule) -> str | None:
+    """`native.too_large` of a chain's denoiser or of a module, looked at once."""
+    limit = owner.kept.get("cpp limit", "")
     if limit == "":
-        limit = chain.kept["cpp limit"] = native.too_large(chain.spec)
+        limit = owner.kept["cpp limit"] = native.too_large(owner.spec)
     return limit
 
 
-def denoiser_network(chain: Chain) -> native.Network:
-    """The chain's denoiser as the kernels see it, with the weights they packed."""
-    made = chain.kept.get("cpp")
+def network(owner: Chain | FlatModule) -> native.Network:
+    """A chain's denoiser or a module as the kernels see it, with the weights they packed."""
+    made = owner.kept.get("cpp")
     if made is None:
-        made = chain.kept["cpp"] = native.Network(chain.spec)
-    return made
-
-
-def network(module: FlatModule) -> native.Network:
-    """A module as the kernels see it, with the weights they packed."""
-    made = module.kept.get("cpp")
-    if made is None:
-        made = module.kept["cpp"] = native.Network(module.spec)
+        made = owner.kept["cpp"] = native.Network(owner.spec)
     return made
 
 

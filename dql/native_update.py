@@ -10,7 +10,7 @@ import torch
 
 from dql import noise
 from dql.backends import Chain, pick
-from dql.cpp import CppBackend, network, step_table
+from dql.cpp import CppBackend, network, step_table, too_large
 from dql.data import Batch
 from dql.kernels import native
 from dql.networks import Denoiser, FlatModule
@@ -44,7 +44,12 @@ def runs_natively(agent: "DiffusionBC", batch: Batch) -> bool:
     )
     if not isinstance(pick(agent.config.backend, chain), CppBackend):
         return False
-    return all(p.requires_grad for name in agent.trained() for p in agent._modules()[name].flat_parameters())
+    modules = agent._modules()
+    for module in modules.values():
+        if too_large(module) is not None:
+            return False
+        module.check_intact()
+    return all(p.requires_grad for name in agent.trained() for p in modules[name].parameters())
 
 
 def bc_gradient(policy: DiffusionPolicy, batch: Batch, seeds: "UpdateSeeds") -> float:
@@ -120,8 +125,8 @@ def _loss_table(policy: DiffusionPolicy) -> native.Table:
     """The timesteps 0 .. T - 1 with the coefficients of `q_sample`."""
     denoiser: Denoiser = policy.denoiser
     made = policy.kept.get("loss table")
-    if made is None or made[0] is not policy.schedule:
-        embedding = denoiser.time_mlp[0](torch.arange(policy.T, dtype=torch.float32))  # [T, D]
+    if made is None or made[0] is not policy.schedule or made[1] is not denoiser:
+        embedding = denoiser.time_mlp[0](torch.arange(policy.T, dtype=torch.float32, device="cpu"))  # [T, D]
         table = native.Table(None, embedding, policy.q_sample_table(embedding))
-        made = policy.kept["loss table"] = (policy.schedule, table)
-    return made[1]
+        made = policy.kept["loss table"] = (policy.schedule, denoiser, table)
+    return made[2]

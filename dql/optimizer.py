@@ -32,14 +32,14 @@ class FlatAdam:
         return norm
 
     def step_natively(self, lr_scale: float) -> float:
-        """`step` for a gradient that is in `flat.grad` already, in one native call."""
+        """`step` for a gradient that is in `flat.grad` already, in one native call; it leaves that unclipped."""
         flat = self.module.flat
         if self.adam.param_groups[0]["params"][0] is not flat:
             self._reattach()
         state = self.adam.state[flat]
         if not state:
             zeros = torch.zeros_like(self.module.buffer)
-            state.update(step=torch.zeros(()), exp_avg=zeros, exp_avg_sq=zeros.clone())
+            state.update(step=zeros.new_zeros(()), exp_avg=zeros, exp_avg_sq=zeros.clone())
         state["step"] += 1
         return native.adam(
             self.module.buffer,

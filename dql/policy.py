@@ -65,8 +65,14 @@ class DiffusionPolicy(nn.Module):
         self.schedule = NoiseSchedule(beta_schedule, T)
         self.predict_epsilon = bool(predict_epsilon)
         self.denoiser = Denoiser(state_dim, action_dim, hidden_dim, num_hidden, time_dim, activation)
-        self._q_sample_table: Tensor | None = None
+        self._q_sample_table: tuple[NoiseSchedule | None, Tensor | None] = (None, None)
         self.kept = Kept()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"kept": Kept()}  # of a shallow copy too: what is kept was made for this policy
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"kept": Kept()} | state)
 
     @property
     def state_dim(self) -> int:
@@ -117,11 +123,11 @@ class DiffusionPolicy(nn.Module):
 
     def q_sample_table(self, like: Tensor) -> Tensor:
         """[T, 2]: sqrt(alphas_cumprod_t) and sqrt(1 - alphas_cumprod_t), in the dtype and on the device of `like`."""
-        table = self._q_sample_table
-        if table is None or table.dtype != like.dtype or table.device != like.device:
-            schedule = self.schedule
+        schedule, (of, table) = self.schedule, self._q_sample_table
+        if of is not schedule or table is None or table.dtype != like.dtype or table.device != like.device:
             columns = np.stack([schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod], axis=1)
-            table = self._q_sample_table = torch.as_tensor(columns, dtype=like.dtype, device=like.device)
+            table = torch.as_tensor(columns, dtype=like.dtype, device=like.device)
+            self._q_sample_table = (schedule, table)
         return table
 
     def bc_loss(self, states: Tensor, actions: Tensor, t: Tensor, noise: Tensor) -> Tensor:

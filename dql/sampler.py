@@ -154,13 +154,19 @@ def _sample_prepared(
     prepared = policy.kept.get(key)
     if prepared is None or prepared[0] is not denoiser.buffer or prepared[1] is not registry():
         if type(states) is Tensor and states.dim() == 2:
+            if prepared is not None:
+                policy.kept.clear()  # of a buffer or backends that are gone
             policy.kept[key] = (denoiser.buffer, registry(), _prepare(states, policy, backend, sampler, precision))
         return None
     if prepared[2] is None or type(states) is not Tensor:
         return None
     # torch's defaults: naming dtype and device costs 0.7 us; `run` looks whether they are float32 and the CPU
     actions = torch.empty(states.shape[0], denoiser.spec.action_dim)
-    return actions if prepared[2](states, actions, seed) else None
+    if prepared[2](states, actions, seed):
+        return actions
+    if states.is_contiguous():  # then the policy may have changed: it is prepared anew the next time
+        del policy.kept[key]
+    return None
 
 
 def _prepare(
@@ -172,8 +178,10 @@ def _prepare(
         runner = pick(backend, chain)
     except (ValueError, BackendUnavailable):  # the long way says so
         return None
-    held = [(policy._modules, "denoiser", denoiser)]
-    held += [(policy.__dict__, name, policy.__dict__[name]) for name in _FIXED]
+    own = policy.__dict__
+    if not all(name in own for name in _FIXED) or "step_table" in own:  # a subclass's, or a patched policy
+        return None
+    held = [(policy._modules, "denoiser", denoiser), *((own, name, own[name]) for name in _FIXED)]
     return runner.prepare(chain, *denoiser.places(held))
 
 
@@ -373,10 +381,9 @@ def _check_states(states: Tensor, policy: DiffusionPolicy) -> None:
 
 
 def _check_finite(name: str, values: Tensor) -> None:
-    if _all_finite is not None and values.is_cpu and values.dtype is torch.float32 and values.is_contiguous():
-        finite = _all_finite(values)
-        if finite:
-            return
+    simple = values.is_cpu and values.dtype is torch.float32 and values.is_contiguous()
+    if simple and _all_finite is not None and _all_finite(values):
+        return
     values = values.detach()
     if values.is_cuda and torch.cuda.is_current_stream_capturing():
         return
@@ -407,10 +414,14 @@ def _check_noise(noise: Tensor, policy: DiffusionPolicy, shape: tuple[int, ...])
 def _check_critic(critic: TwinCritic | None, policy: DiffusionPolicy) -> TwinCritic:
     if not isinstance(critic, TwinCritic):
         raise TypeError(f"select needs a TwinCritic, got {type(critic).__name__}; without one, use dql.sample")
-    sizes, own = (critic.spec.state_dim, critic.spec.action_dim), (policy.state_dim, policy.action_dim)
-    if sizes != own:
-        raise ValueError(f"the critic takes (state, action) sizes {sizes}, the policy has {own}")
-    if critic.flat.dtype != policy.dtype or critic.flat.device != policy.device:
+    denoiser: Denoiser = policy._modules["denoiser"]  # type: ignore[assignment]
+    spec, buffer = critic.spec, denoiser.buffer
+    if spec.state_dim != denoiser.spec.state_dim or spec.action_dim != denoiser.spec.action_dim:
+        raise ValueError(
+            f"the critic takes (state, action) sizes {(spec.state_dim, spec.action_dim)}, "
+            f"the policy has {(policy.state_dim, policy.action_dim)}"
+        )
+    if critic.buffer.dtype is not buffer.dtype or critic.buffer.device != buffer.device:
         raise ValueError(
             f"the critic is {critic.flat.dtype} on {critic.flat.device}, "
             f"the policy is {policy.dtype} on {policy.device}; convert one of them"

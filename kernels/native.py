@@ -121,6 +121,8 @@ class Table:
         self, rows: Sequence[Sequence[float]] | None, embedding: Tensor, q_sample: Tensor | None = None
     ) -> None:
         K, D = embedding.shape
+        if q_sample is not None and q_sample.shape != (K, 2):
+            raise ValueError(f"q_sample must be {[K, 2]}, got {list(q_sample.shape)}")
         steps = torch.tensor(rows, dtype=torch.float32, device="cpu") if rows is not None else None
         embedding = embedding.contiguous()
         q_sample = None if q_sample is None else q_sample.contiguous()
