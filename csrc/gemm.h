@@ -202,31 +202,21 @@ static inline void dot_block(const float* in, int64_t in_panel, const float* wei
 template <int OB>
 static inline void dot_outputs(const float* in, int64_t in_panel, int rows, const float* weight, int64_t P,
                                const float* bias, float* out) {
-    constexpr int RB = OB == 1 ? 4 : 2;
     int r = 0;
-    for (; r + RB <= rows; r += RB) dot_block<RB, OB>(in + r * PANEL, in_panel, weight, P, bias, out + r * PANEL);
+    for (; r + 4 <= rows; r += 4) dot_block<4, OB>(in + r * PANEL, in_panel, weight, P, bias, out + r * PANEL);
     for (; r < rows; ++r) dot_block<1, OB>(in + r * PANEL, in_panel, weight, P, bias, out + r * PANEL);
 }
 
 // in [P][rows][32], weight [O][32 P], bias [O] or null -> out [panels(O)][rows][32]
 static inline void dot(const float* in, int64_t in_panel, int rows, const float* weight, int64_t P, const float* bias,
                        int O, float* out, int64_t out_panel) {
-    for (int o = 0; o < O;) {
-        const int left = O - o, together = left >= 7 || left == 4 ? 4 : left >= 3 ? 3 : left;  // 6 as 3 + 3
-        const float* w = weight + o * P * PANEL;
+    for (int o = 0; o < O; o += 2) {  // two of a pair lie in one panel
         const float* b = bias ? bias + o : nullptr;
         float* to = out + o / PANEL * out_panel + o % PANEL;
-        // a block may cross into the next panel of `out`; those of one do not
-        const bool crosses = o % PANEL + together > PANEL;
-        if (crosses || together == 1) {
-            dot_outputs<1>(in, in_panel, rows, w, P, b, to);
-            o += 1;
-            continue;
-        }
-        if (together == 4) dot_outputs<4>(in, in_panel, rows, w, P, b, to);
-        if (together == 3) dot_outputs<3>(in, in_panel, rows, w, P, b, to);
-        if (together == 2) dot_outputs<2>(in, in_panel, rows, w, P, b, to);
-        o += together;
+        if (o + 1 < O)
+            dot_outputs<2>(in, in_panel, rows, weight + o * P * PANEL, P, b, to);
+        else
+            dot_outputs<1>(in, in_panel, rows, weight + o * P * PANEL, P, b, to);
     }
 }
 
