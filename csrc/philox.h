@@ -37,8 +37,7 @@ DQL_HD PhiloxWords philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, 
     return {{c0, c1, c2, c3}};
 }
 
-// The open unit interval from a word: 24 significant bits, so exact in float32 too.
+// The open unit interval from a word: 24 significant bits: exact in float32 too.
 DQL_HD double unit_double(uint32_t word) { return ((double)(word >> 9) + 0.5) * (1.0 / 8388608.0); }
-DQL_HD float unit_float(uint32_t word) { return ((float)(word >> 9) + 0.5f) * (1.0f / 8388608.0f); }
 
 }  // namespace dql
