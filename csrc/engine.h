@@ -90,7 +90,7 @@ public:
     explicit Network(Spec spec);
     const Spec& spec() const { return spec_; }
 
-    // The parameters at `flat`, packed. `version` is the tensors' version counter; beside it 16 elements of each tensor
+    // The parameters at `flat`, packed. `version` is the tensors' version counter; beside it 32 elements of each tensor
     // are compared, since optimizers and `.data` can write without counting. A write through `.data` to a small part of
     // a tensor can go unnoticed.
     // Not thread-safe (the Python binding holds the GIL); what it returns may be used from any thread.

@@ -7,13 +7,20 @@
 
 namespace dql {
 
+// The n-th of the scattered elements of a tensor: an even stride would stay in a few columns.
+static int64_t scattered(int64_t n, int64_t size) {
+    uint64_t x = static_cast<uint64_t>(n + 1) * 0x9E3779B97F4A7C15;
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9;
+    return static_cast<int64_t>((x ^ x >> 31) % static_cast<uint64_t>(size));
+}
+
 Network::Network(Spec spec) : spec_(std::move(spec)) {
-    constexpr int64_t PROBES = 16;  // as many as the smallest tensor has with its padding
+    constexpr int64_t PROBES = 32, SMALL = 64;  // all elements of a small tensor, as many of any other
     for (size_t i = 0; i < spec_.offsets.size(); ++i) {
         const int64_t end = i + 1 < spec_.offsets.size() ? spec_.offsets[i + 1] : spec_.flat_size;
-        const int64_t size = end - spec_.offsets[i];
-        for (int64_t n = 0; n < PROBES; ++n)  // scattered: an even stride would stay in a few columns
-            probed_.push_back(spec_.offsets[i] + n * 2654435761 % size);
+        const int64_t first = spec_.offsets[i], size = end - first;
+        for (int64_t n = 0; n < (size <= SMALL ? size : PROBES); ++n)
+            probed_.push_back(first + (size <= SMALL ? n : scattered(n, size)));
     }
     probes_.resize(probed_.size());
 }

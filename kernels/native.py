@@ -2,7 +2,7 @@
 
 Everything is float32 on the CPU. Weights are packed once per version of the parameters and kept in the `Network`: a
 change is noticed by the flat buffer's address, its version counter and, because optimizers and `.data` may write
-without counting, by 16 elements of each tensor.
+without counting, by 32 elements of each tensor.
 
 Letters: B states, N candidates, R = B * N rows, S state size, A action size, H hidden width, K steps.
 """
