@@ -113,7 +113,7 @@ private:
 
 // ---- calls; `flat` gradients are laid out as the parameters, padding untouched ----
 
-// What a chain keeps for its backward pass. A backward pass overwrites it: `spent` says so.
+// What a chain keeps for its backward pass, which overwrites it: callers set `spent` before they start one.
 struct SavedChain {
     std::shared_ptr<Packed> packed;
     std::shared_ptr<const Buffer> time_table;

@@ -410,7 +410,11 @@ def make_agent(
 
 
 def load(
-    folder: str | os.PathLike[str], which: str = "last", *, device: torch.device | str = "cpu"
+    folder: str | os.PathLike[str],
+    which: str = "last",
+    *,
+    device: torch.device | str = "cpu",
+    backend: str | None = None,
 ) -> DiffusionBC | DiffusionQL:
     """The agent of a run, or the one that `agent.save(folder)` wrote. No code in the files is run.
 
@@ -418,13 +422,16 @@ def load(
         folder: a run folder, or one with `agent.safetensors`.
         which: of a run: "last", "best", "offline" or a step, see `dql.evaluate.select_checkpoints`.
         device: where to put it.
+        backend: of `dql.backends()`, or "auto"; None keeps the one that it was trained with.
 
     Raises:
         CheckpointError: missing, damaged, or no agent.
         RunError: the run has no such checkpoint.
-        ValueError: there is no such device.
+        ValueError: there is no such device or backend.
     """
     device = checked_device(device)
+    if backend is not None:
+        check_name(backend)
     if (Path(folder) / "config.json").is_file():
         folder = find_checkpoint(folder, which)
     path = Path(folder) / FILE
@@ -433,6 +440,7 @@ def load(
         raise CheckpointError(f"{path} holds no agent but a {about.get('kind')}; for a policy use DiffusionPolicy.load")
     with reading(path, about, _FORMAT):
         config, dtype = Config.from_dict(about["config"]), tensors["actor.final_layer.bias"].dtype
+        config = config if backend is None else replace(config, backend=backend)
         loaded = make_agent(about["state_dim"], about["action_dim"], config, dtype=dtype)
         loaded._load(tensors)
         loaded.step = int(about["step"])

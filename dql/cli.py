@@ -246,6 +246,7 @@ def evaluate(
     episodes: int = 10,
     seed: int = 0,
     device: str = "auto",
+    backend: str | None = None,
     env: str | None = None,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> int:
@@ -257,6 +258,7 @@ def evaluate(
         episodes: Episodes of each checkpoint.
         seed: Of environments and actions.
         device: auto, cpu, cuda, ...
+        backend: auto, cpp, eager, ... instead of the run's own.
         env: Gymnasium id, where the dataset names none.
         as_json: Print JSON.
     """
@@ -278,7 +280,7 @@ def evaluate(
     for name in names:
         path = find_checkpoint(run, name)
         if path not in done:
-            agent = load(path, device=resolve_device(device))
+            agent = load(path, device=resolve_device(device), backend=backend)
             done[path] = roll_out(agent, info, episodes=episodes, seed=noise.derive(seed, "eval"))
         rows[name] = {"step": int(path.name.removeprefix("step-")), "path": str(path)} | done[path].to_dict()
     if as_json:

@@ -121,7 +121,7 @@ class FlatModule(nn.Module):
             if siblings.get(name) is not module:
                 raise RuntimeError(
                     f"layer {name!r} of {type(self).__name__} was replaced, which the kernels cannot follow: write its "
-                    "values into the old layer's parameters (parameter.data.copy_(...))"
+                    "values into the old layer's parameters (with torch.no_grad(): parameter.copy_(...))"
                 )
         base = self.flat.data_ptr()
         parameters = [owner.get(leaf) for owner, leaf, _ in self._places]
@@ -129,7 +129,8 @@ class FlatModule(nn.Module):
             if parameter is None or parameter.data_ptr() != base + offset:
                 raise RuntimeError(
                     f"parameter {slot.name!r} was replaced and is no view of the flat buffer any more: write into it "
-                    "(parameter.data.copy_(...)), or call flatten_parameters() and make its optimizer anew"
+                    "(with torch.no_grad(): parameter.copy_(...)), or call flatten_parameters() and make its optimizer "
+                    "anew"
                 )
         return parameters  # type: ignore[return-value]
 

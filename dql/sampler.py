@@ -99,7 +99,8 @@ def sample(
         sampler: "ddpm" (the paper's), "ddim", "dpm-solver++", or a StepTable of your own.
         num_steps: K; None means the T steps of the training. Fewer cost reward: a policy trained with T = 5 fell
             from 87.9 to 11.6 in a published table.
-        precision: "fp32" (strict), "tf32" or "bf16".
+        precision: "fp32" (strict), "bf16" (operands of the hidden layers; "cpp" where the CPU has it) or "tf32" (no
+            backend yet).
 
     Returns:
         [B, A], or [B, N, A] with candidates; every element within +-max_action.

@@ -165,3 +165,16 @@ def test_fake_tensors_are_refused():
     with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(Exception) as caught:  # noqa: PT011
         sample(policy, states)
     assert str(caught.value)
+
+
+def test_an_agent_can_be_loaded_for_another_backend(tmp_path):
+    """A run that was trained on "cpp" is of use where the extension is missing."""
+    agent, _ = agents()
+    agent.update(batch_of())
+    agent.save(tmp_path)
+    assert dql.load(tmp_path).config.backend == "cpp"
+    other = dql.load(tmp_path, backend="eager")
+    assert other.config.backend == "eager"
+    assert torch.allclose(other.act(states_of(4), seed=1), agent.act(states_of(4), seed=1), atol=1e-4)
+    with pytest.raises(ValueError, match="unknown backend 'gpu'"):
+        dql.load(tmp_path, backend="gpu")
