@@ -35,7 +35,7 @@ static ChainJob chain_job(const ChainCall& call) {
     job.states = call.states;
     job.noise = call.noise;
     job.seed = call.seed;
-    job.B = call.B, job.N = call.N, job.R = call.B * call.N;
+    job.N = call.N, job.R = call.B * call.N;
     job.K = call.table->K;
     job.steps = call.table->steps.data();
     job.max_action = call.max_action;

@@ -91,6 +91,22 @@ PyObject* py_all_finite(PyObject*, PyObject* const* items, Py_ssize_t count) {
     });
 }
 
+// network, flat, version
+std::shared_ptr<Packed> packed(Arguments& args, NetworkHandle& network, int parts) {
+    const float* flat = args.pointer();
+    return network.packed(flat, args.integer(), parts);
+}
+
+// states, B, actions, N: what critics are asked about
+struct Rows {
+    const float* states;
+    int64_t B;
+    const float* actions;
+    int64_t N;
+    explicit Rows(Arguments& args)
+        : states(args.pointer()), B(args.integer()), actions(args.pointer()), N(args.integer()) {}
+};
+
 // network, flat, version, table, states, B, N, noise, seed, max_action, bf16, threads, actions
 ChainCall chain_call(Arguments& args, int parts) {
     NetworkHandle& network = args.handle<NetworkHandle>();
@@ -166,13 +182,11 @@ PyObject* py_select(PyObject*, PyObject* const* items, Py_ssize_t count) {
         Arguments args(items, count, 17, "select");
         ChainCall call = chain_call(args, FORWARD);
         NetworkHandle& critic = args.handle<NetworkHandle>();
-        const float* flat = args.pointer();
-        const int64_t version = args.integer();
+        const std::shared_ptr<Packed> weights = packed(args, critic, FORWARD);
         const uint64_t draw_seed = args.seed();
-        const std::shared_ptr<Packed> packed = critic.packed(flat, version, FORWARD);
         {
             WithoutGil released;
-            select(call, *packed, draw_seed, call.actions);
+            select(call, *weights, draw_seed, call.actions);
         }
         return none();
     });
@@ -182,17 +196,13 @@ PyObject* py_q_values(PyObject*, PyObject* const* items, Py_ssize_t count) {
     return guarded([&] {
         Arguments args(items, count, 10, "q_values");
         NetworkHandle& critic = args.handle<NetworkHandle>();
-        const float* flat = args.pointer();
-        const std::shared_ptr<Packed> packed = critic.packed(flat, args.integer(), FORWARD);
-        const float* states = args.pointer();
-        const int64_t B = args.integer();
-        const float* actions = args.pointer();
-        const int64_t N = args.integer();
+        const std::shared_ptr<Packed> weights = packed(args, critic, FORWARD);
+        const Rows rows(args);
         float *q1 = args.pointer(), *q2 = args.pointer();
         const int threads = static_cast<int>(args.integer());
         {
             WithoutGil released;
-            q_values(*packed, states, B, actions, N, q1, q2, threads);
+            q_values(*weights, rows.states, rows.B, rows.actions, rows.N, q1, q2, threads);
         }
         return none();
     });
@@ -202,12 +212,8 @@ PyObject* py_target_q(PyObject*, PyObject* const* items, Py_ssize_t count) {
     return guarded([&] {
         Arguments args(items, count, 12, "target_q");
         NetworkHandle& critic = args.handle<NetworkHandle>();
-        const float* flat = args.pointer();
-        const std::shared_ptr<Packed> packed = critic.packed(flat, args.integer(), FORWARD);
-        const float* states = args.pointer();
-        const int64_t B = args.integer();
-        const float* actions = args.pointer();
-        const int64_t N = args.integer();
+        const std::shared_ptr<Packed> weights = packed(args, critic, FORWARD);
+        const Rows rows(args);
         const float *rewards = args.pointer(), *masks = args.pointer();
         const float discount = static_cast<float>(args.number());
         float* out = args.pointer();
@@ -215,7 +221,8 @@ PyObject* py_target_q(PyObject*, PyObject* const* items, Py_ssize_t count) {
         double mean;
         {
             WithoutGil released;
-            mean = target_q(*packed, states, B, actions, N, rewards, masks, discount, out, threads);
+            mean = target_q(*weights, rows.states, rows.B, rows.actions, rows.N, rewards, masks, discount, out,
+                            threads);
         }
         return PyFloat_FromDouble(mean);
     });
@@ -225,8 +232,7 @@ PyObject* py_critic_gradient(PyObject*, PyObject* const* items, Py_ssize_t count
     return guarded([&] {
         Arguments args(items, count, 9, "critic_gradient");
         NetworkHandle& critic = args.handle<NetworkHandle>();
-        const float* flat = args.pointer();
-        const std::shared_ptr<Packed> packed = critic.packed(flat, args.integer(), FORWARD | BACKWARD);
+        const std::shared_ptr<Packed> weights = packed(args, critic, FORWARD | BACKWARD);
         const float* states = args.pointer();
         const float* actions = args.pointer();
         const int64_t B = args.integer();
@@ -236,7 +242,7 @@ PyObject* py_critic_gradient(PyObject*, PyObject* const* items, Py_ssize_t count
         CriticLoss loss;
         {
             WithoutGil released;
-            loss = critic_gradient(critic, *packed, states, actions, B, target, out, threads);
+            loss = critic_gradient(critic, *weights, states, actions, B, target, out, threads);
         }
         return Py_BuildValue("(dd)", loss.loss, loss.q);
     });
@@ -246,8 +252,7 @@ PyObject* py_q_gradient(PyObject*, PyObject* const* items, Py_ssize_t count) {
     return guarded([&] {
         Arguments args(items, count, 9, "q_gradient");
         NetworkHandle& critic = args.handle<NetworkHandle>();
-        const float* flat = args.pointer();
-        const std::shared_ptr<Packed> packed = critic.packed(flat, args.integer(), FORWARD | BACKWARD);
+        const std::shared_ptr<Packed> weights = packed(args, critic, FORWARD | BACKWARD);
         const int which = static_cast<int>(args.integer());
         const float* states = args.pointer();
         const float* actions = args.pointer();
@@ -257,7 +262,7 @@ PyObject* py_q_gradient(PyObject*, PyObject* const* items, Py_ssize_t count) {
         QMeans means;
         {
             WithoutGil released;
-            means = q_gradient(*packed, which, states, actions, B, d_actions, threads);
+            means = q_gradient(*weights, which, states, actions, B, d_actions, threads);
         }
         return Py_BuildValue("(dd)", means.q, means.other);
     });
@@ -267,8 +272,7 @@ PyObject* py_bc_gradient(PyObject*, PyObject* const* items, Py_ssize_t count) {
     return guarded([&] {
         Arguments args(items, count, 13, "bc_gradient");
         NetworkHandle& network = args.handle<NetworkHandle>();
-        const float* flat = args.pointer();
-        const std::shared_ptr<Packed> packed = network.packed(flat, args.integer(), FORWARD | BACKWARD);
+        const std::shared_ptr<Packed> weights = packed(args, network, FORWARD | BACKWARD);
         const Table& table = args.handle<TableHandle>();
         const float* states = args.pointer();
         const float* actions = args.pointer();
@@ -277,11 +281,11 @@ PyObject* py_bc_gradient(PyObject*, PyObject* const* items, Py_ssize_t count) {
         const bool predict_epsilon = args.integer() != 0;
         const Gradients out = {args.pointer(), args.integer() != 0, nullptr};
         const int threads = static_cast<int>(args.integer());
-        const std::shared_ptr<const Buffer> time_table = network.time_table(*packed, table);
+        const std::shared_ptr<const Buffer> time_table = network.time_table(*weights, table);
         double loss;
         {
             WithoutGil released;
-            loss = bc_gradient(network, *packed, *time_table, table, states, actions, B, t_seed, noise_seed,
+            loss = bc_gradient(network, *weights, *time_table, table, states, actions, B, t_seed, noise_seed,
                                predict_epsilon, out, threads);
         }
         return PyFloat_FromDouble(loss);

@@ -92,7 +92,7 @@ struct ChainJob {
     const float* noise;       // [K][R][A], or null: then drawn from (seed, offset, row)
     uint64_t seed;
     uint32_t offset;
-    int64_t B, N, R;
+    int64_t N, R;
     int K;
     const float* steps;       // [K][STEP_COLUMNS]
     float max_action;
@@ -135,7 +135,7 @@ struct CriticJob {
     const Trunk* net;         // one
     const float* states;      // [B][S]
     const float* actions;     // [R][A]
-    int64_t B, N, R;
+    int64_t N, R;
     float* q;                 // [R]
     const Saved* saved;       // null: values alone
     const float* target_q;    // null, or [R]: d_q = 2 / R (q - target_q), down to d_z

@@ -19,7 +19,7 @@ static CriticJob critic_job(const Trunk& net, const float* states, int64_t B, co
     job.net = &net;
     job.states = states;
     job.actions = actions;
-    job.B = B, job.N = N, job.R = B * N;
+    job.N = N, job.R = B * N;
     job.q = q;
     return job;
 }

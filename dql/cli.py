@@ -330,6 +330,8 @@ def export(
     from dql.policy import DiffusionPolicy
     from dql.rundir import find_checkpoint
 
+    if not source.exists():
+        raise ValueError(f"{source} does not exist; give a run's or an agent's folder, or a policy's .safetensors file")
     if source.is_file():
         if which != "last":
             raise ValueError(f"--which chooses among a run's checkpoints, but {source} is a file; leave it out")

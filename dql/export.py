@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from dql.checkpoint import write_atomically
-from dql.sampler import _table as step_table
+from dql.sampler import checked_table
 from dql.schedule import StepTable
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def export_onnx(
     num_candidates: int | None = None,
 ) -> None:
     """Writes the policy's reverse chain as one ONNX file, atomically; see `DiffusionPolicy.export_onnx`."""
-    model = chain_model(policy, step_table(policy, sampler, num_steps), num_candidates)
+    model = chain_model(policy, checked_table(policy, sampler, num_steps), num_candidates)
     write_atomically(path, model.SerializeToString())
 
 

@@ -306,7 +306,7 @@ def _chain(
     precision: str,
 ) -> Chain:
     """The chain to run, with the arguments of `sample` checked."""
-    table = _table(policy, sampler, num_steps)
+    table = checked_table(policy, sampler, num_steps)
     N = 1
     if num_candidates is not None:
         if isinstance(num_candidates, bool) or not isinstance(num_candidates, numbers.Integral) or num_candidates < 1:
@@ -351,7 +351,8 @@ def _policy(policy: DiffusionPolicy | None) -> DiffusionPolicy:
     return policy
 
 
-def _table(policy: DiffusionPolicy, sampler: str | StepTable, num_steps: int | None) -> StepTable:
+def checked_table(policy: DiffusionPolicy, sampler: str | StepTable, num_steps: int | None) -> StepTable:
+    """The table that `sample` runs. Raises ValueError for one that does not fit the policy."""
     if isinstance(sampler, StepTable):
         if num_steps is not None and num_steps != sampler.num_steps:
             raise ValueError(f"num_steps={num_steps} but the StepTable has {sampler.num_steps} rows; leave one out")

@@ -224,18 +224,33 @@ def chain(
     Returns:
         (actions [R, A], saved or None).
     """
-    states = states.contiguous()
-    B = states.shape[0]
-    actions = _empty(B * candidates, network.action_dim)  # [R, A]
-    if noise is not None:
-        noise = noise.contiguous()
-    saved = (_native.chain_saved if save else _native.chain)(
+    actions = _empty(len(states) * candidates, network.action_dim)  # [R, A]
+    states, noise = states.contiguous(), None if noise is None else noise.contiguous()
+    run = _native.chain_saved if save else _native.chain
+    saved = run(*_arguments(network, flat, table, states, candidates, noise, seed, max_action, bf16, actions))
+    return actions, saved
+
+
+def _arguments(
+    network: Network,
+    flat: Tensor,
+    table: Table,
+    states: Tensor,
+    candidates: int,
+    noise: Tensor | None,
+    seed: int,
+    max_action: float,
+    bf16: bool,
+    actions: Tensor,
+) -> tuple[Any, ...]:
+    """What every native call that runs a chain begins with; the tensors must outlive the call."""
+    return (
         network.handle,
         flat.data_ptr(),
         version(flat),
         table.handle,
         states.data_ptr(),
-        B,
+        len(states),
         candidates,
         0 if noise is None else noise.data_ptr(),
         seed,
@@ -244,7 +259,6 @@ def chain(
         torch.get_num_threads(),
         actions.data_ptr(),
     )
-    return actions, saved
 
 
 def chain_backward(
@@ -305,25 +319,10 @@ def select(
     bf16: bool,
 ) -> Tensor:
     """Of each state's N actions one, drawn from softmax(min(Q_1, Q_2)): [B, A]; arguments as in `chain`."""
-    states = states.contiguous()
-    B = states.shape[0]
-    chosen = _empty(B, network.action_dim)
-    if noise is not None:
-        noise = noise.contiguous()
+    chosen = _empty(len(states), network.action_dim)
+    states, noise = states.contiguous(), None if noise is None else noise.contiguous()
     _native.select(
-        network.handle,
-        flat.data_ptr(),
-        version(flat),
-        table.handle,
-        states.data_ptr(),
-        B,
-        candidates,
-        0 if noise is None else noise.data_ptr(),
-        seed,
-        max_action,
-        bf16,
-        torch.get_num_threads(),
-        chosen.data_ptr(),
+        *_arguments(network, flat, table, states, candidates, noise, seed, max_action, bf16, chosen),
         critic.handle,
         critic_flat.data_ptr(),
         version(critic_flat),

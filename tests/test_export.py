@@ -249,7 +249,9 @@ def test_export_of_a_policy_file_and_of_an_agent(policy, dql_here, tmp_path):
 
 
 def test_export_of_nothing(dql_here, tmp_path):
-    dql_here("export", "nowhere").refused("nowhere is no run")
+    dql_here("export", "nowhere").refused(
+        "nowhere does not exist; give a run's or an agent's folder, or a policy's .safetensors file"
+    )
     (tmp_path / "text.safetensors").write_text("no tensors")
     dql_here("export", tmp_path / "text.safetensors").refused("damaged or no safetensors file")
 
