@@ -1,0 +1,170 @@
+"""What a fused kernel needs before it starts, in one launch: packed weights, the time table, the states' part.
+
+    packed weights   the gathers of `packing`
+    time table       [K, HP]: W_t time_mlp(embedding_k) + b of the denoiser's first layer
+    state part       [B, HP]: W_s s; of critics, which have no time, [2, B, HP]: W_s s + b
+
+All of it depends on parameters and states alone, none of it on another part: each program does one piece of one part.
+
+Letters: B states, S state size, D time size, DP and TP padded D and 2 D, HP padded hidden width, K steps.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import INTERPRETED, Kernel
+from .layout import ACTIVATIONS, CriticSpec, DenoiserSpec
+from .packing import first_layer, gather_index, packed_sizes, rounded
+from .triton_ops import activate, rounded_operand
+
+Tensor = torch.Tensor
+_BLOCK = 1024 if not INTERPRETED else 1 << 16  # elements a program gathers
+_STEPS = 16  # a program of the time table
+_STATES = 16  # a program of the state part
+
+
+@triton.jit
+def _prologue(
+    flat: "*fp32",  # [P]
+    index_floats: "*i32",
+    index_operands: "*i32",
+    embedding: "*fp32",  # [K, D]; null for critics
+    states: "*fp32 any",  # [B, S]
+    floats: "*fp32",  # written: packed floats, time table, state part
+    operands: "*op",  # written: packed operands
+    n_floats: "i32",
+    n_operands: "i32",
+    K: "i32",  # 0 for critics
+    B: "i32",
+    S: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    TP: tl.constexpr,
+    H: tl.constexpr,
+    HP: tl.constexpr,
+    W_1: tl.constexpr,  # offsets in flat: time_mlp.1.weight, its bias, ...
+    B_1: tl.constexpr,
+    W_3: tl.constexpr,
+    B_3: tl.constexpr,
+    W_TIME: tl.constexpr,  # the first layer's time columns, its state columns, the distance of its rows, its bias
+    W_STATE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BIAS: tl.constexpr,
+    APART: tl.constexpr,  # from the first critic to the second; 0 for a denoiser
+    KIND: tl.constexpr,
+    EDGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+    STATES: tl.constexpr,
+    SLICE: tl.constexpr,  # of S at a time
+    BF16: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    float_blocks, operand_blocks = tl.cdiv(n_floats, BLOCK), tl.cdiv(n_operands, BLOCK)
+    step_blocks = tl.cdiv(K, STEPS)
+    column = tl.arange(0, HP)
+    if pid < float_blocks:
+        i = pid * BLOCK + tl.arange(0, BLOCK)
+        at = tl.load(index_floats + i, i < n_floats, -1)
+        tl.store(floats + i, tl.load(flat + at, at >= 0, 0.0), i < n_floats)
+    elif pid < float_blocks + operand_blocks:
+        i = (pid - float_blocks) * BLOCK + tl.arange(0, BLOCK)
+        at = tl.load(index_operands + i, i < n_operands, -1)
+        tl.store(operands + i, rounded_operand(tl.load(flat + at, at >= 0, 0.0), BF16, EMULATE), i < n_operands)
+    elif pid < float_blocks + operand_blocks + step_blocks:
+        if D > 0:
+            k = (pid - float_blocks - operand_blocks) * STEPS + tl.arange(0, STEPS)
+            d, t = tl.arange(0, DP), tl.arange(0, TP)
+            d_in, t_in = d < D, t < 2 * D
+            e = tl.load(embedding + k[:, None] * D + d[None, :], (k < K)[:, None] & d_in[None, :], 0.0)  # [STEPS, DP]
+            w = tl.load(flat + W_1 + t[None, :] * D + d[:, None], d_in[:, None] & t_in[None, :], 0.0)  # [DP, TP]
+            z = tl.dot(e, w, input_precision=EDGE) + tl.load(flat + B_1 + t, t_in, 0.0)[None, :]
+            h = activate(z, KIND)  # [STEPS, TP]
+            w = tl.load(flat + W_3 + d[None, :] * (2 * D) + t[:, None], t_in[:, None] & d_in[None, :], 0.0)  # [TP, DP]
+            features = tl.dot(h, w, input_precision=EDGE) + tl.load(flat + B_3 + d, d_in, 0.0)[None, :]
+            w = tl.load(flat + W_TIME + column[None, :] * STRIDE + d[:, None],
+                        d_in[:, None] & (column < H)[None, :], 0.0)  # fmt: skip  # [DP, HP]
+            row = tl.dot(features, w, input_precision=EDGE) + tl.load(flat + BIAS + column, column < H, 0.0)[None, :]
+            tl.store(floats + n_floats + k[:, None] * HP + column[None, :], row, (k < K)[:, None])
+    else:
+        tiles = tl.cdiv(B, STATES)
+        pid -= float_blocks + operand_blocks + step_blocks
+        network, tile = pid // tiles, (pid % tiles).to(tl.int64)
+        b = tile * STATES + tl.arange(0, STATES)
+        weight = flat + W_STATE + network * APART
+        part = tl.zeros((STATES, HP), tl.float32)
+        if D == 0:
+            part += tl.load(flat + BIAS + network * APART + column, column < H, 0.0)[None, :]
+        for start in range(0, S, SLICE):
+            i = start + tl.arange(0, SLICE)
+            s = tl.load(states + b[:, None] * S + i[None, :], (b < B)[:, None] & (i < S)[None, :], 0.0)
+            w = tl.load(weight + column[None, :] * STRIDE + i[:, None], (i < S)[:, None] & (column < H)[None, :], 0.0)
+            part = tl.dot(s, w, part, input_precision=EDGE)
+        out = floats + n_floats + K.to(tl.int64) * HP + network.to(tl.int64) * B * HP
+        tl.store(out + b[:, None] * HP + column[None, :], part, (b < B)[:, None])
+
+
+class Prologue:
+    """The prologue of one network: its kernel, prepared for a precision, with or without transposed weights."""
+
+    def __init__(self, spec: DenoiserSpec | CriticSpec, precision: str, transposed: bool, device: torch.device) -> None:
+        self.index = gather_index(spec, transposed, device)
+        self.kernel = prologue_kernel(spec, precision)
+        sizes = packed_sizes(spec)
+        self.networks = sizes.networks
+        self.blocks = sum(triton.cdiv(len(index), _BLOCK) for index in self.index)
+
+    def launch(self, flat: Tensor, embedding: Tensor | None, states: Tensor, floats: Tensor, operands: Tensor) -> None:
+        """Fills the heads of `floats` and `operands`; K is the number of rows of the embedding."""
+        K, B = 0 if embedding is None else len(embedding), len(states)
+        programs = self.blocks + triton.cdiv(K, _STEPS) + self.networks * triton.cdiv(B, _STATES)
+        on_floats, on_operands = self.index
+        self.kernel.launch(
+            (programs, 1, 1),
+            flat, on_floats, on_operands, embedding, states, floats, operands, len(on_floats), len(on_operands), K, B,
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def prologue_kernel(spec: DenoiserSpec | CriticSpec, precision: str) -> Kernel:
+    """The kernel for a network of these sizes."""
+    slots = {slot.name: slot.offset for slot in spec.layout.slots}
+    first = first_layer(spec)
+    time: dict[str, Any]
+    if isinstance(spec, DenoiserSpec):
+        D = spec.time_dim
+        offsets = [slots[f"time_mlp.{i}.{part}"] for i in (1, 3) for part in ("weight", "bias")]
+        time = {"D": D, "DP": rounded(D), "TP": rounded(2 * D), "APART": 0, "W_TIME": first.states - D}
+    else:
+        offsets = [0] * 4
+        time = {"D": 0, "DP": 16, "TP": 16, "APART": first_layer(spec, 1).states - first.states, "W_TIME": 0}
+    return Kernel.of(
+        _prologue,
+        num_warps=8,
+        S=spec.state_dim,
+        **time,
+        H=spec.hidden_dim,
+        HP=rounded(spec.hidden_dim),
+        **dict(zip(("W_1", "B_1", "W_3", "B_3"), offsets, strict=True)),
+        W_STATE=first.states,
+        STRIDE=first.stride,
+        BIAS=first.bias,
+        KIND=ACTIVATIONS.index(spec.activation),
+        EDGE=edge_precision(precision),
+        BLOCK=_BLOCK,
+        STEPS=_STEPS,
+        STATES=_STATES,
+        SLICE=min(16 if precision == "fp32" else 32, rounded(spec.state_dim)),
+        BF16=precision == "bf16",
+        EMULATE=INTERPRETED,
+    )
+
+
+def edge_precision(precision: str) -> str:
+    """How Triton multiplies float32: three products of tf32 parts make one that is as exact as float32's own."""
+    return "tf32x3" if precision == "fp32" else "tf32"
