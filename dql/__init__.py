@@ -6,6 +6,7 @@ from dql.backends import BackendUnavailable, backends
 from dql.checkpoint import CheckpointError
 from dql.config import TUNED, Config
 from dql.data import Batch, TransitionDataset, load_dataset
+from dql.graphed import GraphedSampler
 from dql.networks import Denoiser, TwinCritic
 from dql.policy import DiffusionPolicy
 from dql.sampler import sample, select, set_policy
@@ -18,6 +19,7 @@ __all__ = [
     "sample",
     "select",
     "set_policy",
+    "GraphedSampler",
     "backends",
     "noise",
     # policies and their parts

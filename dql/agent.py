@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from dql import native_update, noise
-from dql.backends import check_name
+from dql.backends import Backend, check_name
 from dql.checkpoint import FILE, CheckpointError, checked_device, load_tensors, reading, save_tensors
 from dql.config import Config
 from dql.data import Batch
@@ -28,6 +28,7 @@ from dql.optimizer import FlatAdam
 from dql.policy import DiffusionPolicy
 from dql.rundir import find_checkpoint
 from dql.sampler import run_chain, sample, select
+from dql.values import q_values, value_and_other
 
 Tensor = torch.Tensor
 _FORMAT = 1
@@ -137,7 +138,7 @@ class DiffusionBC:
         """
         batch = _checked(batch, self.policy)
         seeds = UpdateSeeds.of(self.config.seed, self.step)
-        if native_update.runs_natively(self, batch):
+        if native_update.runs_natively(self, native_update.backend_of(self, batch)):
             metrics = self._update_natively(batch, seeds)
         else:
             loss = self._bc_loss(batch, seeds)
@@ -276,11 +277,12 @@ class DiffusionQL(DiffusionBC):
         """
         batch = _checked(batch, self.policy)
         seeds = UpdateSeeds.of(self.config.seed, self.step)
-        if native_update.runs_natively(self, batch):
+        backend = native_update.backend_of(self, batch)
+        if native_update.runs_natively(self, backend):
             metrics = self._update_natively(batch, seeds)
         else:
-            metrics = self._update_critic(batch, seeds)
-            metrics |= self._update_actor(batch, seeds)
+            metrics = self._update_critic(batch, seeds, backend)
+            metrics |= self._update_actor(batch, seeds, backend)
             self._update_averages(torch.Tensor.lerp_)
         self.step += 1
         return metrics
@@ -294,7 +296,7 @@ class DiffusionQL(DiffusionBC):
         return _scalars(metrics)
 
     @torch.no_grad()
-    def target_q(self, batch: Batch, seed: int) -> Tensor:
+    def target_q(self, batch: Batch, seed: int, backend: Backend | None = None) -> Tensor:
         """r + mask * discount * min(Q_1', Q_2')(s', a') [B]; with max_q_backup each Q' is its best of 10 actions."""
         c = self.config
         next_actions = run_chain(
@@ -304,14 +306,15 @@ class DiffusionQL(DiffusionBC):
             num_candidates=c.backup_candidates if c.max_q_backup else None,
             seed=seed,
         )
-        q1, q2 = self.critic_target(batch.next_states, next_actions)
+        backend = backend or native_update.backend_of(self, batch)
+        q1, q2 = q_values(self.critic_target, batch.next_states, next_actions, backend)
         if c.max_q_backup:
             q1, q2 = q1.amax(dim=1), q2.amax(dim=1)
         return batch.rewards + batch.masks * c.discount * torch.minimum(q1, q2)
 
-    def _update_critic(self, batch: Batch, seeds: UpdateSeeds) -> dict[str, Tensor]:
-        target_q = self.target_q(batch, seeds.target)
-        q1, q2 = self.critic(batch.states, batch.actions)
+    def _update_critic(self, batch: Batch, seeds: UpdateSeeds, backend: Backend) -> dict[str, Tensor]:
+        target_q = self.target_q(batch, seeds.target, backend)
+        q1, q2 = q_values(self.critic, batch.states, batch.actions, backend)
         loss = F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q)
         norm = self._critic_adam.step(loss, self.lr_scale())
         return {
@@ -321,15 +324,13 @@ class DiffusionQL(DiffusionBC):
             "critic/grad_norm": norm,
         }
 
-    def _update_actor(self, batch: Batch, seeds: UpdateSeeds) -> dict[str, Tensor]:
+    def _update_actor(self, batch: Batch, seeds: UpdateSeeds, backend: Backend) -> dict[str, Tensor]:
         bc_loss = self._bc_loss(batch, seeds)
         actions = run_chain(batch.states, self.policy, backend=self.config.backend, seed=seeds.actor)
         maximised = 1 if int(noise.integers(seeds.coin, 2, 1)) else 2
         with _frozen(self.critic):
-            q = self.critic.q(maximised, batch.states, actions)
-            with torch.no_grad():
-                scale = self.critic.q(3 - maximised, batch.states, actions).abs().mean()
-        q_loss = -q.mean() / scale
+            q, other = value_and_other(self.critic, maximised, batch.states, actions, backend)
+        q_loss = -q.mean() / other.abs().mean()
         loss = bc_loss + self.config.eta * q_loss
         norm = self._actor_adam.step(loss, self.lr_scale())
         return {

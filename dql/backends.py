@@ -1,7 +1,7 @@
 """The registry of backends: who can run the reverse chain, and if not, why not and what mends it.
 
-A backend is `check` (None, or one sentence with the reason and the remedy), `forward` and `backward`; `select` and
-`prepare` are for those that can do better there than with the three.
+A backend is `check` (None, or one sentence with the reason and the remedy), `forward` and `backward`; `select`,
+`prepare` and `critic` are for those that can do better there than with the three.
 The same sentence serves `BackendUnavailable`, `dql.backends()`, `dql doctor` and the tests' skip reasons.
 """
 
@@ -42,7 +42,8 @@ class Chain:
         states: [B, S].
         candidates: N actions a state.
         noise: [K, B * N, A], or None: then the backend draws `dql.noise.normal(seed, K, B * N, A)`.
-        seed: of the noise stream, where `noise` is None.
+        seed: of the noise stream, where `noise` is None; an int64 tensor [1] on the device while a CUDA graph is
+            captured, so that each replay has its own.
         table: the K steps.
         max_action: the bound of actions and predicted x0.
         precision: "fp32", "tf32" or "bf16".
@@ -55,7 +56,7 @@ class Chain:
     states: Tensor
     candidates: int
     noise: Tensor | None
-    seed: int
+    seed: int | Tensor
     table: StepTable
     max_action: float
     precision: str
@@ -92,7 +93,11 @@ class Backend(ABC):
         """
         return None
 
-    def select(self, chain: Chain, critic: "TwinCritic", draw_seed: int) -> Tensor | None:
+    def critic(self, critic: "TwinCritic") -> Any | None:
+        """What computes the Q values of such critics and their gradients, see `dql.values`. None: torch does."""
+        return None
+
+    def select(self, chain: Chain, critic: "TwinCritic", draw_seed: int | Tensor) -> Tensor | None:
         """Of each state's N actions one, drawn from softmax(min(Q_1, Q_2)): [B, A]. None: it has no call for that."""
         return None
 
@@ -179,8 +184,10 @@ def registry() -> dict[str, Backend]:
 
 def _register_all() -> None:
     from dql.cpp import CppBackend
+    from dql.triton_backend import TritonBackend
 
     register(CppBackend())
+    register(TritonBackend())
     register(EagerBackend())
 
 

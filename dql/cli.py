@@ -1,4 +1,4 @@
-"""The command line: `dql demo | data | train | eval | export | doctor`."""
+"""The command line: `dql demo | data | train | eval | export | kernels | doctor`."""
 
 import contextlib
 import io
@@ -354,6 +354,25 @@ def export(
     return 0
 
 
+def kernels(
+    arch: str = "sm_80,sm_90,sm_100",
+    only: str = "*",
+    jobs: int | None = None,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> int:
+    """Compile every Triton kernel, without a GPU; print registers, spills, shared memory, occupancy, instructions.
+
+    Args:
+        arch: Architectures, joined by commas: sm_80, sm_86, sm_89, sm_90, sm_100, sm_120.
+        only: Glob that a kernel's label must match, e.g. "chain_fwd bf16*".
+        jobs: Compile in this many processes; by default one a core.
+        as_json: Print JSON.
+    """
+    from dql.kernel_table import kernels as run_kernels
+
+    return run_kernels(arch, only=only, jobs=jobs, as_json=as_json)
+
+
 def doctor(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> int:
     """Versions, CPU, GPU, and what each backend says.
 
@@ -388,7 +407,13 @@ def doctor(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> int:
 
 
 _DATA: dict[str, Callable[..., Any]] = {"list": data_list, "info": data_info, "make": data_make}
-_COMMANDS: dict[str, Callable[..., int]] = {"demo": demo, "eval": evaluate, "export": export, "doctor": doctor}
+_COMMANDS: dict[str, Callable[..., int]] = {
+    "demo": demo,
+    "eval": evaluate,
+    "export": export,
+    "kernels": kernels,
+    "doctor": doctor,
+}
 _HELP = """usage: dql COMMAND ...
 
   demo     make data, train, evaluate and draw, in minutes on a CPU
@@ -396,6 +421,7 @@ _HELP = """usage: dql COMMAND ...
   train    --dataset ID, or --resume RUN
   eval     RUN: roll out its checkpoints
   export   RUN: its policy as one ONNX file
+  kernels  what the compiler makes of the Triton kernels, per architecture, without a GPU
   doctor   versions, hardware, backends
 
 dql COMMAND --help tells more."""
@@ -417,7 +443,7 @@ def _dispatch(arguments: list[str]) -> int:
         return tyro.extras.subcommand_cli_from_dict(_DATA, args=rest, prog="dql data")
     if command in _COMMANDS:
         return tyro.cli(_COMMANDS[command], args=rest, prog=f"dql {command}")
-    raise ValueError(f"unknown command {command!r}; dql has demo, data, train, eval, export and doctor")
+    raise ValueError(f"unknown command {command!r}; dql has demo, data, train, eval, export, kernels and doctor")
 
 
 def main(arguments: list[str] | None = None) -> int:

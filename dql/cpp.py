@@ -43,6 +43,7 @@ class CppBackend(Backend):
         return None
 
     def forward(self, chain: Chain, save: bool) -> tuple[Tensor, Any]:
+        assert isinstance(chain.seed, int)  # a tensor's are chains of a GPU
         actions, saved = native.chain(
             network(chain),
             chain.flat,
@@ -84,9 +85,10 @@ class CppBackend(Backend):
         bf16 = chain.precision == "bf16"
         return native.Prepared(network(chain), table, chain.flat, places, held, chain.max_action, bf16).run
 
-    def select(self, chain: Chain, critic: TwinCritic, draw_seed: int) -> Tensor | None:
+    def select(self, chain: Chain, critic: TwinCritic, draw_seed: int | Tensor) -> Tensor | None:
         if too_large(critic) is not None:
             return None  # the chain runs here, this critic in torch
+        assert isinstance(chain.seed, int) and isinstance(draw_seed, int)
         return native.select(
             network(chain),
             chain.flat,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dql import noise
-from dql.backends import Chain, pick
+from dql.backends import Backend, Chain, pick
 from dql.cpp import CppBackend, network, step_table, too_large
 from dql.data import Batch
 from dql.kernels import native
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 Tensor = torch.Tensor
 
 
-def runs_natively(agent: "DiffusionBC", batch: Batch) -> bool:
-    """Whether the agent's backend is "cpp" and nothing of it is frozen: autograd would leave that alone.
+def backend_of(agent: "DiffusionBC", batch: Batch) -> Backend:
+    """The backend that runs the agent's chains.
 
     Raises:
-        BackendUnavailable: the backend that the agent's config names cannot run here.
+        BackendUnavailable: the one that the agent's config names cannot run here.
     """
     policy = agent.policy
     chain = Chain(
@@ -42,7 +42,12 @@ def runs_natively(agent: "DiffusionBC", batch: Batch) -> bool:
         "fp32",
         policy.denoiser.kept,
     )
-    if not isinstance(pick(agent.config.backend, chain), CppBackend):
+    return pick(agent.config.backend, chain)
+
+
+def runs_natively(agent: "DiffusionBC", backend: Backend) -> bool:
+    """Whether the backend is "cpp" and nothing of the agent is frozen: autograd would leave that alone."""
+    if not isinstance(backend, CppBackend):
         return False
     modules = agent._modules()
     for module in modules.values():

@@ -66,6 +66,14 @@ def seed_from_torch() -> int:
     return int(_drawn.tensor.random_().item())
 
 
+def fresh_seed(device: torch.device) -> int | Tensor:
+    """`seed_from_torch`; while a CUDA graph is captured on `device`, an int64 tensor [1] that every replay draws anew
+    from the device's generator, as torch's own random operators do."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.empty(1, dtype=torch.int64, device=device).random_()
+    return seed_from_torch()
+
+
 class _Drawn(threading.local):
     def __init__(self) -> None:
         with torch.inference_mode(False):
@@ -123,9 +131,11 @@ def _packed_counters(K: int, rows: int, blocks: int, row_offset: int) -> tuple[i
     return c0, c1, c2, c3
 
 
-def _philox_torch(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _philox_torch(
+    c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: int | Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 with 32-bit words in int64 tensors that broadcast, on any device; nothing is copied to it."""
-    k0, k1 = seed & MASK32, seed >> 32
+    k0, k1 = seed & MASK32, (seed >> 32) & MASK32
     for _ in range(_ROUNDS):
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wrap modulo 2^64: both halves are right although it is signed
         c0, c1 = ((p1 >> 32) & MASK32) ^ c1 ^ k0, p1 & MASK32
@@ -165,7 +175,7 @@ def _box_muller(words: np.ndarray, out: np.ndarray) -> None:
 
 
 def normal(
-    seed: int,
+    seed: int | Tensor,
     K: int,
     B: int,
     A: int,
@@ -180,7 +190,7 @@ def normal(
     Computed in float64 and rounded once to `dtype`, so it is the reference for every kernel's own stream.
 
     Args:
-        seed: 0 .. 2^64 - 1.
+        seed: 0 .. 2^64 - 1, or an int64 tensor [1] on the device with those bits.
         K: steps.
         B: rows; with candidates, row b * N + n is candidate n of state b.
         A: action size.
@@ -192,7 +202,7 @@ def normal(
 
     The result may be a view with gaps between its rows (where A is no multiple of 4).
     """
-    seed = check_seed(seed)
+    seed = seed if isinstance(seed, Tensor) else check_seed(seed)
     if not 0 <= offset <= MASK32:
         raise ValueError(f"offset must be from 0 to 2^32 - 1, got {offset}")
     if row_offset < 0 or row_offset + B > 1 << 32:
@@ -203,7 +213,7 @@ def normal(
     count = K * B * blocks
     if count == 0:
         return torch.zeros(K, B, A, dtype=dtype, device=device)
-    if device == "cpu" or torch.device(device).type == "cpu":
+    if not isinstance(seed, Tensor) and torch.device(device).type == "cpu":
         values = np.empty((count, 2, 2), np.float64 if dtype == torch.float64 else np.float32)  # [.., pair, cos | sin]
         if count <= _PACKED:
             c0, c1, c2, c3 = _packed_counters(K, B, blocks, row_offset)
@@ -236,8 +246,14 @@ def _words(seed: int, count: int, step: int, offset: int) -> np.ndarray:
     return np.stack([even[0], odd[0], even[1], odd[1]])
 
 
-def uniform(seed: int, count: int, *, offset: int = 0) -> Tensor:
-    """Uniform numbers of (0, 1), float64 [count] on the CPU; `select` draws its candidate with one a state."""
+def uniform(seed: int | Tensor, count: int, *, offset: int = 0) -> Tensor:
+    """Uniform numbers of (0, 1), float64 [count] on the CPU; `select` draws its candidate with one a state.
+
+    For a seed that is an int64 tensor [1], they are on its device.
+    """
+    if isinstance(seed, Tensor):
+        row, zero = torch.arange(count, device=seed.device), torch.zeros_like(seed)
+        return ((_philox_torch(row, zero + UNIFORM_STEP, zero, zero + offset, seed)[0] >> 9).double() + 0.5) * 2.0**-23
     return torch.from_numpy(_unit(_words(seed, count, UNIFORM_STEP, offset)[0]))
 
 

@@ -95,12 +95,12 @@ def sample(
         noise: standard normals [K, B, A] (with candidates [K, B, N, A]): noise[0] is x_T, noise[k] feeds step k - 1.
         seed: 0 .. 2^64 - 1, of the counter-based stream `dql.noise.normal`: the same seed gives the same actions on
             every backend, to rounding, and a row's action does not depend on the other rows. Without noise or seed,
-            torch's default generator supplies the seed.
+            torch's default generator supplies the seed; in a CUDA graph the device's does, anew for every replay.
         sampler: "ddpm" (the paper's), "ddim", "dpm-solver++", or a StepTable of your own.
         num_steps: K; None means the T steps of the training. Fewer cost reward: a policy trained with T = 5 fell
             from 87.9 to 11.6 in a published table.
-        precision: "fp32" (strict), "bf16" (operands of the hidden layers; "cpp" where the CPU has it) or "tf32" (no
-            backend yet).
+        precision: "fp32" (strict), "tf32" ("triton") or "bf16" (operands of the products; "triton", and "cpp" where the
+            CPU has it).
 
     Returns:
         [B, A], or [B, N, A] with candidates; every element within +-max_action.
@@ -114,16 +114,17 @@ def sample(
     Inside `torch.compile` it is a graph break: it runs as it is, and gradients flow through it. `torch.func`'s
     transformations (vmap, grad, jacrev) and `torch.export` do not support it.
     """
+    drawn: int | Tensor | None = seed
     if torch.compiler.is_compiling():
         run: Callable[..., Tensor] = torch._dynamo.disable(sample)
     else:
         run = run_chain
         policy = _policy(policy)
         if noise is None:
-            seed = noise_stream.seed_from_torch() if seed is None else noise_stream.check_seed(seed)
+            drawn = _fresh_seed(policy) if seed is None else noise_stream.check_seed(seed)
             plain = num_candidates is None and num_steps is None and not torch.is_grad_enabled()
-            if plain and type(sampler) is type(backend) is type(precision) is str:
-                actions = _sample_prepared(states, policy, backend, seed, sampler, precision)
+            if plain and type(drawn) is int and type(sampler) is type(backend) is type(precision) is str:
+                actions = _sample_prepared(states, policy, backend, drawn, sampler, precision)
                 if actions is not None:
                     return actions
         _check_states(states, policy)
@@ -133,7 +134,7 @@ def sample(
         backend=backend,
         num_candidates=num_candidates,
         noise=noise,
-        seed=seed,
+        seed=drawn,
         sampler=sampler,
         num_steps=num_steps,
         precision=precision,
@@ -161,8 +162,11 @@ def _sample_prepared(
         return None
     if prepared[2] is None or type(states) is not Tensor:
         return None
-    # torch's defaults: naming dtype and device costs 0.7 us; `run` looks whether they are float32 and the CPU
-    actions = torch.empty(states.shape[0], denoiser.spec.action_dim)
+    if denoiser.buffer.is_cpu:
+        # torch's defaults: naming dtype and device costs 0.7 us; `run` looks whether they are float32 and the CPU
+        actions = torch.empty(states.shape[0], denoiser.spec.action_dim)
+    else:
+        actions = denoiser.buffer.new_empty(states.shape[0], denoiser.spec.action_dim)
     if prepared[2](states, actions, seed):
         return actions
     if states.is_contiguous():  # then the policy may have changed: it is prepared anew the next time
@@ -237,7 +241,7 @@ def select(
     critic = _check_critic(critic, policy)
     if num_candidates is None:
         raise ValueError("select needs num_candidates, the number of actions to choose from; the published one is 50")
-    draw_seed = noise_stream.seed_from_torch() if seed is None else noise_stream.check_seed(seed)
+    draw_seed = _fresh_seed(policy) if seed is None else noise_stream.check_seed(seed)
     with torch.no_grad():
         denoiser: Denoiser = policy._modules["denoiser"]  # type: ignore[assignment]
         chain = _chain(
@@ -272,7 +276,7 @@ def run_chain(
     backend: str = "auto",
     num_candidates: int | None = None,
     noise: Tensor | None = None,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     sampler: str | StepTable = "ddpm",
     num_steps: int | None = None,
     precision: str = "fp32",
@@ -300,7 +304,7 @@ def _chain(
     denoiser: Denoiser,
     num_candidates: int | None,
     noise: Tensor | None,
-    seed: int | None,
+    seed: int | Tensor | None,
     sampler: str | StepTable,
     num_steps: int | None,
     precision: str,
@@ -323,8 +327,8 @@ def _chain(
         noise = noise.reshape(table.num_steps, B * N, A)
         seed = 0
     elif seed is None:
-        seed = noise_stream.seed_from_torch()
-    else:
+        seed = _fresh_seed(policy)
+    elif not isinstance(seed, Tensor):
         seed = noise_stream.check_seed(seed)
     return Chain(
         denoiser.buffer,
@@ -339,6 +343,12 @@ def _chain(
         precision,
         denoiser.kept,
     )
+
+
+def _fresh_seed(policy: DiffusionPolicy) -> int | Tensor:
+    denoiser: Denoiser = policy._modules["denoiser"]  # type: ignore[assignment]
+    buffer = denoiser.buffer
+    return noise_stream.fresh_seed(buffer.device) if buffer.is_cuda else noise_stream.seed_from_torch()
 
 
 def _policy(policy: DiffusionPolicy | None) -> DiffusionPolicy:
@@ -367,6 +377,12 @@ def checked_table(policy: DiffusionPolicy, sampler: str | StepTable, num_steps: 
 
 
 def _check_states(states: Tensor, policy: DiffusionPolicy) -> None:
+    check_states_fit(states, policy)
+    _check_finite("states", states)
+
+
+def check_states_fit(states: Tensor, policy: DiffusionPolicy) -> None:
+    """Refuses states of another type, shape, dtype or device than the policy takes (TypeError, ValueError)."""
     if not isinstance(states, Tensor):
         raise TypeError(f"states must be a torch.Tensor, got {type(states).__name__}; use torch.as_tensor(states)")
     denoiser: Denoiser = policy._modules["denoiser"]  # type: ignore[assignment]
@@ -379,7 +395,6 @@ def _check_states(states: Tensor, policy: DiffusionPolicy) -> None:
         raise ValueError(f"states are {states.dtype}, the policy is {policy.dtype}; use states.to({policy.dtype})")
     if states.device != buffer.device:
         raise ValueError(f"states are on {states.device}, the policy is on {policy.device}; move one of them")
-    _check_finite("states", states)
 
 
 def _check_finite(name: str, values: Tensor) -> None:

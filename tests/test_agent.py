@@ -13,6 +13,7 @@ from cases import TOLERANCES, assert_close
 import dql
 from dql import noise
 from dql.agent import UpdateSeeds
+from dql.backends import EagerBackend
 
 S, A, B, H = 5, 3, 16, 24
 CONFIG = dql.Config(hidden_dim=H, batch_size=B, eta=0.7, grad_norm=0.5, ema_start=3, ema_every=2, lr=1e-3, seed=5)
@@ -263,10 +264,10 @@ def test_cosine_by_hand():
 def test_the_actors_step_leaves_the_critic_alone():
     agent = dql.DiffusionQL(S, A, CONFIG, dtype=torch.float64)
     batch, seeds = make_batch(0), UpdateSeeds.of(CONFIG.seed, 0)
-    agent._update_critic(batch, seeds)
+    agent._update_critic(batch, seeds, EagerBackend())
     values, gradient = agent.critic.flat.detach().clone(), agent.critic.flat.grad.clone()
     target = agent.critic_target.flat.detach().clone()
-    agent._update_actor(batch, seeds)
+    agent._update_actor(batch, seeds, EagerBackend())
     assert torch.equal(agent.critic.flat, values)
     assert torch.equal(agent.critic.flat.grad, gradient)
     assert torch.equal(agent.critic_target.flat, target)

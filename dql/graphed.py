@@ -1,0 +1,113 @@
+"""Repeated small calls on a GPU, recorded once as a CUDA graph: a replay costs the host one call."""
+
+import torch
+
+from dql.networks import TwinCritic
+from dql.policy import DiffusionPolicy
+from dql.sampler import check_states_fit, sample, select
+from dql.schedule import StepTable
+
+Tensor = torch.Tensor
+
+
+class GraphedSampler:
+    """`dql.sample` (with a critic `dql.select`) for batches of one size, replayed as a CUDA graph, without gradients.
+
+    Each replay draws anew from torch's generator of that GPU (`torch.cuda.manual_seed` makes replays repeat) and reads
+    the parameters as they are then. States are not looked at: NaN in them gives NaN.
+
+    Args:
+        policy: on a GPU.
+        batch_size: B.
+        critic: chooses one of the candidates, see `dql.select`; None samples.
+        num_candidates: N; with a critic None means the published 50.
+        backend, sampler, num_steps, precision: as in `dql.sample`.
+
+    Attributes:
+        states: [B, S], what the graph reads; write into it and call `replay`, or call `run`.
+        actions: [B, A] (with candidates and no critic [B, N, A]), what it writes; the next replay writes over it.
+
+    Raises:
+        ValueError: the policy is not on a GPU, or an argument does not fit it.
+        BackendUnavailable: the backend cannot run this here.
+    """
+
+    def __init__(
+        self,
+        policy: DiffusionPolicy,
+        batch_size: int = 1,
+        *,
+        critic: TwinCritic | None = None,
+        num_candidates: int | None = None,
+        backend: str = "auto",
+        sampler: str | StepTable = "ddpm",
+        num_steps: int | None = None,
+        precision: str = "fp32",
+    ) -> None:
+        if policy.device.type != "cuda":
+            raise ValueError(f"a CUDA graph needs the policy on a GPU, it is on {policy.device}; use policy.to('cuda')")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+        self.policy, self._buffer = policy, policy.denoiser.buffer
+        device = policy.device
+        self.states = torch.zeros(batch_size, policy.state_dim, dtype=policy.dtype, device=device)
+
+        def call() -> Tensor:
+            if critic is None:
+                return sample(
+                    self.states,
+                    policy,
+                    backend=backend,
+                    num_candidates=num_candidates,
+                    sampler=sampler,
+                    num_steps=num_steps,
+                    precision=precision,
+                )
+            return select(
+                self.states,
+                policy,
+                critic,
+                num_candidates=50 if num_candidates is None else num_candidates,
+                backend=backend,
+                sampler=sampler,
+                num_steps=num_steps,
+                precision=precision,
+            )
+
+        with torch.cuda.device(device), torch.no_grad():
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):  # compiles and loads kernels and tables, which a graph cannot hold
+                    call()
+            torch.cuda.current_stream().wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self.actions = call()
+
+    def run(self, states: Tensor) -> Tensor:
+        """Copies states [B, S] into the graph's and replays it.
+
+        Returns:
+            `self.actions`: clone it to keep it over the next call.
+
+        Raises:
+            ValueError: states of another shape, dtype or device than the graph's.
+            RuntimeError: the policy was moved or cast since.
+        """
+        check_states_fit(states, self.policy)
+        if states.shape[0] != self.states.shape[0]:
+            raise ValueError(
+                f"states are {list(states.shape)}, this graph was recorded for {list(self.states.shape)}; make another "
+                "GraphedSampler for another batch size"
+            )
+        if self.policy.denoiser.buffer is not self._buffer:
+            raise RuntimeError("the policy was moved or cast after its graph was recorded; make a new GraphedSampler")
+        self.states.copy_(states)
+        self._graph.replay()
+        return self.actions
+
+    def replay(self) -> Tensor:
+        """Runs the graph on what `self.states` holds; returns `self.actions`."""
+        self._graph.replay()
+        return self.actions

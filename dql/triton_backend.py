@@ -1,0 +1,177 @@
+"""The backend "triton": the whole chain in one kernel on an NVIDIA GPU (kernels/reverse_diffusion.py), its gradient in
+three, twin critics and `select` likewise. Triton itself is imported when the first chain is run."""
+
+import contextlib
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dql.backends import Backend, Chain, timestep_embedding
+from dql.kernels import native, packing
+from dql.networks import TwinCritic
+
+if TYPE_CHECKING:
+    from dql.kernels.reverse_diffusion import ChainPlan, ChainRunner
+    from dql.kernels.twin_critic import CriticRunner
+
+Tensor = torch.Tensor
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels on the CPU, on NumPy: slow, and for tests (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+class TritonBackend(Backend):
+    """float32 (3xTF32, as exact as float32), tf32 or bf16 operands on NVIDIA GPUs of compute capability 8.0 and up.
+
+    Sums, the chain and its update are float32 in all of them. The gradient has the forward pass's precision.
+    """
+
+    name = "triton"
+
+    def check(self, chain: Chain | None = None) -> str | None:
+        if not _installed():
+            return "Triton is not installed; pip install triton (Linux only)"
+        if not interpreted() and not torch.cuda.is_available():
+            return "no CUDA device: torch.cuda.is_available() is False; see `dql doctor`"
+        if chain is None:
+            return None
+        flat = chain.flat
+        if interpreted():
+            if not flat.is_cpu:
+                return f"TRITON_INTERPRET=1 runs it on the CPU and this policy is on {flat.device}; unset it"
+        elif not flat.is_cuda:
+            return f"it runs on a GPU and this policy is on {flat.device}; move it with policy.to('cuda')"
+        elif (capability := torch.cuda.get_device_capability(flat.device)) < (8, 0):
+            return f"it needs compute capability 8.0 or more, and this GPU has {capability}; use backend='eager'"
+        if flat.dtype is not torch.float32:
+            return (
+                f"it takes float32 parameters and this policy is {flat.dtype}; convert it with policy.to(torch.float32)"
+            )
+        if (limit := packing.too_large(chain.spec)) is not None:
+            return f"{limit}; use backend='eager'"
+        if len(chain.states) * chain.candidates > packing.MAX_ROWS:
+            return f"it takes up to {packing.MAX_ROWS:,} rows a call; split the states"
+        if chain.table.num_steps > packing.MAX_STEPS:
+            return f"it runs up to {packing.MAX_STEPS} steps, not {chain.table.num_steps}; use backend='eager'"
+        return None
+
+    def forward(self, chain: Chain, save: bool) -> tuple[Tensor, Any]:
+        noise = None if chain.noise is None else chain.noise.contiguous()
+        with _on(chain.flat):
+            return chain_runner(chain).forward(
+                chain.flat, chain.states.contiguous(), chain.candidates, noise, chain.seed, save
+            )
+
+    def backward(
+        self, chain: Chain, saved: Any, d_actions: Tensor, need_parameters: bool, need_states: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        with _on(chain.flat):
+            return chain_runner(chain).backward(
+                chain.flat, saved, chain.states.contiguous(), d_actions.contiguous(), need_parameters, need_states
+            )
+
+    def prepare(
+        self, chain: Chain, places: tuple[Any, ...], held: tuple[Any, ...]
+    ) -> Callable[[Tensor, Tensor, int], bool] | None:
+        if native.unavailable() is not None:
+            return None  # `intact` is too slow in Python to be worth it
+        return _Prepared(chain, places, held).run
+
+    def critic(self, critic: TwinCritic) -> "CriticRunner | None":
+        if packing.too_large(critic.spec) is not None or critic.buffer.dtype is not torch.float32:
+            return None
+        if not (critic.buffer.is_cpu if interpreted() else critic.buffer.is_cuda):
+            return None
+        return critic_runner(critic, "fp32")
+
+    def select(self, chain: Chain, critic: TwinCritic, draw_seed: int | Tensor) -> Tensor | None:
+        from dql.kernels import twin_critic
+
+        if packing.too_large(critic.spec) is not None:
+            return None  # the chain runs here, this critic in torch
+        noise = None if chain.noise is None else chain.noise.contiguous()
+        with _on(chain.flat):
+            return twin_critic.select(
+                chain_runner(chain),
+                critic_runner(critic, chain.precision),
+                chain.flat,
+                critic.buffer,
+                chain.states.contiguous(),
+                chain.candidates,
+                noise,
+                chain.seed,
+                draw_seed,
+            )
+
+
+class _Prepared:
+    """A chain whose arguments were checked once, without gradients; see `Backend.prepare`."""
+
+    def __init__(self, chain: Chain, places: tuple[Any, ...], held: tuple[Any, ...]) -> None:
+        self.flat, self.places, self.held, self.S = chain.flat, places, held, chain.spec.state_dim
+        self.base = chain.flat.data_ptr()
+        self.runner = chain_runner(chain)
+        self.plans: dict[int, ChainPlan] = {}
+
+    def run(self, states: Tensor, actions: Tensor, seed: int) -> bool:
+        fits = states.dtype is actions.dtype is torch.float32 and states.device == self.flat.device
+        if not fits or not states.is_contiguous() or states.dim() != 2 or states.shape[1] != self.S or not len(states):
+            return False
+        if not native.intact(self.places, self.held, self.base) or not math.isfinite(states.sum().item()):
+            return False
+        B = len(states)
+        plan = self.plans.get(B)
+        if plan is None:
+            if len(self.plans) > 64:
+                self.plans.clear()
+            plan = self.plans[B] = self.runner.plan(B)
+        with _on(self.flat):
+            plan.run(self.flat, states, None, seed, actions)
+        return True
+
+
+def _on(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Kernels go to the current device: the tensor's, from here on."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def chain_runner(chain: Chain) -> "ChainRunner":
+    """What runs such chains, kept with the step table."""
+    key = ("triton", chain.spec, chain.precision, chain.flat.device, chain.max_action)
+    made = chain.table.kept.get(key)
+    if made is None:
+        from dql.kernels.launch import refuse_while_capturing
+        from dql.kernels.reverse_diffusion import ChainRunner
+
+        refuse_while_capturing()
+        device = chain.flat.device
+        rows = torch.tensor([(*row, 0.0, 0.0) for row in chain.table.rows], dtype=torch.float32, device="cpu")
+        embedding = timestep_embedding(chain.table.timesteps, chain.spec.time_dim, torch.float32, device)
+        made = ChainRunner(chain.spec, rows.to(device), embedding, chain.max_action, chain.precision)
+        chain.table.kept[key] = made
+    return made
+
+
+def critic_runner(critic: TwinCritic, precision: str) -> "CriticRunner":
+    """What runs a critic, kept with it."""
+    key = ("triton", precision)
+    made = critic.kept.get(key)
+    if made is None:
+        from dql.kernels.launch import refuse_while_capturing
+        from dql.kernels.twin_critic import CriticRunner
+
+        refuse_while_capturing()
+        made = critic.kept[key] = CriticRunner(critic.spec, precision, critic.buffer.device)
+    return made

@@ -1,0 +1,74 @@
+"""Q values of twin critics by whichever backend has kernels for them, with the autograd glue."""
+
+from typing import Any
+
+import torch
+
+from dql.backends import Backend
+from dql.networks import TwinCritic
+
+Tensor = torch.Tensor
+
+
+class _QFunction(torch.autograd.Function):
+    """Both Q values in the backend's kernels: differentiable in states, actions and every parameter."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, runner: Any, critic: TwinCritic, N: int, states: Tensor, actions: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        q, ctx.saved = runner.forward(critic.buffer, states, actions, N, (0, 1), save=True)
+        ctx.runner, ctx.critic, ctx.buffer = runner, critic, critic.buffer
+        ctx.save_for_backward(states, actions, *parameters)
+        return q
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_q: Tensor) -> tuple[Tensor | None, ...]:
+        states, actions, *_ = ctx.saved_tensors
+        need_states, need_actions, *need = ctx.needs_input_grad[3:]
+        d_flat, d_states, d_actions = ctx.runner.backward(
+            ctx.buffer, ctx.saved, states, actions, d_q.contiguous(), any(need), need_states, need_actions
+        )
+        layout = ctx.critic.spec.layout
+        views = layout.views(d_flat) if d_flat is not None else {}
+        d_parameters = (views[slot.name] if needed else None for slot, needed in zip(layout.slots, need, strict=True))
+        return None, None, None, d_states, d_actions, *d_parameters
+
+
+def q_values(critic: TwinCritic, states: Tensor, actions: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
+    """(Q_1, Q_2), each [B] for actions [B, A] and [B, N] for actions [B, N, A]: `critic(states, actions)`.
+
+    Args:
+        critic: the critics.
+        states: [B, S].
+        actions: [B, A] or [B, N, A].
+        backend: asked for kernels; without any, torch computes.
+    """
+    runner = backend.critic(critic)
+    if runner is None:
+        return critic(states, actions)
+    flat_actions = actions.reshape(-1, actions.shape[-1]).contiguous()  # [R, A]
+    N = 1 if actions.dim() == 2 else actions.shape[1]
+    inputs = (states.contiguous(), flat_actions)
+    parameters = critic.flat_parameters() if torch.is_grad_enabled() else []
+    if any(t.requires_grad for t in (*inputs, *parameters)) and torch.is_grad_enabled():
+        critic.attach_gradients()
+        q = _QFunction.apply(runner, critic, N, *inputs, *parameters)
+    else:
+        critic.check_intact()
+        q, _ = runner.forward(critic.buffer, *inputs, N, (0, 1), save=False)
+    q1, q2 = q.view(2, *actions.shape[:-1]).unbind()
+    return q1, q2
+
+
+def value_and_other(
+    critic: TwinCritic, i: int, states: Tensor, actions: Tensor, backend: Backend
+) -> tuple[Tensor, Tensor]:
+    """(Q_i [B], Q_j [B] without a gradient), j being the other one of 1 and 2."""
+    if backend.critic(critic) is None:
+        q = critic.q(i, states, actions)
+        with torch.no_grad():
+            return q, critic.q(3 - i, states, actions)
+    both = q_values(critic, states, actions, backend)  # side by side on a GPU: no slower than one
+    return both[i - 1], both[2 - i].detach()

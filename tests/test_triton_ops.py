@@ -1,0 +1,201 @@
+"""The Triton kernels' building blocks against float64 and the noise stream; interpreted where no CUDA device is."""
+
+# ruff: noqa: F722  (the annotations of a kernel are what launch.py reads, not Python types)
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dql import noise
+from dql.kernels.layout import ACTIVATIONS
+
+triton = pytest.importorskip("triton", reason="triton is not installed: pip install triton (Linux only)")
+
+import triton.language as tl  # noqa: E402
+
+from dql.kernels import triton_ops as ops  # noqa: E402
+from dql.kernels.launch import INTERPRETED, Kernel  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED,
+    reason="no CUDA device, and TRITON_INTERPRET=1 was not set before triton was imported",
+)
+INF, NAN = float("inf"), float("nan")
+EXACT = {"mish": F.mish, "relu": torch.relu, "silu": F.silu}
+TOLERANCES = {  # relative to each element, absolute, why
+    "value": (1.2e-6, 1e-7, "the exponent of exp is rounded; interpreted 8e-7, a GPU's exp and reciprocal an ulp each"),
+    "slope": (1.2e-6, 3e-7, "... and two terms of size 0.4 cancel where it is zero; interpreted 1.1e-7"),
+    "normal": (1e-6, 0.0, "radius, cosine, product: interpreted 2.1e-7; a GPU's root is approximate, to 1.2e-7"),
+    "part": (5e-7, 0.0, "interpreted 1.3e-7 over all words; a GPU fuses the polynomials' steps, and its root"),
+}
+SEEDS = [0, 7, (1 << 63) + 5, (1 << 64) - 1]
+STREAM = [  # AP, A, id of the first row, offset
+    (16, 3, 0, 0),
+    (16, 3, (1 << 31) - 3, 5),
+    (64, 64, (1 << 32) - 8, 0),
+    (64, 64, 1 << 31, (1 << 32) - 1),
+]
+
+
+@triton.jit
+def _activate(x: "*fp32", h: "*fp32", h2: "*fp32", d: "*fp32", KIND: tl.constexpr, C: tl.constexpr):
+    i = (tl.program_id(0) * 16 + tl.arange(0, 16))[:, None] * C + tl.arange(0, C)[None, :]  # [16, C]
+    z = tl.load(x + i)
+    tl.store(h + i, ops.activate(z, KIND))
+    value, slope = ops.activate_with_slope(z, KIND)
+    tl.store(h2 + i, value)
+    tl.store(d + i, slope)
+
+
+@triton.jit
+def _normals(out: "*fp32", rows: "*i64", stream: "*i64", R: tl.constexpr, AP: tl.constexpr, NARROW: tl.constexpr):
+    r, k = tl.arange(0, R), tl.program_id(0)
+    row = tl.load(rows + r)  # [R]
+    if NARROW:
+        row = row.to(tl.int32)
+    n = ops.normals(tl.load(stream), row, k, tl.load(stream + 1), AP)  # [R, AP]
+    tl.store(out + k * R * AP + r[:, None] * AP + tl.arange(0, AP)[None, :], n)
+
+
+@triton.jit
+def _uniform(out: "*fp32", rows: "*i64", stream: "*i64", R: tl.constexpr):
+    r = tl.arange(0, R)
+    tl.store(out + r, ops.uniform(tl.load(stream), tl.load(rows + r), tl.load(stream + 1)))
+
+
+@triton.jit
+def _polar(words: "*i32", radius: "*fp32", cosine: "*fp32", sine: "*fp32", N: tl.constexpr):
+    i = tl.program_id(0) * N + tl.arange(0, N)
+    word = tl.load(words + i).to(tl.uint32, bitcast=True)
+    c, s = ops._circle(word)
+    tl.store(radius + i, ops._radius(word))
+    tl.store(cosine + i, c)
+    tl.store(sine + i, s)
+
+
+@triton.jit
+def _round(x: "*fp32", out: "*fp32", N: tl.constexpr, BF16: tl.constexpr, EMULATE: tl.constexpr):
+    i = tl.program_id(0) * N + tl.arange(0, N)
+    tl.store(out + i, ops.rounded_operand(tl.load(x + i), BF16, EMULATE).to(tl.float32))
+
+
+def poisoned(*shape):
+    return torch.full(shape, NAN, device=DEVICE)
+
+
+def stream(seed, offset):
+    """The seed's bits and the offset, as kernels read them from memory."""
+    return torch.tensor([seed - (1 << 64) if seed >> 63 else seed, offset], device=DEVICE)
+
+
+def assert_near(got, want, tolerance, what):
+    rel, absolute, why = TOLERANCES[tolerance]
+    torch.testing.assert_close(
+        got.cpu().double(), want, rtol=rel, atol=absolute, equal_nan=True, msg=lambda m: f"{what} ({why})\n{m}"
+    )
+
+
+def activated(kind, z):
+    """(value, slope) of z [n] from `activate_with_slope`, n up to any size; `activate` is asserted to agree."""
+    C = 256
+    programs = -(-z.numel() // (16 * C))
+    padded = torch.zeros(programs * 16 * C, device=DEVICE)
+    padded[: z.numel()] = z
+    h, h2, d = (poisoned(padded.numel()) for _ in range(3))
+    kernel = Kernel.of(_activate, num_warps=8, KIND=ACTIVATIONS.index(kind), C=C)
+    kernel.launch((programs, 1, 1), padded, h, h2, d)
+    torch.testing.assert_close(
+        h, h2, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{kind} with and without slope {m}"
+    )
+    return h2[: z.numel()].cpu(), d[: z.numel()].cpu()
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_activation_equals_float64(kind):
+    """Values and slopes over [-100, 100], more densely where they bend, and around both bounds of exp's argument."""
+    bounds = torch.tensor([-104.0, -103.9, -87.4, -87.3, 20.1, 20.1012688, 20.11, 43.9, 44.4, 88.7, 88.8])
+    far = torch.tensor([1e-38, 1e-30, 105.0, 1e10, 3e38])
+    z = torch.cat([torch.linspace(-100, 100, 150_001), torch.linspace(-5, 5, 100_001), bounds, far, -far])
+    h, d = activated(kind, z)
+    exact = z.double().requires_grad_()
+    value = EXACT[kind](exact)
+    (slope,) = torch.autograd.grad(value.sum(), exact)
+    assert_near(h, value.detach(), "value", f"{kind}(z)")
+    assert_near(d, slope, "slope", f"{kind}'(z)")
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_activation_of_what_is_no_number(kind):
+    h, d = activated(kind, torch.tensor([NAN, INF, -INF, 0.0, -0.0]))
+    at_zero = {"mish": 0.6, "relu": 0.0, "silu": 0.5}[kind]
+    assert_near(h, torch.tensor([NAN, INF, 0.0, 0.0, 0.0]).double(), "value", kind)
+    assert_near(d, torch.tensor([NAN, 1.0, 0.0, at_zero, at_zero]).double(), "slope", kind)
+
+
+@pytest.mark.parametrize("narrow", [False, True], ids=["int64", "int32"])
+@pytest.mark.parametrize(("AP", "A", "first", "offset"), STREAM)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_normals_are_the_noise_stream(seed, AP, A, first, offset, narrow):
+    """An int32 row id beyond 2^31 has wrapped to a negative number and still is the same row."""
+    K, R = 3, 8
+    rows = torch.arange(first, first + R, device=DEVICE)
+    out = poisoned(K, R, AP)
+    Kernel.of(_normals, num_warps=4, R=R, AP=AP, NARROW=narrow).launch((K, 1, 1), out, rows, stream(seed, offset))
+    want = noise.normal(seed, K, R, A, offset=offset, row_offset=first, dtype=torch.float64)
+    assert_near(out[:, :, :A], want, "normal", f"normals of seed {seed}, rows from {first}, offset {offset}")
+    assert out.isfinite().all()
+
+
+def test_normals_of_every_word():
+    """Radius, cosine and sine for all 2^23 values that a word can give."""
+    count = 1 << 23
+    words = torch.from_numpy((np.arange(count, dtype=np.uint32) << 9).view(np.int32)).to(DEVICE)
+    words |= 0x155  # the bits that do not count
+    radius, cosine, sine = (poisoned(count) for _ in range(3))
+    N = 1 << (16 if INTERPRETED else 10)
+    Kernel.of(_polar, num_warps=4, N=N).launch((count // N, 1, 1), words, radius, cosine, sine)
+    u = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    assert_near(radius, (u.log() * -2.0).sqrt(), "part", "radius")
+    assert_near(cosine, (2 * torch.pi * u).cos(), "part", "cosine")
+    assert_near(sine, (2 * torch.pi * u).sin(), "part", "sine")
+
+
+@pytest.mark.parametrize("offset", [0, 9, (1 << 32) - 1])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_uniform_is_the_noise_stream_exactly(seed, offset):
+    R = 64
+    out = poisoned(R)
+    Kernel.of(_uniform, num_warps=1, R=R).launch((1, 1, 1), out, torch.arange(R, device=DEVICE), stream(seed, offset))
+    want = noise.uniform(seed, R, offset=offset)
+    assert torch.equal(out.cpu().double(), want)
+
+
+@pytest.mark.parametrize("emulate", [True, False], ids=["emulated", "compiled"])
+def test_operand_is_rounded_to_nearest_even(emulate):
+    if INTERPRETED and not emulate:
+        pytest.skip("the interpreter's conversion to bfloat16 truncates; it needs a CUDA device")
+    generator = torch.Generator().manual_seed(0)
+    upper = torch.randint(-(1 << 15), 1 << 15, (1 << 14,), generator=generator) << 16
+    ties = torch.cat([upper + low for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)])
+    special = torch.tensor(
+        [0x7F800000, 0x7F800001, 0x7FFFFFFF, 0x7F7FFFFF, 0x7F7F8000, 0x7F7F7FFF, 0, 1, 0x8000, 0x8001]
+    )
+    anything = torch.randint(-(1 << 31), 1 << 31, (1 << 14,), generator=generator)
+    bits = torch.cat([ties, anything, special, special - (1 << 31)])
+    N = 1 << 10
+    x = torch.zeros(-(-bits.numel() // N) * N, device=DEVICE)
+    x[: bits.numel()] = bits.to(torch.int32).view(torch.float32).to(DEVICE)
+    out = poisoned(x.numel())
+    Kernel.of(_round, num_warps=4, N=N, BF16=True, EMULATE=emulate).launch((x.numel() // N, 1, 1), x, out)
+    torch.testing.assert_close(out, x.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(out.signbit()[~x.isnan()], x.signbit()[~x.isnan()])
+
+
+@pytest.mark.parametrize("emulate", [True, False])
+def test_float32_operand_is_left_alone(emulate):
+    x = torch.randn(1 << 10, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    out = poisoned(x.numel())
+    Kernel.of(_round, num_warps=4, N=1 << 10, BF16=False, EMULATE=emulate).launch((1, 1, 1), x, out)
+    assert torch.equal(out, x)
