@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import rivals
 import torch
-from rivals import COMPILED, EXPORTED, FLOPS, MISH_OP, A, LeanActor, S, T
+from rivals import COMPILED, EXPORTED, FLOPS, MISH_OP, A, S, T
 from torch import Tensor
 
 import dql
@@ -66,36 +66,25 @@ def _chain(contender: str, states: Tensor) -> tuple[Callable[..., Tensor], dict[
     )
 
 
-def _problem(B: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """States [B, S], noise [T, B, A], and the weights [B, A] of the loss: 0 where rounding decides on a clamp."""
-    generator = torch.Generator().manual_seed(B)
-    states = torch.randn(B, S, generator=generator).to(device)
-    noise = torch.randn(T, B, A, generator=generator).to(device)
-    weights = torch.randn(B, A, generator=generator).to(device)
-    with torch.no_grad():
-        _, predictions = LeanActor(rivals.published_actor(device)).chain(states, noise)
-    margin = (torch.stack(predictions).abs() - 1).abs().amin(dim=(0, 2))  # [B]
-    return states, noise, weights * (margin > rivals.CLAMP_MARGIN)[:, None]
-
-
 def _gradients(actions: Tensor, weights: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad((actions * weights).sum(), list(parameters.values()))
 
 
 def test_forward(B: int, contender: str, race, device) -> None:
-    states, noise, _ = _problem(B, device)
+    states, noise, _ = rivals.problem(B, device)
     published, _ = _chain("published", states)
     chain, _ = _chain(contender, states)
-    bf16 = contender.endswith("-bf16")
-    tolerance = rivals.TOLERANCES["bf16" if bf16 else "fp32"]
+    precision = rivals.precision_of(contender)
     with torch.no_grad():
-        error = rivals.check_elements(contender, "actions", chain(noise), published(noise), tolerance)
-        problem = f"sample B={B}, forward"
+        error = rivals.check_elements(
+            contender, "actions", chain(noise), published(noise), rivals.TOLERANCES[precision]
+        )
+        problem, bf16 = f"sample B={B}, forward", precision == "bf16"
         race(problem, contender, chain, published, worst_error=error, flops=FLOPS * B, bf16=bf16)
 
 
 def test_forward_backward(B: int, contender: str, race, device) -> None:
-    states, noise, weights = _problem(B, device)
+    states, noise, weights = rivals.problem(B, device)
     published, published_parameters = _chain("published", states)
     chain, parameters = _chain(contender, states)
     error = rivals.check_norms(

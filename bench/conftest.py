@@ -30,6 +30,7 @@ PICTURES = (".png", ".svg", ".pdf")
 _ROWS = pytest.StashKey[list[Row]]()
 _TABLES = pytest.StashKey[Tables]()
 _DEVICE = pytest.StashKey[torch.device]()
+_MACHINE = pytest.StashKey[dict[str, Any]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,11 +38,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cpu", help="cpu (default), cuda, cuda:1, ..., or auto: cuda if there is one")
     group.addoption("--short", action="store_true", help="B = 1 and 256, few rounds, fewer rivals")
     group.addoption("--bench-json", metavar="PATH", type=Path, help="write times, ratios and the machine to PATH")
+    group.addoption(
+        "--compile-sizes", default="1,256,2500", help="B that bench_gpu.py compiles rivals for, all or none"
+    )
     group.addoption("--histogram", metavar="PATH", type=Path, help="draw the control loop's latencies (png, svg, pdf)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_ROWS], config.stash[_TABLES] = [], {}
+    config.stash[_ROWS], config.stash[_TABLES], config.stash[_MACHINE] = [], {}, {}
     config.stash[_DEVICE] = _find_device(config.getoption("device"))
     picture = config.getoption("histogram")
     if picture is not None and picture.suffix not in PICTURES:
@@ -67,6 +71,7 @@ def _find_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise pytest.UsageError(f"--device must be cpu, cuda, cuda:N or auto, got {name!r}")
     if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)  # as tensors name theirs
         torch.cuda.set_device(device)  # what `synchronize` waits for
     return device
 
@@ -206,14 +211,23 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         rows.write_rows(config.stash[_ROWS], terminalreporter.write_line)
 
 
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    _write_report(item.config, None)  # of a run that is killed, what it measured so far is there
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    config = session.config
+    _write_report(session.config, int(exitstatus))
+
+
+def _write_report(config: pytest.Config, exit_status: int | None) -> None:
     path = config.getoption("bench_json")
     if path is None:
         return
-    report = rows.machine(config.stash[_DEVICE], config.getoption("benchmark_timer")) | {
+    if not config.stash[_MACHINE]:
+        config.stash[_MACHINE] = rows.machine(config.stash[_DEVICE], config.getoption("benchmark_timer"))
+    report = config.stash[_MACHINE] | {
         "short": config.getoption("short"),
-        "exit_status": int(exitstatus),
+        "exit_status": exit_status,
         "rows": rows.row_reports(config.stash[_ROWS]),
         "tables": config.stash[_TABLES],
     }

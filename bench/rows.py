@@ -168,6 +168,7 @@ def machine(device: torch.device, timer: object) -> dict[str, Any]:
         "uncommitted_changes": None if commit is None else bool(_output("git", "status", "--porcelain")),
         "device": device.type,
         "device_name": device_name(device),
+        "gpu": _gpu(device),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         if device.type == "cuda"
         else None,
@@ -178,6 +179,7 @@ def machine(device: torch.device, timer: object) -> dict[str, Any]:
         "timer": str(timer),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
         "cuda": torch.version.cuda,
         "numpy": np.__version__,
         "onnxruntime": _version("onnxruntime"),
@@ -190,6 +192,18 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _gpu(device: torch.device) -> dict[str, Any] | None:
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "l2_mib": round(properties.L2_cache_size / 2**20, 1),
+    }
 
 
 def device_name(device: torch.device) -> str:

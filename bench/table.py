@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+GPU_TITLE = "device time and whole-call time on a GPU"
+MATMUL_TITLE = "matrix product 4096 x 4096 x 4096"
 
 
 def time(us: float) -> str:
@@ -73,6 +75,45 @@ def ceiling_table(rows: list[Row]) -> str:
     return _markdown(lines)
 
 
+def gpu_table(rows: list[Row]) -> str:
+    """A table a problem: the device's time of the work, the host's of a call, and both against the graphed rival.
+
+    Times are medians, with the 10th and 90th percentile. The rival is the lean chain under torch.compile, replayed as a
+    CUDA graph, at the same B: the one in bf16 for what computes in bf16, where there is one, else the float32 one.
+    """
+    parts = []
+    for problem in dict.fromkeys(row["problem"] for row in rows):
+        group = [row for row in rows if row["problem"] == problem]
+        title = "device", "whole call", "million rows/s", "TFLOP/s", "of a matrix product"
+        lines = [["B", problem, *title, "times faster than compile + graph: device", "... whole call"]]
+        for row in group:
+            rival = _graphed_rival(row, group)
+            ratios = [f"{_median(rival, key) / _median(row, key):.2f}x" if rival else "" for key in _TIMES]
+            name = row["contender"] + {"graph": "", "profiler": " (kernels alone)"}[row["device_method"]]
+            rates = f"{row['rows_per_s'] / 1e6:.3g}", f"{row['tflops']:.3g}", f"{100 * row['of_matmul']:.2g}%"
+            lines.append([f"{row['B']:,}", name, *(_spread(row[key]) for key in _TIMES), *rates, *ratios])
+        parts.append(_markdown(lines))
+    return "\n\n".join(parts)
+
+
+_TIMES = ("device_us", "call_us")
+
+
+def _graphed_rival(row: Row, group: list[Row]) -> Row | None:
+    names = ["compile-lean-bf16+graph"] * (row["precision"] == "bf16") + ["compile-lean+graph"]
+    found = (r for name in names for r in group if r["contender"] == name and r["B"] == row["B"])
+    return next(found, None)
+
+
+def _median(row: Row, key: str) -> float:
+    return row[key][1]
+
+
+def _spread(times: list[float]) -> str:
+    low, median, high = times
+    return f"{time(median)} ({time(low)} to {time(high)})"
+
+
 def further_table(rows: list[Row]) -> str:
     """A table that is no race with the published code, its columns as they were recorded."""
     return _markdown([[name.replace("_", " ") for name in rows[0]], *([*map(_text, row.values())] for row in rows)])
@@ -95,7 +136,8 @@ def tables(report: dict[str, Any]) -> str:
     """All of a report's tables."""
     rows = report["rows"]
     parts = [race_table(rows), ceiling_table(rows)]
-    parts += [f"{title}:\n\n{further_table(table)}" for title, table in report.get("tables", {}).items()]
+    for title, table in report.get("tables", {}).items():
+        parts.append(f"{title}:\n\n{gpu_table(table) if title == GPU_TITLE else further_table(table)}")
     return "\n\n".join(part for part in parts if part)
 
 

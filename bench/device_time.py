@@ -1,0 +1,155 @@
+"""Device time of a call, apart from what the host spends on it, and what a matrix product reaches on that device.
+
+A CUDA graph of a few calls is replayed between two events: launches cost next to nothing then, kernels follow each
+other as closely as the device can start them, and what remains is the device's own time. Code that makes the host
+wait cannot be captured; of that the profiler adds up the kernels, which leaves out the gaps between them. Each result
+says which of the two it is. The caches stay warm: a policy's weights are in L2 in a control loop, too.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+WARM_SECONDS = 0.05  # of replays before the first sample: an idle GPU's clocks are low
+SECONDS = 0.2  # of samples
+SAMPLE_SECONDS = 2e-3  # of one sample at least, by several calls; events tick in half a microsecond
+MIN_SAMPLES, MAX_SAMPLES = 10, 200
+MAX_CALLS = 20  # in one graph
+MATMUL_SIZE = 4096
+PRODUCTS = ("fp32", "tf32", "bf16")
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class DeviceTime:
+    """Samples of one call's device time.
+
+    Attributes:
+        seconds: a call's, one of each sample.
+        method: "graph" (replays, gaps between kernels included) or "profiler" (the kernels' own time added up).
+        calls: in one sample.
+        reason: why no graph was taken; None if one was.
+    """
+
+    seconds: list[float]
+    method: str
+    calls: int
+    reason: str | None = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def spread(seconds: list[float]) -> tuple[float, float, float]:
+    """(p10, median, p90)."""
+    deciles = statistics.quantiles(seconds, n=10)
+    return deciles[0], statistics.median(seconds), deciles[-1]
+
+
+def device_time(call: Call, no_graph: str | None = None) -> DeviceTime:
+    """How long the device works on `call`.
+
+    Args:
+        call: queues work on the current stream.
+        no_graph: why it cannot be captured, where that is known; then the profiler is asked.
+    """
+    if no_graph is not None:
+        return _profiled(call, no_graph)
+    try:
+        once = capture(call)
+    except RuntimeError as error:  # what torch raises of CUDA is one
+        _mend_after_capture()
+        return _profiled(call, str(error).strip().splitlines()[0])
+    cost = _replay(once)
+    calls = max(1, min(int(SAMPLE_SECONDS / cost), MAX_CALLS))
+    graph = once if calls == 1 else capture(call, calls)
+    stop = time.perf_counter() + WARM_SECONDS
+    while time.perf_counter() < stop:
+        _replay(graph)
+    samples = max(MIN_SAMPLES, min(int(SECONDS / _replay(graph)), MAX_SAMPLES))
+    return DeviceTime([_replay(graph) / calls for _ in range(samples)], "graph", calls)
+
+
+def capture(call: Call, calls: int = 1) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of that many calls, after a few outside it: kernels are loaded and compiled there.
+
+    Raises:
+        RuntimeError: the call does what a capture forbids, such as waiting for the device.
+    """
+    current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    current.wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    return graph
+
+
+def _replay(graph: torch.cuda.CUDAGraph) -> float:
+    """Seconds of the device."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3
+
+
+def _mend_after_capture() -> None:
+    """After a failed capture torch stays on its stream, and its generator believes that one is under way."""
+    torch.cuda.set_stream(torch.cuda.default_stream())
+    device = torch.cuda.current_device()
+    fresh = torch.Generator(device=f"cuda:{device}")
+    fresh.manual_seed(0)
+    torch.cuda.default_generators[device].graphsafe_set_state(fresh.graphsafe_get_state())
+    torch.cuda.synchronize()
+
+
+def _profiled(call: Call, reason: str) -> DeviceTime:
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    calls = max(1, min(int(SAMPLE_SECONDS / (time.perf_counter() - start)), MAX_CALLS))
+    samples = []
+    for i in range(MIN_SAMPLES + 1):
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            for _ in range(calls):
+                call()
+            torch.cuda.synchronize()
+        kernels = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+        if i > 0:  # the first profile also starts the profiler
+            samples.append(sum(event.self_device_time_total for event in kernels) * 1e-6 / calls)
+    return DeviceTime(samples, "profiler", calls, reason)
+
+
+def matmul_flops(precision: str, device: torch.device) -> tuple[float, DeviceTime]:
+    """(FLOP/s of torch's product of two square matrices of random numbers, the times it comes from)."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+
+    def product() -> Tensor:
+        return torch.mm(a, b, out=out)
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        measured = device_time(product)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return 2 * MATMUL_SIZE**3 / measured.median, measured

@@ -1,0 +1,259 @@
+"""The backend "triton" on a real GPU: every case, at every precision, at large sizes, in training.
+
+It skips without a GPU. `bench/gpu.sh tests` runs it where there is one; nothing is timed there while it is red.
+"""
+
+import math
+from dataclasses import replace
+from statistics import geometric_mean
+
+import pytest
+import torch
+import transcription
+from cases import (
+    CASES,
+    TOLERANCES,
+    Case,
+    assert_all_close,
+    assert_close,
+    error,
+    expected,
+    make_problem,
+    named_gradients,
+    plain_chain,
+)
+from cpp_cases import A, make_critic
+from cpp_cases import S as STATE_DIM
+from gpu_cases import (
+    PRECISIONS,
+    SEED,
+    SMOOTH,
+    gpu_policy,
+    gpu_states,
+    gradients,
+    needs_gpu,
+    norm_error,
+    poisoned,
+    run_on_gpu,
+    same_bits,
+    sample,
+)
+from test_agent import CONFIG, as_dict, hyper, initial_state, make_batch, networks, randomness
+
+import dql
+
+pytestmark = needs_gpu
+
+Tensor = torch.Tensor
+# Of whole tensors, relative to their norm. A chain in float64 with bf16 operands (`plain_chain`) has the same kind of
+# error as the kernel, which rounds in more places: its edge layers and its backward pass. tf32 has 3 bits more.
+REDUCED = {
+    # precision: (times that chain's error, plus)
+    "tf32": (1.0, 5e-3),
+    "bf16": (4.0, 3e-2),
+}
+REDUCED_ACTIONS = {"tf32": 1e-2, "bf16": TOLERANCES["bf16 in all"].rel}
+
+
+@pytest.fixture(autouse=True)
+def _poisoned():
+    with poisoned():
+        yield
+
+
+# Values and gradients
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fp32(case):
+    """Of few rows, one near an extremum decides on the error: the CPU's float32 is 5 times eager's in two cases."""
+    got, eager, want = run_on_gpu(case, "triton"), run_on_gpu(case, "eager"), expected(case)
+    assert_all_close(got, want, TOLERANCES["float32"], case=case, backend="triton")
+    for name in want:
+        mine, other = norm_error(got[name], want[name]), norm_error(eager[name], want[name])
+        allowed = 10 * other + TOLERANCES["float32 yardstick"].rel
+        assert mine <= allowed, f"{name} in case {case}: error {mine:.3g}, eager float32 torch has {other:.3g}"
+
+
+def test_fp32_is_as_exact_as_eager_torch():
+    """Within twice its error against float64, over the cases that are large enough to say; the CPU's is 1.3 times."""
+    ratios = {}
+    for case in (c for c in CASES if c.rows >= 1000 or c.H == 256):
+        want = expected(case)
+        mine, eager = (
+            math.hypot(*(norm_error(got[name], want[name]) for name in want))
+            for got in (run_on_gpu(case, "triton"), run_on_gpu(case, "eager"))
+        )
+        ratios[str(case)] = mine / eager
+    assert geometric_mean(ratios.values()) <= 2, ratios
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_reduced_precisions_actions(case, precision):
+    got, want = run_on_gpu(case, "triton", precision)["actions"], expected(case)["actions"]
+    assert got.isfinite().all()
+    assert norm_error(got, want) <= REDUCED_ACTIONS[precision], f"case {case}"
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+@pytest.mark.parametrize("case", [c for c in CASES if c.activation != "relu"], ids=str)
+def test_reduced_precisions_gradients(case, precision):
+    case = replace(case, max_action=SMOOTH)
+    got, want = run_on_gpu(case, "triton", precision), expected(case)
+    problem = make_problem(case, torch.float64)
+    problem.states.requires_grad_(True)
+    rounded = named_gradients(problem, plain_chain(problem, precision="bf16"), problem.states)
+    factor, more = REDUCED[precision]
+    for name in want:
+        mine, other = norm_error(got[name], want[name]), norm_error(rounded[name], want[name])
+        assert mine <= factor * other + more, (
+            f"{name} in case {case}, {precision}: error {mine:.3g}, a chain with bf16 operands has {other:.3g}"
+        )
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_a_reduced_precision_is_one(precision):
+    case = Case(B=37, S=11, A=3, K=5, H=256, max_action=2.5)
+    fp32, reduced = (run_on_gpu(case, "triton", p)["actions"] for p in ("fp32", precision))
+    assert error(reduced, fp32) > 1e-5
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("N", [None, 7])
+def test_the_same_seed_gives_the_same_actions_as_eager(seed, N):
+    policy, states = gpu_policy(), gpu_states(50)
+    with torch.no_grad():
+        got, want = (
+            sample(states, policy, seed=seed, num_candidates=N, backend=backend) for backend in ("triton", "eager")
+        )
+    assert_close(got, want, TOLERANCES["float32"], what="actions", case=f"seed {seed}, N={N}", backend="triton")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_select_takes_what_eager_takes(precision):
+    policy, critic, states = gpu_policy(), make_critic().to("cuda"), gpu_states(50)
+    want = dql.select(states, policy, critic, seed=SEED, backend="eager")
+    got = dql.select(states, policy, critic, seed=SEED, backend="triton", precision=precision)
+    # where a draw falls within rounding of two candidates' border either may be taken
+    same = (got - want).abs().amax(dim=1) < {"fp32": 1e-3, "tf32": 1e-2, "bf16": 1e-1}[precision]
+    assert int(same.sum()) >= {"fp32": 49, "tf32": 45, "bf16": 35}[precision]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_row_does_not_depend_on_the_others(precision):
+    policy, states = gpu_policy(), gpu_states(40)
+    noise = torch.randn(5, 40, A, device="cuda")
+
+    def run(states: Tensor, rows: slice = slice(None)) -> Tensor:
+        with torch.no_grad():
+            return sample(states[rows], policy, seed=None, noise=noise[:, rows], precision=precision)
+
+    actions = run(states)
+    others = states.clone()
+    others[:20].normal_()
+    assert torch.equal(run(others)[20:], actions[20:])  # the same tiles
+    tolerance = TOLERANCES["rows" if precision == "fp32" else "bf16"]
+    for B in (1, 2, 7, 15, 16, 17, 31, 33, 39):
+        for rows in (slice(0, B), slice(40 - B, 40)):
+            assert_close(run(states, rows), actions[rows], tolerance, what="actions", case=f"rows {rows}")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_gradients_are_the_same_bits_each_time(precision):
+    policy, states = gpu_policy(), gpu_states(1000)
+    first = gradients(states, policy, precision=precision)
+    for _ in range(5):
+        assert same_bits(gradients(states, policy, precision=precision), first)
+
+
+def test_odd_inputs():
+    policy, states = gpu_policy(), gpu_states(21)
+    wide = torch.full((21, 2 * STATE_DIM), float("nan"), device="cuda")
+    wide[:, ::2] = states
+    assert torch.equal(sample(wide[:, ::2], policy), sample(states, policy))
+    offset = torch.empty(21 * STATE_DIM + 1, device="cuda")[1:].view(21, STATE_DIM).copy_(states)  # 4 bytes off
+    assert torch.equal(sample(offset, policy), sample(states, policy))
+    assert sample(states[:0], policy).shape == (0, A)
+    states[20, 1] = float("nan")
+    with pytest.raises(ValueError, match="row 20, column 1"):
+        sample(states, policy)
+
+
+# Size
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_million_rows(precision):
+    B, S, A = 1 << 20, 17, 6
+    torch.manual_seed(0)
+    policy = dql.DiffusionPolicy(S, A).to("cuda")
+    states, noise = torch.randn(B, S, device="cuda"), torch.randn(5, B, A, device="cuda")
+    rows = torch.tensor([0, 1, 65535, 65536, B // 2, B - 17, B - 1], device="cuda")
+    last = dql.noise.normal(SEED, 5, 100, A, row_offset=B - 100, device="cuda")
+    with torch.no_grad():
+        given = sample(states, policy, seed=None, noise=noise, precision=precision)
+        alone = sample(states[rows], policy, seed=None, noise=noise[:, rows].contiguous(), precision=precision)
+        drawn = sample(states, policy, precision=precision)
+        end = sample(states[-100:], policy, seed=None, noise=last.contiguous(), precision=precision)
+    assert given.isfinite().all() and drawn.isfinite().all()
+    assert_close(given[rows], alone, TOLERANCES["rows" if precision == "fp32" else "bf16"], what="given noise")
+    assert_close(drawn[-100:], end, TOLERANCES["float32" if precision == "fp32" else "bf16"], what="drawn noise")
+
+
+def test_offsets_beyond_32_bits():
+    """K * R * H is 2.7e9 in each layer's activations. Only the last rows count in the loss."""
+    B, H, few = 1 << 20, 512, 64
+    needed, free = 60 << 30, torch.cuda.mem_get_info()[0]
+    if free < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of GPU memory, {free >> 30} are free")
+    torch.manual_seed(0)
+    policy = dql.DiffusionPolicy(STATE_DIM, A, SMOOTH, hidden_dim=H, num_hidden=2).to("cuda")
+    states, noise = torch.randn(B, STATE_DIM, device="cuda"), torch.randn(5, B, A, device="cuda")
+
+    def run(states: Tensor, noise: Tensor) -> list[Tensor]:
+        inputs = states.clone().requires_grad_()
+        actions = sample(inputs, policy, seed=None, noise=noise, precision="bf16")
+        weights = torch.zeros_like(actions)
+        weights[-few:] = 1
+        d_states, *d_parameters = torch.autograd.grad(actions, [inputs, *policy.denoiser.parameters()], weights)
+        assert not d_states[:-few].any()
+        return [actions.detach()[-few:], d_states[-few:], *d_parameters]
+
+    got, want = run(states, noise), run(states[-few:], noise[:, -few:].contiguous())
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
+        assert norm_error(g, w) <= TOLERANCES["bf16"].rel, f"tensor {i}"
+
+
+# Training
+
+
+@pytest.mark.parametrize("options", [{}, {"max_q_backup": True, "backup_candidates": 4}], ids=["plain", "max_q_backup"])
+def test_updates_follow_the_transcription(options):
+    """As `test_agent.test_float32_follows_to_its_rounding`."""
+    config = replace(CONFIG, hidden_dim=32, backend="triton", **options)
+    agent = dql.DiffusionQL(5, 3, config, device="cuda")
+    state, h = initial_state(agent), hyper(config)
+    state = {k: {n: t.cpu() for n, t in v.items()} if isinstance(v, dict) else v for k, v in state.items()}
+    for step in range(10):
+        metrics = agent.update(make_batch(step, torch.float32).to("cuda"))
+        state = transcription.update(state, as_dict(make_batch(step)), randomness(config, step), h)
+        for name, key in {"critic/loss": "critic_loss", "actor/bc_loss": "bc_loss", "actor/q_loss": "q_loss"}.items():
+            want = torch.tensor(state["metrics"][key], dtype=torch.float64)
+            assert_close(metrics[name], want, TOLERANCES["agent float32"], what=name, case=f"update {step}")
+    for network, tensors in networks(agent).items():
+        errors = torch.cat([(t.cpu().double() - state[network][k]).abs().flatten() for k, t in tensors.items()])
+        lr = config.critic_lr if network.startswith("critic") else config.lr
+        assert float(errors.max()) <= 10 * 2 * lr, network
+        assert float(errors.quantile(0.99)) <= 0.01 * lr, network
+
+
+def test_an_update_never_waits():
+    agent = dql.DiffusionQL(5, 3, replace(CONFIG, hidden_dim=32, backend="triton"), device="cuda")
+    batch = make_batch(0, torch.float32).to("cuda")
+    agent.update(batch)  # compiles, and makes tables
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        agent.update(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
