@@ -68,6 +68,10 @@ class Backend(ABC):
 
     name: str
 
+    def only_by_name(self) -> str | None:
+        """Why "auto" must not take it here although it can run, or None."""
+        return None
+
     @abstractmethod
     def check(self, chain: Chain | None = None) -> str | None:
         """None if this backend can run `chain` (or, without one, anything at all) here; else reason and remedy."""
@@ -215,9 +219,9 @@ def pick(name: str, chain: Chain) -> Backend:
     """
     if name == "auto":
         for backend in _REGISTRY.values():
-            if backend.check(chain) is None:
+            if backend.check(chain) is None and backend.only_by_name() is None:
                 return backend
-        reasons = "; ".join(f"{b.name}: {b.check(chain)}" for b in _REGISTRY.values())
+        reasons = "; ".join(f"{b.name}: {b.check(chain) or b.only_by_name()}" for b in _REGISTRY.values())
         raise BackendUnavailable(f"no backend can run this problem: {reasons}")
     check_name(name)
     backend = _REGISTRY[name]

@@ -1,4 +1,4 @@
-"""The command line: `dql demo | data | train | eval | export | kernels | doctor`."""
+"""The command line: `dql demo | data | train | eval | export | kernels | bench | doctor`."""
 
 import contextlib
 import io
@@ -364,13 +364,62 @@ def kernels(
 
     Args:
         arch: Architectures, joined by commas: sm_80, sm_86, sm_89, sm_90, sm_100, sm_120.
-        only: Glob that a kernel's label must match, e.g. "chain_fwd bf16*".
+        only: Globs, separated by commas, of which a kernel's label must match one, e.g. "chain_fwd bf16*".
         jobs: Compile in this many processes; by default one a core.
         as_json: Print JSON.
     """
     from dql.kernel_table import kernels as run_kernels
 
     return run_kernels(arch, only=only, jobs=jobs, as_json=as_json)
+
+
+def bench_tune(
+    hidden_dim: int = 256,
+    state_dim: int = 17,
+    action_dim: int = 6,
+    num_hidden: int = 3,
+    rows: str = "1,256,2560,65536",
+    precision: str = "fp32,bf16",
+    kinds: str = "forward,saving,backward",
+    steps: int = 5,
+    seconds: float = 2.0,
+    arch: str | None = None,
+    jobs: int | None = None,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    dry_run: bool = False,
+) -> int:
+    """Measure how the Triton kernels are best laid on the GPU here, and keep that for processes that start later.
+
+    Args:
+        hidden_dim: Of the policy.
+        state_dim: Of the policy.
+        action_dim: Of the policy.
+        num_hidden: Hidden layers of the policy.
+        rows: Actions a call, joined by commas; each stands for all numbers up to the next power of two.
+        precision: fp32 (serves tf32 too) and bf16, joined by commas.
+        kinds: forward, saving (forward that a backward pass follows) and backward, joined by commas.
+        steps: Diffusion steps.
+        seconds: Measure each shape about this long.
+        arch: With --dry-run, the architecture: sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120.
+        jobs: Compile in this many processes; by default one a core.
+        as_json: Print JSON.
+        dry_run: Compile and list the candidates, without a GPU; measure nothing.
+    """
+    from dql.kernels.layout import DenoiserSpec
+    from dql.tune import tune
+
+    return tune(
+        spec=DenoiserSpec(state_dim, action_dim, hidden_dim, num_hidden),
+        rows=rows,
+        precision=precision,
+        kinds=kinds,
+        steps=steps,
+        seconds=seconds,
+        arch=arch,
+        jobs=jobs,
+        as_json=as_json,
+        dry_run=dry_run,
+    )
 
 
 def doctor(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> int:
@@ -407,6 +456,7 @@ def doctor(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> int:
 
 
 _DATA: dict[str, Callable[..., Any]] = {"list": data_list, "info": data_info, "make": data_make}
+_BENCH: dict[str, Callable[..., Any]] = {"tune": bench_tune}
 _COMMANDS: dict[str, Callable[..., int]] = {
     "demo": demo,
     "eval": evaluate,
@@ -422,6 +472,7 @@ _HELP = """usage: dql COMMAND ...
   eval     RUN: roll out its checkpoints
   export   RUN: its policy as one ONNX file
   kernels  what the compiler makes of the Triton kernels, per architecture, without a GPU
+  bench    tune: measures the best layout of the kernels on this GPU, and keeps it
   doctor   versions, hardware, backends
 
 dql COMMAND --help tells more."""
@@ -441,9 +492,11 @@ def _dispatch(arguments: list[str]) -> int:
         return train(rest)
     if command == "data":
         return tyro.extras.subcommand_cli_from_dict(_DATA, args=rest, prog="dql data")
+    if command == "bench":
+        return tyro.extras.subcommand_cli_from_dict(_BENCH, args=rest, prog="dql bench")
     if command in _COMMANDS:
         return tyro.cli(_COMMANDS[command], args=rest, prog=f"dql {command}")
-    raise ValueError(f"unknown command {command!r}; dql has demo, data, train, eval, export, kernels and doctor")
+    raise ValueError(f"unknown command {command!r}; dql has demo, data, train, eval, export, kernels, bench and doctor")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from dql.backends import Backend, Chain, timestep_embedding
-from dql.kernels import native
+from dql.kernels import limits, native
 from dql.networks import FlatModule, TwinCritic
 from dql.schedule import StepTable
 
@@ -36,11 +36,7 @@ class CppBackend(Backend):
                 return "precision='bf16' needs a CPU with AVX512_BF16, which this one has not; use precision='fp32'"
         if (limit := too_large(chain)) is not None:
             return f"{limit}; use backend='eager'"
-        if len(chain.states) * chain.candidates > native.MAX_ROWS:
-            return f"it takes up to {native.MAX_ROWS:,} rows a call; split the states"
-        if chain.table.num_steps > native.MAX_STEPS:
-            return f"it runs up to {native.MAX_STEPS} steps, not {chain.table.num_steps}; use backend='eager'"
-        return None
+        return limits.too_many(len(chain.states) * chain.candidates, chain.table.num_steps)
 
     def forward(self, chain: Chain, save: bool) -> tuple[Tensor, Any]:
         assert isinstance(chain.seed, int)  # a tensor's are chains of a GPU
@@ -110,10 +106,10 @@ def _noise_version(chain: Chain) -> int | None:
 
 
 def too_large(owner: Chain | FlatModule) -> str | None:
-    """`native.too_large` of a chain's denoiser or of a module, looked at once."""
+    """`limits.too_large` of a chain's denoiser or of a module, looked at once."""
     limit = owner.kept.get("cpp limit", "")
     if limit == "":
-        limit = owner.kept["cpp limit"] = native.too_large(owner.spec)
+        limit = owner.kept["cpp limit"] = limits.too_large(owner.spec)
     return limit
 
 

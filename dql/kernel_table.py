@@ -37,7 +37,7 @@ def kernels(arch: str, *, only: str = "*", jobs: int | None = None, as_json: boo
 
     Args:
         arch: names of architectures, joined by commas.
-        only: glob that labels must match.
+        only: globs, separated by commas, of which a label must match one.
         jobs: processes; by default one a core.
         as_json: print a JSON list.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dql.backends import Backend, Chain, timestep_embedding
-from dql.kernels import native, packing
+from dql.kernels import limits, native
 from dql.networks import TwinCritic
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dql.kernels.twin_critic import CriticRunner
 
 Tensor = torch.Tensor
+_MAX_TIME_DIM = 64
 
 
 @cache
@@ -40,9 +41,12 @@ class TritonBackend(Backend):
 
     name = "triton"
 
+    def only_by_name(self) -> str | None:
+        return "it is interpreted (TRITON_INTERPRET=1), for tests: name it" if interpreted() else None
+
     def check(self, chain: Chain | None = None) -> str | None:
         if not _installed():
-            return "Triton is not installed; pip install triton (Linux only)"
+            return 'Triton is not installed; pip install -e ".[triton]" (Linux only; torch builds for CUDA bring it)'
         if not interpreted() and not torch.cuda.is_available():
             return "no CUDA device: torch.cuda.is_available() is False; see `dql doctor`"
         if chain is None:
@@ -59,13 +63,9 @@ class TritonBackend(Backend):
             return (
                 f"it takes float32 parameters and this policy is {flat.dtype}; convert it with policy.to(torch.float32)"
             )
-        if (limit := packing.too_large(chain.spec)) is not None:
+        if (limit := limits.too_large(chain.spec, _MAX_TIME_DIM)) is not None:
             return f"{limit}; use backend='eager'"
-        if len(chain.states) * chain.candidates > packing.MAX_ROWS:
-            return f"it takes up to {packing.MAX_ROWS:,} rows a call; split the states"
-        if chain.table.num_steps > packing.MAX_STEPS:
-            return f"it runs up to {packing.MAX_STEPS} steps, not {chain.table.num_steps}; use backend='eager'"
-        return None
+        return limits.too_many(len(chain.states) * chain.candidates, chain.table.num_steps)
 
     def forward(self, chain: Chain, save: bool) -> tuple[Tensor, Any]:
         noise = None if chain.noise is None else chain.noise.contiguous()
@@ -90,7 +90,7 @@ class TritonBackend(Backend):
         return _Prepared(chain, places, held).run
 
     def critic(self, critic: TwinCritic) -> "CriticRunner | None":
-        if packing.too_large(critic.spec) is not None or critic.buffer.dtype is not torch.float32:
+        if limits.too_large(critic.spec) is not None or critic.buffer.dtype is not torch.float32:
             return None
         if not (critic.buffer.is_cpu if interpreted() else critic.buffer.is_cuda):
             return None
@@ -99,7 +99,7 @@ class TritonBackend(Backend):
     def select(self, chain: Chain, critic: TwinCritic, draw_seed: int | Tensor) -> Tensor | None:
         from dql.kernels import twin_critic
 
-        if packing.too_large(critic.spec) is not None:
+        if limits.too_large(critic.spec) is not None:
             return None  # the chain runs here, this critic in torch
         noise = None if chain.noise is None else chain.noise.contiguous()
         with _on(chain.flat):
@@ -129,6 +129,8 @@ class _Prepared:
         fits = states.dtype is actions.dtype is torch.float32 and states.device == self.flat.device
         if not fits or not states.is_contiguous() or states.dim() != 2 or states.shape[1] != self.S or not len(states):
             return False
+        if self.flat.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False  # looking at the states would wait for them
         if not native.intact(self.places, self.held, self.base) or not math.isfinite(states.sum().item()):
             return False
         B = len(states)

@@ -296,7 +296,7 @@ def examine_all(
 
     Args:
         architectures: keys of ARCHITECTURES.
-        only: glob that labels must match.
+        only: globs, separated by commas, of which a label must match one.
         jobs: processes; by default one a core.
         progress: called with (done, of how many, label).
         listing: module with `every_kernel(arch) -> Iterator[tuple[str, Kernel]]`.
@@ -311,7 +311,7 @@ def examine_all(
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
     try:
         labels = [(arch, label) for arch in architectures for label in pool.submit(_labels, listing, arch).result()]
-        chosen = [(arch, label) for arch, label in labels if fnmatchcase(label, only)]
+        chosen = [(arch, label) for arch, label in labels if _matches(label, only)]
         if not chosen:
             known = sorted({label for _, label in labels})
             raise ValueError(f"no kernel's label matches {only!r}; there are {len(known)}, such as {known[:3]}")
@@ -328,6 +328,10 @@ def examine_all(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _matches(label: str, only: str) -> bool:
+    return any(fnmatchcase(label, glob.strip()) for glob in only.split(","))
 
 
 def _start_worker() -> None:

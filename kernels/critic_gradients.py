@@ -256,6 +256,7 @@ def critic_products_kernel(spec: CriticSpec, precision: str, with_parameters: bo
     return Kernel.of(
         _critic_products,
         num_warps=4,
+        max_registers=255,
         P=spec.layout.size,
         APART=first_layer(spec, 1).states - first.states,
         S=spec.state_dim,

@@ -34,10 +34,19 @@ class Kernel:
     constants: tuple[tuple[str, Any], ...]
     num_warps: int
     num_stages: int = 1
+    max_registers: int | None = None  # a thread; ptxas told nothing may spill for the sake of more blocks
 
     @classmethod
-    def of(cls, function: Any, *, num_warps: int, num_stages: int = 1, **constants: Any) -> "Kernel":
-        return cls(function, tuple(constants.items()), num_warps, num_stages)
+    def of(
+        cls,
+        function: Any,
+        *,
+        num_warps: int,
+        num_stages: int = 1,
+        max_registers: int | None = None,
+        **constants: Any,
+    ) -> "Kernel":
+        return cls(function, tuple(constants.items()), num_warps, num_stages, max_registers)
 
     @property
     def name(self) -> str:
@@ -73,9 +82,9 @@ class Kernel:
             raise RuntimeError("nothing is compiled under TRITON_INTERPRET=1; unset it")
         types, aligned = self.signature()
         source = ASTSource(self.function, types, dict(self.constants), aligned)
-        # Told nothing, ptxas may take 40 registers and spill for the sake of more blocks.
-        registers = min(255, 65536 // (32 * self.num_warps))
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": registers}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.max_registers is not None:
+            options["maxnreg"] = self.max_registers
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
     def launch(self, grid: Grid, *arguments: Any) -> None:

@@ -37,8 +37,6 @@ def _use_exchange() -> bool:
 
 
 HAS_EXCHANGE = _use_exchange()
-MAX_STATE_DIM, MAX_ACTION_DIM, MAX_HIDDEN_DIM, MAX_STEPS, MAX_ROWS = 512, 64, 512, 1000, 1 << 30
-HIDDEN_LAYERS = (2, 4)
 
 
 def unavailable() -> str | None:
@@ -73,20 +71,6 @@ def forced(variant: str) -> Iterator[None]:
         yield
     finally:
         _native.force("")
-
-
-def too_large(spec: DenoiserSpec | CriticSpec) -> str | None:
-    """None if the kernels take a network of these sizes, else the limit that it breaks."""
-    low, high = HIDDEN_LAYERS
-    for name, value, least, most in (
-        ("state_dim", spec.state_dim, 1, MAX_STATE_DIM),
-        ("action_dim", spec.action_dim, 1, MAX_ACTION_DIM),
-        ("hidden_dim", spec.hidden_dim, 1, MAX_HIDDEN_DIM),
-        ("num_hidden", spec.num_hidden, low, high),
-    ):
-        if not least <= value <= most:
-            return f"it takes {name} from {least} to {most}, and this network has {value}"
-    return None
 
 
 class Network:

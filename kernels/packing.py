@@ -22,30 +22,11 @@ import torch.nn.functional as F
 from .layout import CriticSpec, DenoiserSpec, hidden_names
 
 Tensor = torch.Tensor
-MAX_STATE_DIM, MAX_ACTION_DIM, MAX_HIDDEN_DIM, MAX_TIME_DIM, MAX_STEPS, MAX_ROWS = 512, 64, 512, 64, 1000, 1 << 30
-HIDDEN_LAYERS = (2, 4)
 
 
 def rounded(n: int) -> int:
     """The power of two from 16 up that a size is padded to: what Triton's tiles and the tensor cores take."""
     return max(16, 1 << (n - 1).bit_length())
-
-
-def too_large(spec: DenoiserSpec | CriticSpec) -> str | None:
-    """None if the kernels take a network of these sizes, else the limit that it breaks."""
-    low, high = HIDDEN_LAYERS
-    sizes = [
-        ("state_dim", spec.state_dim, 1, MAX_STATE_DIM),
-        ("action_dim", spec.action_dim, 1, MAX_ACTION_DIM),
-        ("hidden_dim", spec.hidden_dim, 1, MAX_HIDDEN_DIM),
-        ("num_hidden", spec.num_hidden, low, high),
-    ]
-    if isinstance(spec, DenoiserSpec):
-        sizes.append(("time_dim", spec.time_dim, 4, MAX_TIME_DIM))
-    for name, value, least, most in sizes:
-        if not least <= value <= most:
-            return f"it takes {name} from {least} to {most}, and this network has {value}"
-    return None
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,27 @@ A program of ROWS rows streams every weight once a step from the L2 cache, whate
   are also what Hopper's and Blackwell's large products want.
 
 What fits was found by compiling for sm_80, 90, 100 and 120 (`dql kernels`): shared memory under the architecture's
-limit, no spilled register. `dql bench tune` measures the choices on the GPU at hand; what it found is used
-from then on.
+limit, no spilled register. `dql bench tune` measures the choices on the GPU at hand; what it found is used by every
+process that starts later.
+
+Importing this module imports no Triton.
 """
 
+import contextlib
 import json
+import multiprocessing
 import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .aot import ARCHITECTURES
-from .launch import INTERPRETED
+from .aot import ARCHITECTURES, Report, examine, fits
+from .layout import CriticSpec, DenoiserSpec
 
 _ROOMY = 160 * 1024  # bytes of shared memory a program may have on data-centre GPUs; others have 99 KB
 
@@ -54,37 +62,62 @@ class Shape:
 
 
 def choose(arch: int, processors: int, shape: Shape) -> Tile:
-    """The tile for a shape: what `dql bench tune` measured for it on this GPU, else the heuristic's.
+    """The tile for a shape: a forced one, else what `dql bench tune` measured on this GPU, else the heuristic's.
 
     Args:
         arch: compute capability, 80 or 90, say; 0 under the interpreter, where large tiles are fast.
         processors: multiprocessors of the GPU.
         shape: the problem.
+
+    Raises:
+        ValueError: the file of measured tiles is damaged.
     """
-    if INTERPRETED:
+    if _forced:
+        forward, backward = _forced[-1]
+        return backward if shape.kind == "backward" else forward
+    if arch == 0:
         rows = 16 if shape.rows <= 16 else 32 if shape.rows <= 64 else 256
         return Tile(rows, max(16, shape.HP // 2), 2, 4)
     return measured(arch, processors, shape) or heuristic(arch, processors, shape)
 
 
+_forced: list[tuple[Tile, Tile]] = []  # innermost last; of all threads, as torch runs backward passes in its own
+
+
+@contextlib.contextmanager
+def forced(tile: Tile, backward: Tile | None = None) -> Iterator[None]:
+    """`choose` gives this tile, whatever fits: for measurements and tests. Plans made earlier keep theirs.
+
+    Args:
+        tile: of every kind, or of forward passes where `backward` is given.
+        backward: of backward passes.
+    """
+    entry = (tile, backward or tile)
+    _forced.append(entry)
+    try:
+        yield
+    finally:
+        _forced.remove(entry)
+
+
+@lru_cache(maxsize=4096)  # asked for at every call of a chain
 def heuristic(arch: int, processors: int, shape: Shape) -> Tile:
     """The tile that the module's rules give."""
     HP, bf16 = shape.HP, shape.bf16
     roomy = shared_memory(arch) >= _ROOMY
     per_processor = -(-shape.rows // processors)
+    blackwell = arch >= 100  # its compiler needs more registers for the same
     rows = 16
-    if per_processor > 16 and HP <= 256 and shape.AP <= 32:
+    if per_processor > 16 and HP <= 256 and (shape.AP <= 16 or (bf16 and shape.AP <= 32 and not blackwell)):
         rows = 32
     if per_processor > 32 and _fits_64(arch, shape):
         rows = 64
     if bf16:
-        chunk, stages = (64, 3) if HP <= 256 else (32, 3)
-        if rows == 64 and HP == 256 and not roomy:
-            chunk = 32
+        chunk, stages = (64, 3) if HP <= 256 and not (blackwell and rows > 16) else (32, 3)
     elif HP <= 128:
         chunk, stages = 32, 3
     elif HP == 256:
-        chunk, stages = (32, 3) if rows == 16 and roomy else (16, 4)
+        chunk, stages = (32, 3) if rows == 16 and roomy and not blackwell else (16, 4)
     else:
         chunk, stages = 16, 3 if roomy else 2
     return Tile(rows, min(chunk, HP), stages, 4 if HP <= 64 and rows < 64 else 8)
@@ -92,7 +125,7 @@ def heuristic(arch: int, processors: int, shape: Shape) -> Tile:
 
 def _fits_64(arch: int, shape: Shape) -> bool:
     """Whether 64 rows a program need no more registers than there are."""
-    if not shape.bf16 or shape.AP > 32:
+    if not shape.bf16 or shape.AP > 16:
         return False
     return shape.HP <= 128 or (shape.HP == 256 and shape.kind == "forward" and arch >= 90)
 
@@ -109,20 +142,22 @@ def bucket(rows: int) -> int:
 
 
 def tuned_path() -> Path:
-    """Where `dql bench tune` keeps what it measured: $DQL_TILES, or tiles.json in the cache folder."""
-    if named := os.environ.get("DQL_TILES"):
-        return Path(named)
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "dql" / "tiles.json"
+    """Where `dql bench tune` keeps what it measured: $DQL_TILES, or tiles.json in $DQL_CACHE or ~/.cache/dql."""
+    return _path(os.environ.get("DQL_TILES"), os.environ.get("DQL_CACHE"))
+
+
+@lru_cache(maxsize=8)  # asked for at every call of a chain
+def _path(named: str | None, folder: str | None) -> Path:
+    return Path(named) if named else Path(folder or Path.home() / ".cache" / "dql") / "tiles.json"
 
 
 def key(arch: int, processors: int, shape: Shape) -> str:
-    return (
-        f"sm_{arch} x{processors} {shape.kind} H{shape.HP} {'bf16' if shape.bf16 else 'float32'} R{bucket(shape.rows)}"
-    )
+    """A shape's name in the file, together with the GPU's; every number of rows up to the next power of two has it."""
+    operands = "bf16" if shape.bf16 else "float32"
+    return f"sm_{arch} x{processors} {shape.kind} H{shape.HP} A{shape.AP} {operands} R{bucket(shape.rows)}"
 
 
-@cache
+@lru_cache(maxsize=8)
 def _tuned(path: Path) -> dict[str, Tile]:
     """What the file holds; nothing of a missing one.
 
@@ -130,31 +165,69 @@ def _tuned(path: Path) -> dict[str, Tile]:
         ValueError: it is damaged.
     """
     try:
-        text = path.read_text()
+        data = path.read_bytes()
     except OSError:
         return {}
     try:
-        return {name: Tile(**fields) for name, fields in json.loads(text)["tiles"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return {name: _checked(Tile(**fields)) for name, fields in json.loads(data)["tiles"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{path} is no file of `dql bench tune` ({type(error).__name__}: {error}); delete it or tune again"
+            f"{path} is no file of this version's `dql bench tune` ({type(error).__name__}: {error}); delete it or run "
+            "`dql bench tune` again, which replaces it"
         ) from error
 
 
+def _checked(tile: Tile) -> Tile:
+    """The tile, if a kernel can have it.
+
+    Raises:
+        ValueError: none can.
+    """
+    powers = (tile.rows, tile.chunk, tile.warps)
+    whole = all(type(n) is int and n > 0 for n in (*powers, tile.stages))
+    if not whole or any(n & (n - 1) for n in powers) or min(tile.rows, tile.chunk) < 16 or tile.warps > 32:
+        raise ValueError(f"{tile} is no tile")
+    return tile
+
+
 def measured(arch: int, processors: int, shape: Shape) -> Tile | None:
-    """The tile that `dql bench tune` found best for such a shape, or None."""
-    return _tuned(tuned_path()).get(key(arch, processors, shape))
+    """The tile that `dql bench tune` found best for such a shape, or None.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    tuned = _tuned(tuned_path())
+    return tuned.get(key(arch, processors, shape)) if tuned else None
 
 
 def remember(tiles: dict[str, Tile], about: dict[str, Any]) -> Path:
-    """Adds measured tiles to the file, atomically; returns its path."""
+    """Adds measured tiles to the file, atomically; a damaged one is replaced.
+
+    Args:
+        tiles: by `key`.
+        about: where they were measured, for a reader of the file.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     path = tuned_path()
     path.parent.mkdir(parents=True, exist_ok=True)
-    merged = {**_tuned(path), **tiles}
-    scratch = path.with_suffix(f".{os.getpid()}.tmp")
-    scratch.write_text(json.dumps({"about": about, "tiles": {k: asdict(t) for k, t in merged.items()}}, indent=1))
-    scratch.replace(path)
-    _tuned.cache_clear()
+    _tuned.cache_clear()  # another process may have written since
+    try:
+        known = _tuned(path)
+    except ValueError:
+        known = {}
+    text = json.dumps({"about": about, "tiles": {k: asdict(t) for k, t in {**known, **tiles}.items()}}, indent=1)
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        scratch.write_text(text + "\n")
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+        _tuned.cache_clear()
     return path
 
 
@@ -162,4 +235,106 @@ def candidates(arch: int, shape: Shape) -> list[Tile]:
     """Every tile worth a measurement for a shape; some will not fit, which compiling tells."""
     rows = [r for r in (16, 32, 64) if r == 16 or r // 2 < shape.rows]
     chunks = [c for c in ((32, 64, 128) if shape.bf16 else (16, 32, 64)) if c <= shape.HP] or [shape.HP]
-    return [Tile(r, c, s, w) for r in rows for c in chunks for s in (2, 3, 4) for w in (4, 8, 16)]
+    # a ring deeper than a layer has chunks is the same as a shallower one
+    depths = {c: [s for s in (2, 3, 4) if s <= max(2, shape.HP // c)] for c in chunks}
+    return [Tile(r, c, s, w) for r in rows for c in chunks for s in depths[c] for w in (4, 8, 16)]
+
+
+Wanted = tuple[str, str, Tile]  # kind of a Shape, precision, tile
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A tile and what the compiler made of its kernels.
+
+    Attributes:
+        kind: of a Shape.
+        precision: "fp32", "tf32" or "bf16".
+        report: of the chain's kernel; None if it does not compile.
+        refused: why it is not worth a measurement, or None.
+    """
+
+    kind: str
+    precision: str
+    tile: Tile
+    report: Report | None
+    refused: str | None
+
+
+def examine_candidates(
+    arch: int,
+    spec: DenoiserSpec,
+    wanted: list[Wanted],
+    jobs: int | None = None,
+    keep: bool = False,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> list[Candidate]:
+    """Compiles tiles for an architecture, in `jobs` fresh processes without TRITON_INTERPRET; needs no GPU.
+
+    Args:
+        arch: a key of ARCHITECTURES.
+        spec: sizes of the denoiser; critics of the same sizes must fit too.
+        wanted: what to compile.
+        jobs: processes; by default one a core.
+        keep: leave what is not refused in Triton's cache, for this process to load.
+        progress: called with (done, of how many).
+
+    Raises:
+        ValueError: jobs < 1.
+        ChildProcessError: a process died.
+    """
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"jobs must be at least 1, not {jobs}")
+    jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
+    try:
+        futures = [pool.submit(_examine, arch, spec, *want, keep) for want in wanted]
+        done: list[Candidate] = []
+        for future in futures:
+            progress(len(done), len(futures))
+            done.append(future.result())
+        return done
+    except BrokenProcessPool:
+        raise ChildProcessError(
+            f"a compiling process died, of {jobs} at a time; if memory ran out, try fewer with --jobs 1"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)  # before anything imports Triton
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
+
+
+def _examine(arch: int, spec: DenoiserSpec, kind: str, precision: str, tile: Tile, keep: bool) -> Candidate:
+    from . import reverse_diffusion, twin_critic
+
+    critics = CriticSpec(spec.state_dim, spec.action_dim, spec.hidden_dim, spec.num_hidden, spec.activation)
+    if kind == "backward":
+        chain = reverse_diffusion.chain_bwd_kernel(spec, precision, tile)
+        critic = twin_critic.critic_bwd_kernel(critics, precision, tile, True, True)
+    else:
+        chain = reverse_diffusion.chain_fwd_kernel(spec, precision, tile, False, False, kind == "saving")
+        critic = twin_critic.critic_fwd_kernel(critics, precision, tile, kind == "saving")
+    report = None
+    try:
+        report = examine(chain, arch)
+        refused = refusal(report)
+        if refused is None and (of_critics := refusal(examine(critic, arch))) is not None:
+            refused = f"for critics {of_critics}"
+        if refused is None and keep:
+            chain.compile(arch)
+    except Exception as error:  # the compiler's are of many types
+        told = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]  # a caret points into the source
+        refused = f"it does not compile: {type(error).__name__}: {' ... '.join(dict.fromkeys(told[:1] + told[-1:]))}"
+    return Candidate(kind, precision, tile, report, refused)
+
+
+def refusal(report: Report) -> str | None:
+    """Why such a kernel is not worth a measurement, or None."""
+    if (limit := fits(report)) is not None:
+        return limit
+    if report.spill_stores or report.spill_loads:
+        return f"it spills: {report.spill_stores} bytes stored, {report.spill_loads} loaded"
+    return None

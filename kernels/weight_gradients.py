@@ -364,6 +364,7 @@ def products_kernel(spec: DenoiserSpec, precision: str, with_parameters: bool) -
     return Kernel.of(
         _chain_products,
         num_warps=4,
+        max_registers=255,
         P=spec.layout.size,
         S=spec.state_dim,
         A=spec.action_dim,
@@ -405,6 +406,7 @@ def finish_kernel(spec: DenoiserSpec, precision: str) -> Kernel:
     return Kernel.of(
         _chain_finish,
         num_warps=8,
+        max_registers=255,
         P=spec.layout.size,
         D=D,
         DP=rounded(D),

@@ -14,6 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Before triton is imported (which torch leaves to others): its kernels run on NumPy. With a GPU they run there.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 DATASET = "dql/pendulum/mixed-v0"
 
 

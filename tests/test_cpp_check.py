@@ -12,6 +12,7 @@ import dql
 from dql.backends import Chain
 from dql.cpp import CppBackend
 from dql.kernels import native
+from dql.triton_backend import TritonBackend
 
 S, A = 4, 3
 
@@ -102,8 +103,9 @@ def test_precision():
         assert refused(policy, precision="bf16") == sentence
     with pytest.raises(dql.BackendUnavailable) as caught:
         dql.sample(torch.zeros(1, S), policy, precision="tf32")
+    triton = TritonBackend().check() or TritonBackend().only_by_name()
     assert str(caught.value) == (
-        "no backend can run this problem: cpp: it has no precision='tf32'; use precision='fp32'; "
+        f"no backend can run this problem: cpp: it has no precision='tf32'; use precision='fp32'; triton: {triton}; "
         "eager: it computes in the parameters' own dtype and has no precision='tf32'; use precision='fp32'"
     )
 
@@ -187,8 +189,9 @@ print(json.dumps(said))
     assert said["listed"] == reason
     assert said["variants"] == {}
     assert said["same"] is True
+    able = "triton, eager" if TritonBackend().check() is None else "eager"
     for call in ("sample", "select"):
-        assert said[call] == f"backend 'cpp' cannot run this: {reason} (able to: eager)"
+        assert said[call] == f"backend 'cpp' cannot run this: {reason} (able to: {able})"
     assert said["update"] == "actor/bc_loss"
     assert "hold 8 NaN or infinite values" in said["nan"]
 

@@ -25,7 +25,7 @@ def test_python_runs_as_it_stands(i, tmp_path, monkeypatch):
 
 
 def test_there_is_python_to_run():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
 
 
 def test_the_two_commands_are_there():

@@ -1,0 +1,31 @@
+"""The sizes that the kernels take, native and Triton's alike: what `eager` alone goes beyond."""
+
+from .layout import CriticSpec, DenoiserSpec
+
+MAX_STATE_DIM, MAX_ACTION_DIM, MAX_HIDDEN_DIM, MAX_STEPS, MAX_ROWS = 512, 64, 512, 1000, 1 << 30
+HIDDEN_LAYERS = (2, 4)
+
+
+def too_large(spec: DenoiserSpec | CriticSpec, max_time_dim: int | None = None) -> str | None:
+    """None if the kernels take a network of these sizes, else the limit that it breaks."""
+    sizes = [
+        ("state_dim", spec.state_dim, 1, MAX_STATE_DIM),
+        ("action_dim", spec.action_dim, 1, MAX_ACTION_DIM),
+        ("hidden_dim", spec.hidden_dim, 1, MAX_HIDDEN_DIM),
+        ("num_hidden", spec.num_hidden, *HIDDEN_LAYERS),
+    ]
+    if max_time_dim is not None and isinstance(spec, DenoiserSpec):
+        sizes.append(("time_dim", spec.time_dim, 4, max_time_dim))
+    for name, value, least, most in sizes:
+        if not least <= value <= most:
+            return f"it takes {name} from {least} to {most}, and this network has {value}"
+    return None
+
+
+def too_many(rows: int, steps: int) -> str | None:
+    """None if the kernels run a chain of so many rows and steps, else the limit and the remedy."""
+    if rows > MAX_ROWS:
+        return f"it takes up to {MAX_ROWS:,} rows a call; split the states"
+    if steps > MAX_STEPS:
+        return f"it runs up to {MAX_STEPS} steps, not {steps}; use backend='eager'"
+    return None

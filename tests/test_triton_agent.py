@@ -1,0 +1,129 @@
+"""Training with the backend "triton": chain and critics in kernels, everything else as ever."""
+
+import pytest
+import torch
+from cases import TOLERANCES, assert_close
+
+import dql
+from dql.backends import EagerBackend
+from dql.triton_backend import TritonBackend
+from dql.values import q_values, value_and_other
+
+Tensor = torch.Tensor
+S, A, B, H = 5, 3, 24, 16
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(TritonBackend().check() is not None, reason=str(TritonBackend().check()))
+CONFIG = {
+    "hidden_dim": H,
+    "num_hidden": 2,
+    "T": 3,
+    "ema_start": 2,
+    "ema_every": 2,
+    "num_candidates": 6,
+    "backup_candidates": 3,
+    "eta": 1.0,
+}
+
+
+def make_batch(seed: int) -> dql.Batch:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(DEVICE)
+
+    return dql.Batch(normal(B, S), normal(B, A).clamp(-1, 1), normal(B), normal(B, S), torch.ones(B, device=DEVICE))
+
+
+@pytest.mark.parametrize("max_q_backup", [False, True])
+def test_updates_are_those_of_eager(max_q_backup):
+    """Five updates, clipping and averages included; Adam turns a gradient of rounding size into a step of its own."""
+    config = CONFIG | {"max_q_backup": max_q_backup, "grad_norm": 5.0}
+    agents = [dql.DiffusionQL(S, A, dql.Config(**config, backend=b), device=DEVICE) for b in ("triton", "eager")]
+    for step in range(5):
+        got, want = (agent.update(make_batch(step)) for agent in agents)
+        for name in want:
+            assert_close(got[name], want[name], TOLERANCES["agent float32"], what=name, case=f"step {step}")
+    for name, want in agents[1].tensors().items():
+        if name.split(".")[0] in ("actor", "critic", "ema_actor", "critic_target"):
+            assert_close(agents[0].tensors()[name], want, TOLERANCES["agent float32"], what=name)
+
+
+def test_behaviour_cloning_and_acting():
+    agents = [dql.DiffusionBC(S, A, dql.Config(**CONFIG, backend=b), device=DEVICE) for b in ("triton", "eager")]
+    for agent in agents:
+        agent.update(make_batch(0))
+    states = make_batch(1).states
+    got, want = (agent.act(states, seed=4) for agent in agents)
+    assert_close(got, want, TOLERANCES["agent float32"], what="actions")
+
+
+def test_acting_chooses_the_same_candidate():
+    agents = [dql.DiffusionQL(S, A, dql.Config(**CONFIG, backend=b), device=DEVICE) for b in ("triton", "eager")]
+    states = make_batch(1).states
+    got, want = (agent.act(states, seed=4) for agent in agents)
+    same = (got - want).abs().amax(dim=1) < 1e-3  # a draw within rounding of a boundary may fall to the other side
+    assert same.double().mean() > 0.9
+
+
+def test_a_run_goes_on_where_it_was_saved(tmp_path):
+    first = dql.DiffusionQL(S, A, dql.Config(**CONFIG, backend="triton"), device=DEVICE)
+    first.update(make_batch(0))
+    first.save(tmp_path)
+    second = dql.load(tmp_path, device=DEVICE)
+    first.update(make_batch(1))
+    second.update(make_batch(1))
+    for name, value in first.tensors().items():
+        assert torch.equal(value, second.tensors()[name]), name
+
+
+@pytest.mark.parametrize("candidates", [None, 4])
+def test_q_values(candidates):
+    """The glue: shapes, every gradient, and what needs none."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        critic = dql.TwinCritic(S, A, H).to(DEVICE)
+    states = make_batch(2).states.requires_grad_()
+    actions = torch.randn(B, *([] if candidates is None else [candidates]), A, device=DEVICE, requires_grad=True)
+    weights = torch.randn_like(actions[..., 0])
+    inputs = [states, actions, *critic.parameters()]
+    results = []
+    for backend in (TritonBackend(), EagerBackend()):
+        q1, q2 = q_values(critic, states, actions, backend)
+        assert q1.shape == q2.shape == actions.shape[:-1]
+        gradients = torch.autograd.grad(((q1 + q2.square()) * weights).sum(), inputs)
+        results.append([q1.detach(), q2.detach(), *gradients])
+    for i, (got, want) in enumerate(zip(*results, strict=True)):
+        assert_close(got, want, TOLERANCES["critic float32"], what=f"tensor {i}")
+    with torch.no_grad():
+        assert not q_values(critic, states, actions, TritonBackend())[0].requires_grad
+
+
+@pytest.mark.parametrize("i", [1, 2])
+def test_value_and_other(i):
+    """The gradient reaches the actions through one critic, and no frozen parameter."""
+    critic = dql.TwinCritic(S, A, H).to(DEVICE).requires_grad_(False)
+    states, actions = make_batch(3).states, make_batch(3).actions.requires_grad_()
+    results = []
+    for backend in (TritonBackend(), EagerBackend()):
+        q, other = value_and_other(critic, i, states, actions, backend)
+        assert not other.requires_grad
+        results.append([q.detach(), other, *torch.autograd.grad(q.sum(), actions)])
+    for got, want in zip(*results, strict=True):
+        assert_close(got, want, TOLERANCES["critic float32"], what="values")
+
+
+def test_a_parameter_changed_before_backward_is_noticed():
+    critic = dql.TwinCritic(S, A, H).to(DEVICE)
+    batch = make_batch(3)
+    q, _ = q_values(critic, batch.states, batch.actions, TritonBackend())
+    with torch.no_grad():
+        critic.q1_model[0].weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        q.sum().backward()
+
+
+def test_a_critic_beyond_the_kernels_is_computed_by_torch():
+    critic = dql.TwinCritic(S, A, 520).to(DEVICE)
+    batch = make_batch(3)
+    got, want = q_values(critic, batch.states, batch.actions, TritonBackend()), critic(batch.states, batch.actions)
+    assert torch.equal(got[0], want[0])
