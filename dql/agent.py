@@ -138,10 +138,11 @@ class DiffusionBC:
         """
         batch = _checked(batch, self.policy)
         seeds = UpdateSeeds.of(self.config.seed, self.step)
-        if native_update.runs_natively(self, native_update.backend_of(self, batch)):
+        backend = native_update.backend_of(self, batch)
+        if native_update.runs_natively(self, backend):
             metrics = self._update_natively(batch, seeds)
         else:
-            loss = self._bc_loss(batch, seeds)
+            loss = self._bc_loss(batch, seeds, backend)
             metrics = {"actor/bc_loss": loss.detach(), "actor/grad_norm": self._actor_adam.step(loss, self.lr_scale())}
         self.step += 1
         return metrics
@@ -150,10 +151,12 @@ class DiffusionBC:
         loss = native_update.bc_gradient(self.policy, batch, seeds)
         return _scalars({"actor/bc_loss": loss, "actor/grad_norm": self._actor_adam.step_natively(self.lr_scale())})
 
-    def _bc_loss(self, batch: Batch, seeds: UpdateSeeds) -> Tensor:
+    def _bc_loss(self, batch: Batch, seeds: UpdateSeeds, backend: Backend) -> Tensor:
         B, A = batch.actions.shape
-        t = noise.integers(seeds.bc_t, self.policy.T, B).to(self.device, non_blocking=True)
-        eps = noise.normal(seeds.bc_noise, 1, B, A, dtype=self.policy.dtype, device=self.device)[0]
+        t = noise.integers(seeds.bc_t, self.policy.T, B)
+        if self.device.type == "cuda":
+            t = t.pin_memory().to(self.device, non_blocking=True)  # from other memory the copy may wait for the GPU
+        eps = backend.normal(seeds.bc_noise, 1, B, A, self.policy.denoiser.buffer)[0]
         return self.policy.bc_loss(batch.states, batch.actions, t, eps)
 
     @overload
@@ -325,7 +328,7 @@ class DiffusionQL(DiffusionBC):
         }
 
     def _update_actor(self, batch: Batch, seeds: UpdateSeeds, backend: Backend) -> dict[str, Tensor]:
-        bc_loss = self._bc_loss(batch, seeds)
+        bc_loss = self._bc_loss(batch, seeds, backend)
         actions = run_chain(batch.states, self.policy, backend=self.config.backend, seed=seeds.actor)
         maximised = 1 if int(noise.integers(seeds.coin, 2, 1)) else 2
         with _frozen(self.critic):

@@ -1,7 +1,7 @@
 """The registry of backends: who can run the reverse chain, and if not, why not and what mends it.
 
 A backend is `check` (None, or one sentence with the reason and the remedy), `forward` and `backward`; `select`,
-`prepare` and `critic` are for those that can do better there than with the three.
+`prepare`, `critic` and `normal` are for those that can do better there than with the three.
 The same sentence serves `BackendUnavailable`, `dql.backends()`, `dql doctor` and the tests' skip reasons.
 """
 
@@ -97,6 +97,10 @@ class Backend(ABC):
         """
         return None
 
+    def normal(self, seed: int, K: int, B: int, A: int, like: Tensor) -> Tensor:
+        """`dql.noise.normal` [K, B, A] in the dtype and on the device of `like`."""
+        return noise_stream.normal(seed, K, B, A, dtype=like.dtype, device=like.device)
+
     def critic(self, critic: "TwinCritic") -> Any | None:
         """What computes the Q values of such critics and their gradients, see `dql.values`. None: torch does."""
         return None
@@ -169,7 +173,8 @@ def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
 @lru_cache(maxsize=64)
 def timestep_embedding(timesteps: tuple[int, ...], dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The timesteps' embedding [K, D]: no parameter is in it, so it is made once."""
-    return reference.time_embedding(torch.tensor(timesteps, dtype=dtype, device=device), dim)
+    # made on the CPU: there all of it is done when the copy is, whatever stream reads it later
+    return reference.time_embedding(torch.tensor(timesteps, dtype=dtype, device="cpu"), dim).to(device)
 
 
 _REGISTRY: dict[str, Backend] = {}

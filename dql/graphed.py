@@ -4,7 +4,7 @@ import torch
 
 from dql.networks import TwinCritic
 from dql.policy import DiffusionPolicy
-from dql.sampler import check_states_fit, sample, select
+from dql.sampler import check_states_fit, checked_table, sample, select
 from dql.schedule import StepTable
 
 Tensor = torch.Tensor
@@ -13,8 +13,9 @@ Tensor = torch.Tensor
 class GraphedSampler:
     """`dql.sample` (with a critic `dql.select`) for batches of one size, replayed as a CUDA graph, without gradients.
 
-    Each replay draws anew from torch's generator of that GPU (`torch.cuda.manual_seed` makes replays repeat) and reads
-    the parameters as they are then. States are not looked at: NaN in them gives NaN.
+    One sampler serves one stream at a time. Each replay draws anew from torch's generator of that GPU
+    (`torch.cuda.manual_seed` makes replays repeat) and reads the parameters as they are then. States are not looked at:
+    NaN in them gives NaN.
 
     Args:
         policy: on a GPU.
@@ -48,9 +49,10 @@ class GraphedSampler:
             raise ValueError(f"a CUDA graph needs the policy on a GPU, it is on {policy.device}; use policy.to('cuda')")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
-        self.policy, self._buffer = policy, policy.denoiser.buffer
-        device = policy.device
-        self.states = torch.zeros(batch_size, policy.state_dim, dtype=policy.dtype, device=device)
+        self.policy, self.critic = policy, critic
+        device, table = policy.device, checked_table(policy, sampler, num_steps)
+        with torch.inference_mode(False):
+            self.states = torch.zeros(batch_size, policy.state_dim, dtype=policy.dtype, device=device)
 
         def call() -> Tensor:
             if critic is None:
@@ -59,8 +61,7 @@ class GraphedSampler:
                     policy,
                     backend=backend,
                     num_candidates=num_candidates,
-                    sampler=sampler,
-                    num_steps=num_steps,
+                    sampler=table,
                     precision=precision,
                 )
             return select(
@@ -69,8 +70,7 @@ class GraphedSampler:
                 critic,
                 num_candidates=50 if num_candidates is None else num_candidates,
                 backend=backend,
-                sampler=sampler,
-                num_steps=num_steps,
+                sampler=table,
                 precision=precision,
             )
 
@@ -84,6 +84,10 @@ class GraphedSampler:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
                 self.actions = call()
+        # The graph reads their memory: it must stay theirs as long as the graph lives.
+        owners = [policy.denoiser] if critic is None else [policy.denoiser, critic]
+        self._buffers = [(owner, owner.buffer) for owner in owners]
+        self._held = (table, *(dict(owner.kept) for owner in owners), dict(table.kept), dict(policy.kept))
 
     def run(self, states: Tensor) -> Tensor:
         """Copies states [B, S] into the graph's and replays it.
@@ -93,7 +97,7 @@ class GraphedSampler:
 
         Raises:
             ValueError: states of another shape, dtype or device than the graph's.
-            RuntimeError: the policy was moved or cast since.
+            RuntimeError: the policy or the critic was moved or cast since.
         """
         check_states_fit(states, self.policy)
         if states.shape[0] != self.states.shape[0]:
@@ -101,13 +105,19 @@ class GraphedSampler:
                 f"states are {list(states.shape)}, this graph was recorded for {list(self.states.shape)}; make another "
                 "GraphedSampler for another batch size"
             )
-        if self.policy.denoiser.buffer is not self._buffer:
-            raise RuntimeError("the policy was moved or cast after its graph was recorded; make a new GraphedSampler")
         self.states.copy_(states)
-        self._graph.replay()
-        return self.actions
+        return self.replay()
 
     def replay(self) -> Tensor:
-        """Runs the graph on what `self.states` holds; returns `self.actions`."""
+        """Runs the graph on what `self.states` holds; returns `self.actions`.
+
+        Raises:
+            RuntimeError: the policy or the critic was moved or cast since.
+        """
+        for owner, buffer in self._buffers:
+            if owner.buffer is not buffer:
+                raise RuntimeError(
+                    f"the {type(owner).__name__} was moved or cast after its graph was recorded; make a new one"
+                )
         self._graph.replay()
         return self.actions

@@ -170,7 +170,7 @@ def _sample_prepared(
     if prepared[2](states, actions, seed):
         return actions
     if states.is_contiguous():  # then the policy may have changed: it is prepared anew the next time
-        del policy.kept[key]
+        policy.kept.pop(key, None)  # unless another thread did so
     return None
 
 

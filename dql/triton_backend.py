@@ -5,6 +5,7 @@ import contextlib
 import importlib.util
 import math
 import os
+import shutil
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,11 @@ def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@cache
+def _compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CC"), "gcc", "clang") if name)
+
+
 def interpreted() -> bool:
     """Whether Triton interprets its kernels on the CPU, on NumPy: slow, and for tests (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
@@ -49,6 +55,8 @@ class TritonBackend(Backend):
             return 'Triton is not installed; pip install -e ".[triton]" (Linux only; torch builds for CUDA bring it)'
         if not interpreted() and not torch.cuda.is_available():
             return "no CUDA device: torch.cuda.is_available() is False; see `dql doctor`"
+        if not interpreted() and not _compiler():
+            return "Triton needs a C compiler for its launchers and found none; install gcc or clang, or name one in CC"
         if chain is None:
             return None
         flat = chain.flat
@@ -69,7 +77,7 @@ class TritonBackend(Backend):
 
     def forward(self, chain: Chain, save: bool) -> tuple[Tensor, Any]:
         noise = None if chain.noise is None else chain.noise.contiguous()
-        with _on(chain.flat):
+        with on_device_of(chain.flat):
             return chain_runner(chain).forward(
                 chain.flat, chain.states.contiguous(), chain.candidates, noise, chain.seed, save
             )
@@ -77,7 +85,7 @@ class TritonBackend(Backend):
     def backward(
         self, chain: Chain, saved: Any, d_actions: Tensor, need_parameters: bool, need_states: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        with _on(chain.flat):
+        with on_device_of(chain.flat):
             return chain_runner(chain).backward(
                 chain.flat, saved, chain.states.contiguous(), d_actions.contiguous(), need_parameters, need_states
             )
@@ -88,6 +96,14 @@ class TritonBackend(Backend):
         if native.unavailable() is not None:
             return None  # `intact` is too slow in Python to be worth it
         return _Prepared(chain, places, held).run
+
+    def normal(self, seed: int, K: int, B: int, A: int, like: Tensor) -> Tensor:
+        if like.dtype is not torch.float32 or A > limits.MAX_ACTION_DIM:
+            return super().normal(seed, K, B, A, like)
+        from dql.kernels import triton_noise  # one launch; in torch it is two hundred
+
+        with on_device_of(like):
+            return triton_noise.normal(seed, K, B, A, like.device)
 
     def critic(self, critic: TwinCritic) -> "CriticRunner | None":
         if limits.too_large(critic.spec) is not None or critic.buffer.dtype is not torch.float32:
@@ -102,7 +118,7 @@ class TritonBackend(Backend):
         if limits.too_large(critic.spec) is not None:
             return None  # the chain runs here, this critic in torch
         noise = None if chain.noise is None else chain.noise.contiguous()
-        with _on(chain.flat):
+        with on_device_of(chain.flat):
             return twin_critic.select(
                 chain_runner(chain),
                 critic_runner(critic, chain.precision),
@@ -139,12 +155,12 @@ class _Prepared:
             if len(self.plans) > 64:
                 self.plans.clear()
             plan = self.plans[B] = self.runner.plan(B)
-        with _on(self.flat):
+        with on_device_of(self.flat):
             plan.run(self.flat, states, None, seed, actions)
         return True
 
 
-def _on(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     """Kernels go to the current device: the tensor's, from here on."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 

@@ -6,6 +6,7 @@ import torch
 
 from dql.backends import Backend
 from dql.networks import TwinCritic
+from dql.triton_backend import on_device_of
 
 Tensor = torch.Tensor
 
@@ -17,7 +18,8 @@ class _QFunction(torch.autograd.Function):
     def forward(
         ctx: Any, runner: Any, critic: TwinCritic, N: int, states: Tensor, actions: Tensor, *parameters: Tensor
     ) -> Tensor:
-        q, ctx.saved = runner.forward(critic.buffer, states, actions, N, (0, 1), save=True)
+        with on_device_of(actions):
+            q, ctx.saved = runner.forward(critic.buffer, states, actions, N, (0, 1), save=True)
         ctx.runner, ctx.critic, ctx.buffer = runner, critic, critic.buffer
         ctx.save_for_backward(states, actions, *parameters)
         return q
@@ -27,9 +29,10 @@ class _QFunction(torch.autograd.Function):
     def backward(ctx: Any, d_q: Tensor) -> tuple[Tensor | None, ...]:
         states, actions, *_ = ctx.saved_tensors
         need_states, need_actions, *need = ctx.needs_input_grad[3:]
-        d_flat, d_states, d_actions = ctx.runner.backward(
-            ctx.buffer, ctx.saved, states, actions, d_q.contiguous(), any(need), need_states, need_actions
-        )
+        with on_device_of(actions):
+            d_flat, d_states, d_actions = ctx.runner.backward(
+                ctx.buffer, ctx.saved, states, actions, d_q.contiguous(), any(need), need_states, need_actions
+            )
         layout = ctx.critic.spec.layout
         views = layout.views(d_flat) if d_flat is not None else {}
         d_parameters = (views[slot.name] if needed else None for slot, needed in zip(layout.slots, need, strict=True))
@@ -57,7 +60,8 @@ def q_values(critic: TwinCritic, states: Tensor, actions: Tensor, backend: Backe
         q = _QFunction.apply(runner, critic, N, *inputs, *parameters)
     else:
         critic.check_intact()
-        q, _ = runner.forward(critic.buffer, *inputs, N, (0, 1), save=False)
+        with on_device_of(states):
+            q, _ = runner.forward(critic.buffer, *inputs, N, (0, 1), save=False)
     q1, q2 = q.view(2, *actions.shape[:-1]).unbind()
     return q1, q2
 

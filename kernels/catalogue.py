@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from . import critic_gradients, prologue, reverse_diffusion, twin_critic, weight_gradients
+from . import critic_gradients, prologue, reverse_diffusion, triton_noise, twin_critic, weight_gradients
 from .launch import Kernel
 from .layout import CriticSpec, DenoiserSpec
 from .packing import rounded
@@ -31,10 +31,11 @@ def every_kernel(arch: int) -> Iterator[tuple[str, Kernel]]:
             yield f"chain_products {precision} {title} states", weight_gradients.products_kernel(spec, precision, False)
             yield f"chain_finish {precision} {title}", weight_gradients.finish_kernel(spec, precision)
             yield from _critic(arch, critic_spec(spec), precision, title)
+    yield "noise A6", triton_noise.noise_kernel(6)
     yield "critic_finish", critic_gradients.critic_finish_kernel()
     for candidates in (50, 1024):
         block = twin_critic.choose_block(candidates)
-        yield f"choose N{candidates}", twin_critic.choose_kernel(6, block, False)
+        yield f"choose N{candidates}", twin_critic.choose_kernel(6, block)
 
 
 def critic_spec(spec: DenoiserSpec) -> CriticSpec:
@@ -72,7 +73,7 @@ def _chain(arch: int, spec: DenoiserSpec, precision: str, rows: int, title: str)
         if kind == "backward":
             yield f"chain_bwd {label}", reverse_diffusion.chain_bwd_kernel(spec, precision, tile)
         else:
-            kernel = reverse_diffusion.chain_fwd_kernel(spec, precision, tile, False, False, kind == "saving")
+            kernel = reverse_diffusion.chain_fwd_kernel(spec, precision, tile, False, kind == "saving")
             yield f"chain_fwd {label}{' saving' if kind == 'saving' else ''}", kernel
 
 

@@ -46,14 +46,15 @@ def _chain_fwd(
     operands: "*op",
     steps: "*fp32",  # [K, 8]: a, b, c0, cx, cp, s, 0, 0
     noise: "*fp32 any",  # [K, R, A], or null without NOISE
-    seed_at: "*i64",  # with SEED_AT, where the seed is
+    seed_at: "*i64 any",  # where the seed is, if seed_in_memory: in a CUDA graph, whose replays have one each
     actions: "*fp32",  # [R, A], written
-    seed: "i64",  # without NOISE and SEED_AT
+    seed: "i64",  # otherwise
     max_action: "fp32",
     R: "i32",
     B: "i32",
     N: "i32",
     K: "i32",
+    seed_in_memory: "i32",
     A: tl.constexpr,
     AP: tl.constexpr,
     HP: tl.constexpr,
@@ -67,7 +68,6 @@ def _chain_fwd(
     PRECISION: tl.constexpr,  # of float32 products in hidden layers
     EDGE: tl.constexpr,  # ... in the first and the last
     NOISE: tl.constexpr,
-    SEED_AT: tl.constexpr,
     SAVE: tl.constexpr,
     BF16: tl.constexpr,
     EMULATE: tl.constexpr,
@@ -95,8 +95,7 @@ def _chain_fwd(
     activations = weights + (L - 1) * HP * HP * (2 if SAVE else 1)
     slopes = activations + L * K * RP * HP
 
-    if SEED_AT:
-        seed = tl.load(seed_at)
+    seed = tl.load(seed_at, seed_in_memory != 0, seed)
     at_state = state_part + (tl.minimum(row, R - 1) // N)[:, None] * HP + column[None, :]  # [ROWS, HP]
     if HOLD:
         of_state = tl.load(at_state)
@@ -136,8 +135,9 @@ def _chain_fwd(
                 hidden = activations + at
             else:
                 h = activate(z, KIND)
-                hidden = activations + (tile * 2 + turn) * ROWS * HP
-                turn = 1 - turn
+                if layer < L - 1 or GROUPS == 0:  # what is stored goes to the two places in turn
+                    hidden = activations + (tile * 2 + turn) * ROWS * HP
+                    turn = 1 - turn
             h = rounded_operand(h, BF16, EMULATE)
             if SAVE or layer < L - 1 or GROUPS == 0:
                 tl.store(hidden + place, h)
@@ -241,7 +241,7 @@ def _chain_bwd(
                               HP, 1, ROWS, HP, HP, CHUNK, STAGES, PRECISION)  # fmt: skip
         if HOLD:
             d_state_part += d_z
-        else:  # each thread adds to what it wrote itself
+        else:  # in memory: the barriers above order this after the store of the step before
             tl.store(sums, tl.load(sums, mask=tl.full((ROWS, HP), 0, tl.int32) + back > 0, other=0.0) + d_z)
         # In the last turn nobody needs it; Triton 3.6 and 3.7 cannot compile this under a condition.
         d_x = tl.load(step + 3) * d_x + tl.load(step) * d_raw
@@ -301,15 +301,13 @@ class ChainRunner:
         Returns:
             (actions [R, A], saved or None).
         """
-        B, in_memory = len(states), isinstance(seed, Tensor)
-        plan = self.plan(B, candidates, noise is not None, in_memory, save)
+        B = len(states)
+        plan = self.plan(B, candidates, noise is not None, save)
         actions = torch.empty(B * candidates, self.spec.action_dim, dtype=torch.float32, device=self.device)
         floats, operands = plan.run(flat, states, noise, seed, actions)
         return actions, ChainSaved(floats, operands, plan.rows) if save else None
 
-    def plan(
-        self, B: int, candidates: int = 1, noise: bool = False, seed_in_memory: bool = False, save: bool = False
-    ) -> "ChainPlan":
+    def plan(self, B: int, candidates: int = 1, noise: bool = False, save: bool = False) -> "ChainPlan":
         """Everything about a forward pass that its tensors do not change."""
         K, s, R = len(self.table), self.sizes, B * candidates
         tile = self._tile("saving" if save else "forward", R)
@@ -317,7 +315,7 @@ class ChainRunner:
         RP = tiles * tile.rows
         n_floats = s.floats + (K + B) * s.HP + (2 * K + 1 if save else 1) * RP * s.AP
         n_operands = s.operands * (1 + save) + s.HP * (2 * s.L * K * RP if save else 2 * RP)
-        kernel = chain_fwd_kernel(self.spec, self.precision, tile, noise, seed_in_memory, save)
+        kernel = chain_fwd_kernel(self.spec, self.precision, tile, noise, save)
         return ChainPlan(self, self._prologues[save], kernel, tiles, RP, n_floats, n_operands, (R, B, candidates, K))
 
     def _tile(self, kind: str, rows: int) -> Tile:
@@ -384,10 +382,10 @@ class ChainPlan:
         floats = torch.empty(self.n_floats, dtype=torch.float32, device=device)
         operands = torch.empty(self.n_operands, dtype=runner.operand, device=device)
         self.prologue.launch(flat, runner.embedding, states, floats, operands)
-        at, number = (seed, 0) if isinstance(seed, Tensor) else (None, signed(seed))
+        at, number, in_memory = seed_arguments(seed, device)
         self.kernel.launch(
             (self.tiles, 1, 1),
-            floats, operands, runner.table, noise, at, actions, number, runner.max_action, *self.sizes,
+            floats, operands, runner.table, noise, at, actions, number, runner.max_action, *self.sizes, in_memory,
         )  # fmt: skip
         return floats, operands
 
@@ -402,15 +400,20 @@ def groups(tile: Tile, s: PackedSizes) -> int:
     return min(tile.warps, s.HP // 16) if small(tile, s) else 0
 
 
-def signed(seed: int) -> int:
-    """The 64-bit number with the seed's bits."""
-    return seed - (1 << 64) if seed >> 63 else seed
+def seed_arguments(seed: int | Tensor, device: torch.device) -> tuple[Tensor, int, int]:
+    """What kernels are told of a seed: (where it is, or anything; its bits as a signed number; whether it is there)."""
+    if isinstance(seed, Tensor):
+        return seed, 0, 1
+    return _nowhere(device), seed - (1 << 64) if seed >> 63 else seed, 0
+
+
+@lru_cache(maxsize=64)
+def _nowhere(device: torch.device) -> Tensor:
+    return torch.zeros(1, dtype=torch.int64, device=device)
 
 
 @lru_cache(maxsize=256)
-def chain_fwd_kernel(
-    spec: DenoiserSpec, precision: str, tile: Tile, noise: bool, seed_in_memory: bool, save: bool
-) -> Kernel:
+def chain_fwd_kernel(spec: DenoiserSpec, precision: str, tile: Tile, noise: bool, save: bool) -> Kernel:
     """The forward kernel for a denoiser, a precision and a tile."""
     s = packed_sizes(spec)
     return Kernel.of(
@@ -423,14 +426,13 @@ def chain_fwd_kernel(
         L=s.L,
         KIND=ACTIVATIONS.index(spec.activation),
         ROWS=tile.rows,
-        CHUNK=tile.chunk,
+        CHUNK=min(tile.chunk, s.HP),
         STAGES=tile.stages,
         GROUPS=groups(tile, s),
         HOLD=small(tile, s),
         PRECISION=edge_precision(precision),
         EDGE=edge_precision(precision),
         NOISE=noise,
-        SEED_AT=seed_in_memory,
         SAVE=save,
         BF16=precision == "bf16",
         EMULATE=INTERPRETED,
@@ -450,7 +452,7 @@ def chain_bwd_kernel(spec: DenoiserSpec, precision: str, tile: Tile) -> Kernel:
         HP=s.HP,
         L=s.L,
         ROWS=tile.rows,
-        CHUNK=tile.chunk,
+        CHUNK=min(tile.chunk, s.HP),
         STAGES=tile.stages,
         GROUPS=groups(tile, s),
         HOLD=small(tile, s),

@@ -315,7 +315,7 @@ def _examine(arch: int, spec: DenoiserSpec, kind: str, precision: str, tile: Til
         chain = reverse_diffusion.chain_bwd_kernel(spec, precision, tile)
         critic = twin_critic.critic_bwd_kernel(critics, precision, tile, True, True)
     else:
-        chain = reverse_diffusion.chain_fwd_kernel(spec, precision, tile, False, False, kind == "saving")
+        chain = reverse_diffusion.chain_fwd_kernel(spec, precision, tile, False, kind == "saving")
         critic = twin_critic.critic_fwd_kernel(critics, precision, tile, kind == "saving")
     report = None
     try:

@@ -19,6 +19,7 @@ padded hidden width, L hidden layers, P size of the flat buffer.
 # What annotates a kernel's parameters is for launch.py, and no type of Python's.
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -29,7 +30,7 @@ from .launch import INTERPRETED, Kernel, architecture, multiprocessors
 from .layout import ACTIVATIONS, CriticSpec
 from .packing import packed_sizes
 from .prologue import Prologue, edge_precision
-from .reverse_diffusion import ChainRunner, signed
+from .reverse_diffusion import ChainRunner, seed_arguments
 from .tile_layers import narrow_product, product
 from .tiles import Shape, Tile
 from .tiles import choose as choose_tile
@@ -182,20 +183,19 @@ def _pessimistic(q, n, N, R):
 def _choose(
     q: "*fp32",  # [2, R]
     actions: "*fp32",  # [R, A]
-    seed_at: "*i64 any",  # with SEED_AT, where the seed is
+    seed_at: "*i64 any",  # where the seed is, if seed_in_memory
     chosen: "*fp32",  # [B, A], written
-    seed: "i64",  # without SEED_AT
+    seed: "i64",  # otherwise
     R: "i64",
     N: "i32",
+    seed_in_memory: "i32",
     A: tl.constexpr,
     AP: tl.constexpr,
     BLOCK: tl.constexpr,
-    SEED_AT: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
     q += b * N
-    if SEED_AT:
-        seed = tl.load(seed_at)
+    seed = tl.load(seed_at, seed_in_memory != 0, seed)
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
     for start in range(0, N, BLOCK):
         highest = tl.maximum(highest, _pessimistic(q, start + tl.arange(0, BLOCK), N, R))
@@ -378,10 +378,9 @@ def choose(q: Tensor, actions: Tensor, candidates: int, draw_seed: int | Tensor)
     """
     R, A = actions.shape
     chosen = torch.empty(R // candidates, A, dtype=torch.float32, device=actions.device)
-    at = draw_seed if isinstance(draw_seed, Tensor) else None
-    number = 0 if isinstance(draw_seed, Tensor) else signed(draw_seed)
-    kernel = choose_kernel(A, choose_block(candidates), at is not None)
-    kernel.launch((R // candidates, 1, 1), q, actions, at, chosen, number, R, candidates)
+    at, number, in_memory = seed_arguments(draw_seed, actions.device)
+    kernel = choose_kernel(A, choose_block(candidates))
+    kernel.launch((R // candidates, 1, 1), q, actions, at, chosen, number, R, candidates, in_memory)
     return chosen
 
 
@@ -428,11 +427,11 @@ def critic_bwd_kernel(spec: CriticSpec, precision: str, tile: Tile, actions: boo
 
 
 @lru_cache(maxsize=256)
-def choose_kernel(action_dim: int, block: int, seed_in_memory: bool) -> Kernel:
+def choose_kernel(action_dim: int, block: int) -> Kernel:
     """The kernel that draws a candidate a state, reading `block` of them at a time."""
     AP = triton.next_power_of_2(action_dim)
     warps = 1 if block <= 256 else 4
-    return Kernel.of(_choose, num_warps=warps, A=action_dim, AP=AP, BLOCK=block, SEED_AT=seed_in_memory)
+    return Kernel.of(_choose, num_warps=warps, A=action_dim, AP=AP, BLOCK=block)
 
 
 def _sizes(spec: CriticSpec, tile: Tile) -> dict[str, int]:
@@ -441,6 +440,6 @@ def _sizes(spec: CriticSpec, tile: Tile) -> dict[str, int]:
     return sizes | {"CHUNK": min(tile.chunk, s.HP), "STAGES": tile.stages}
 
 
-def _precisions(precision: str) -> dict[str, str | bool]:
+def _precisions(precision: str) -> dict[str, Any]:
     edge = edge_precision(precision)
     return {"PRECISION": edge, "EDGE": edge, "BF16": precision == "bf16", "EMULATE": INTERPRETED}

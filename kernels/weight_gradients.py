@@ -27,6 +27,7 @@ Tensor = torch.Tensor
 _SIDE = 64  # of a tile of a gradient
 _CHUNK = 32 if not INTERPRETED else 256  # rows at a time
 _STEPS = 16  # of the time table at a time
+_MAX_PARTS = 16  # of the rows: more make the adding up as long as the products
 _COLUMNS = 32  # of the time table at a time
 
 
@@ -87,8 +88,9 @@ def state_gradient(d, weight, d_states, tile, start, B, N, S: tl.constexpr, H: t
         column = chunk + tl.arange(0, CHUNK)
         total = tl.zeros((STATES, CHUNK), tl.float32)
         at = d + (b * N)[:, None] * HP + column[None, :]
-        for n in range(N):
-            total += tl.load(at + n * HP, (b < B)[:, None], 0.0)
+        for _ in range(N):
+            total += tl.load(at, (b < B)[:, None], 0.0)
+            at += HP
         w = tl.load(weight + column[:, None] * STRIDE + i[None, :], (column < H)[:, None] & (i < S)[None, :], 0.0)
         part = tl.dot(total, w, part, input_precision=EDGE)
     tl.store(d_states + b[:, None] * S + i[None, :], part, (b < B)[:, None] & (i < S)[None, :])
@@ -332,7 +334,7 @@ class ChainGradients:
         if need_parameters:
             squares = (s.L - 1) * T * T
             programs += squares + 2 * T + T * triton.cdiv(S, _state_side(S)) + T * K
-            parts = max(1, min(triton.cdiv(2 * self.processors, squares), K * RP // (4 * _CHUNK)))
+            parts = max(1, min(triton.cdiv(2 * self.processors, squares), K * RP // (4 * _CHUNK), _MAX_PARTS))
             images = torch.empty(parts * size, dtype=torch.float32, device=self.device)
         if programs:
             self.products[need_parameters].launch(

@@ -127,3 +127,11 @@ def test_a_critic_beyond_the_kernels_is_computed_by_torch():
     batch = make_batch(3)
     got, want = q_values(critic, batch.states, batch.actions, TritonBackend()), critic(batch.states, batch.actions)
     assert torch.equal(got[0], want[0])
+
+
+def test_noise_is_the_stream():
+    like = torch.empty(0, device=DEVICE)
+    for seed, K, rows, actions in ((0, 1, 1, 1), (2**64 - 1, 3, 70, 5), (2**63, 2, 3, 64)):
+        got = TritonBackend().normal(seed, K, rows, actions, like).cpu()
+        torch.testing.assert_close(got, dql.noise.normal(seed, K, rows, actions), rtol=1e-6, atol=1e-6)
+    assert TritonBackend().normal(1, 1, 2, 3, like.double()).dtype is torch.float64
