@@ -114,6 +114,8 @@ def heuristic(arch: int, processors: int, shape: Shape) -> Tile:
         rows = 64
     if bf16:
         chunk, stages = (64, 3) if HP <= 256 and not (blackwell and rows > 16) else (32, 3)
+        if rows == 64 and HP == 256 and not blackwell:
+            stages = 2
     elif HP <= 128:
         chunk, stages = 32, 3
     elif HP == 256:
