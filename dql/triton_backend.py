@@ -17,7 +17,7 @@ from dql.kernels import limits, native
 from dql.networks import TwinCritic
 
 if TYPE_CHECKING:
-    from dql.kernels.reverse_diffusion import ChainPlan, ChainRunner
+    from dql.kernels.chain_runner import ChainPlan, ChainRunner
     from dql.kernels.twin_critic import CriticRunner
 
 Tensor = torch.Tensor
@@ -170,8 +170,8 @@ def chain_runner(chain: Chain) -> "ChainRunner":
     key = ("triton", chain.spec, chain.precision, chain.flat.device, chain.max_action)
     made = chain.table.kept.get(key)
     if made is None:
+        from dql.kernels.chain_runner import ChainRunner
         from dql.kernels.launch import refuse_while_capturing
-        from dql.kernels.reverse_diffusion import ChainRunner
 
         refuse_while_capturing()
         device = chain.flat.device

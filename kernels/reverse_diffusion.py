@@ -10,7 +10,7 @@
 (Diffusion-QL, arXiv 2208.06193, eq. 1; `reference.chain_fwd` is the same in torch.) A program runs all K steps for a
 tile of ROWS rows. x, x0 and the activations of the last layer stay in registers; see `tile_layers` for the others.
 
-What a kernel is handed lies in two buffers, both made by `chain_buffers`:
+What a kernel is handed lies in two buffers, made by `chain_runner.ChainPlan` for every call:
     floats:    packed floats | time table [K, HP] | state part [B, HP] | x [RP, AP], with a backward pass [K, RP, AP] |
                with a backward pass: a_k x - b_k eps, and last the action, before clamping [K + 1, RP, AP]
     operands:  packed operands | without a backward pass: two activations of each tile [tiles, 2, ROWS, HP]; with one:
@@ -20,23 +20,20 @@ Letters: B states, N candidates, R = B * N rows, RP those in whole tiles, A acti
 width, L hidden layers, K steps.
 """
 
-from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 
-from .launch import INTERPRETED, Kernel, architecture, multiprocessors
+from .launch import INTERPRETED, Kernel
 from .layout import ACTIVATIONS, DenoiserSpec
 from .packing import PackedSizes, packed_sizes
-from .prologue import Prologue, edge_precision
+from .prologue import edge_precision
 from .tile_layers import narrow_product, narrow_product_from, product
-from .tiles import Shape, Tile, choose
+from .tiles import Tile
 from .triton_ops import activate, activate_with_slope, normals, rounded_operand
-from .weight_gradients import ChainGradients
 
-Tensor = torch.Tensor
 NARROW = tl.constexpr(8192)  # AP * HP from which on the first layer's weight does not fit into the registers
 
 
@@ -255,141 +252,6 @@ def _chain_bwd(
         tl.store(sums, d_state_part)
 
 
-@dataclass(eq=False)
-class ChainSaved:
-    """What `ChainRunner.backward` needs of a forward pass."""
-
-    floats: Tensor
-    operands: Tensor
-    rows: int  # RP
-
-
-class ChainRunner:
-    """Chains of one denoiser on one device in one precision; made once and kept, it holds no parameters.
-
-    Args:
-        spec: sizes of the denoiser.
-        table: [K, 8], the rows of the step table, padded with two zeros.
-        embedding: [K, D], of the timesteps.
-        max_action: bound of actions and predicted x0.
-        precision: "fp32", "tf32" or "bf16".
-    """
-
-    def __init__(self, spec: DenoiserSpec, table: Tensor, embedding: Tensor, max_action: float, precision: str) -> None:
-        self.spec, self.table, self.embedding, self.precision = spec, table, embedding, precision
-        self.max_action = max_action
-        self.sizes = packed_sizes(spec)
-        self.device = table.device
-        self.arch, self.processors = architecture(self.device), multiprocessors(self.device)
-        self._prologues = {save: Prologue(spec, precision, save, self.device) for save in (False, True)}
-        self._gradients = ChainGradients(spec, precision, self.device)
-        self.operand = torch.bfloat16 if precision == "bf16" and not INTERPRETED else torch.float32
-
-    def forward(
-        self, flat: Tensor, states: Tensor, candidates: int, noise: Tensor | None, seed: int | Tensor, save: bool
-    ) -> tuple[Tensor, ChainSaved | None]:
-        """Runs the chain.
-
-        Args:
-            flat: parameters [P].
-            states: [B, S], contiguous.
-            candidates: N.
-            noise: [K, R, A], contiguous, or None: then the seed's stream.
-            seed: 0 .. 2^64 - 1; or an int64 tensor [1] on the device, read when the kernel runs.
-            save: keep what `backward` needs.
-
-        Returns:
-            (actions [R, A], saved or None).
-        """
-        B = len(states)
-        plan = self.plan(B, candidates, noise is not None, save)
-        actions = torch.empty(B * candidates, self.spec.action_dim, dtype=torch.float32, device=self.device)
-        floats, operands = plan.run(flat, states, noise, seed, actions)
-        return actions, ChainSaved(floats, operands, plan.rows) if save else None
-
-    def plan(self, B: int, candidates: int = 1, noise: bool = False, save: bool = False) -> "ChainPlan":
-        """Everything about a forward pass that its tensors do not change."""
-        K, s, R = len(self.table), self.sizes, B * candidates
-        tile = self._tile("saving" if save else "forward", R)
-        tiles = triton.cdiv(R, tile.rows)
-        RP = tiles * tile.rows
-        n_floats = s.floats + (K + B) * s.HP + (2 * K + 1 if save else 1) * RP * s.AP
-        n_operands = s.operands * (1 + save) + s.HP * (2 * s.L * K * RP if save else 2 * RP)
-        kernel = chain_fwd_kernel(self.spec, self.precision, tile, noise, save)
-        return ChainPlan(self, self._prologues[save], kernel, tiles, RP, n_floats, n_operands, (R, B, candidates, K))
-
-    def _tile(self, kind: str, rows: int) -> Tile:
-        return choose(
-            self.arch, self.processors, Shape(kind, self.sizes.HP, self.precision == "bf16", rows, self.sizes.AP)
-        )
-
-    def backward(
-        self,
-        flat: Tensor,
-        saved: ChainSaved,
-        states: Tensor,
-        d_actions: Tensor,
-        need_parameters: bool,
-        need_states: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The gradient of `forward`.
-
-        Args:
-            flat: parameters [P], as they were.
-            saved: what `forward` returned; it may be used again.
-            states: [B, S], contiguous.
-            d_actions: [R, A], contiguous.
-            need_parameters: compute d_flat.
-            need_states: compute d_states.
-
-        Returns:
-            (d_flat [P], d_states [B, S]), None where not needed. Where no parameter lies, d_flat holds anything.
-        """
-        B, R, K, s, RP = len(states), len(d_actions), len(self.table), self.sizes, saved.rows
-        tile = self._tile("backward", R)
-        while RP % tile.rows:
-            tile = replace(tile, rows=tile.rows // 2)
-        d_floats = torch.empty(K * RP * s.AP + RP * s.HP, dtype=torch.float32, device=self.device)
-        d_operands = torch.empty(s.L * K * RP * s.HP, dtype=self.operand, device=self.device)
-        chain_bwd_kernel(self.spec, self.precision, tile).launch(
-            (RP // tile.rows, 1, 1),
-            saved.floats, saved.operands, self.table, d_actions, d_floats, d_operands, self.max_action, R, B, K,
-        )  # fmt: skip
-        return self._gradients.compute(
-            flat, self.embedding, states, saved.floats, saved.operands, d_floats, d_operands, RP, R,
-            need_parameters, need_states,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class ChainPlan:
-    """A forward pass of fixed size, ready to be run on any tensors of that size."""
-
-    runner: ChainRunner
-    prologue: Prologue
-    kernel: Kernel
-    tiles: int
-    rows: int  # RP
-    n_floats: int
-    n_operands: int
-    sizes: tuple[int, int, int, int]  # R, B, N, K
-
-    def run(
-        self, flat: Tensor, states: Tensor, noise: Tensor | None, seed: int | Tensor, actions: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Fills actions [R, A]; the other arguments are those of `ChainRunner.forward`. Returns (floats, operands)."""
-        runner, device = self.runner, self.runner.device
-        floats = torch.empty(self.n_floats, dtype=torch.float32, device=device)
-        operands = torch.empty(self.n_operands, dtype=runner.operand, device=device)
-        self.prologue.launch(flat, runner.embedding, states, floats, operands)
-        at, number, in_memory = seed_arguments(seed, device)
-        self.kernel.launch(
-            (self.tiles, 1, 1),
-            floats, operands, runner.table, noise, at, actions, number, runner.max_action, *self.sizes, in_memory,
-        )  # fmt: skip
-        return floats, operands
-
-
 def small(tile: Tile, s: PackedSizes) -> bool:
     """Whether registers hold more than one tile of activations: found by compiling for sm_80 to sm_120."""
     return tile.rows <= 16 and NARROW.value > s.AP * s.HP
@@ -400,51 +262,23 @@ def groups(tile: Tile, s: PackedSizes) -> int:
     return min(tile.warps, s.HP // 16) if small(tile, s) else 0
 
 
-def seed_arguments(seed: int | Tensor, device: torch.device) -> tuple[Tensor, int, int]:
-    """What kernels are told of a seed: (where it is, or anything; its bits as a signed number; whether it is there)."""
-    if isinstance(seed, Tensor):
-        return seed, 0, 1
-    return _nowhere(device), seed - (1 << 64) if seed >> 63 else seed, 0
-
-
-@lru_cache(maxsize=64)
-def _nowhere(device: torch.device) -> Tensor:
-    return torch.zeros(1, dtype=torch.int64, device=device)
-
-
 @lru_cache(maxsize=256)
 def chain_fwd_kernel(spec: DenoiserSpec, precision: str, tile: Tile, noise: bool, save: bool) -> Kernel:
     """The forward kernel for a denoiser, a precision and a tile."""
-    s = packed_sizes(spec)
-    return Kernel.of(
-        _chain_fwd,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        A=spec.action_dim,
-        AP=s.AP,
-        HP=s.HP,
-        L=s.L,
-        KIND=ACTIVATIONS.index(spec.activation),
-        ROWS=tile.rows,
-        CHUNK=min(tile.chunk, s.HP),
-        STAGES=tile.stages,
-        GROUPS=groups(tile, s),
-        HOLD=small(tile, s),
-        PRECISION=edge_precision(precision),
-        EDGE=edge_precision(precision),
-        NOISE=noise,
-        SAVE=save,
-        BF16=precision == "bf16",
-        EMULATE=INTERPRETED,
-    )
+    kind = ACTIVATIONS.index(spec.activation)
+    return _kernel(_chain_fwd, spec, precision, tile, KIND=kind, NOISE=noise, SAVE=save)
 
 
 @lru_cache(maxsize=256)
 def chain_bwd_kernel(spec: DenoiserSpec, precision: str, tile: Tile) -> Kernel:
     """The backward kernel for a denoiser, a precision and a tile."""
+    return _kernel(_chain_bwd, spec, precision, tile)
+
+
+def _kernel(function: Any, spec: DenoiserSpec, precision: str, tile: Tile, **constants: Any) -> Kernel:
     s = packed_sizes(spec)
     return Kernel.of(
-        _chain_bwd,
+        function,
         num_warps=tile.warps,
         num_stages=tile.stages,
         A=spec.action_dim,
@@ -460,4 +294,5 @@ def chain_bwd_kernel(spec: DenoiserSpec, precision: str, tile: Tile) -> Kernel:
         EDGE=edge_precision(precision),
         BF16=precision == "bf16",
         EMULATE=INTERPRETED,
+        **constants,
     )

@@ -25,12 +25,12 @@ import torch
 import triton
 import triton.language as tl
 
+from .chain_runner import ChainRunner, seed_arguments
 from .critic_gradients import CriticGradients
 from .launch import INTERPRETED, Kernel, architecture, multiprocessors
 from .layout import ACTIVATIONS, CriticSpec
 from .packing import packed_sizes
 from .prologue import Prologue, edge_precision
-from .reverse_diffusion import ChainRunner, seed_arguments
 from .tile_layers import narrow_product, product
 from .tiles import Shape, Tile
 from .tiles import choose as choose_tile

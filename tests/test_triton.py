@@ -38,7 +38,7 @@ Tensor = torch.Tensor
 if (reason := not_interpreted()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
-from dql.kernels import reverse_diffusion, weight_gradients  # noqa: E402
+from dql.kernels import chain_runner, reverse_diffusion, weight_gradients  # noqa: E402
 from dql.kernels.launch import Grid, Kernel  # noqa: E402
 from dql.kernels.packing import packed_sizes  # noqa: E402
 from dql.kernels.tiles import Shape, Tile  # noqa: E402
@@ -140,7 +140,7 @@ def forced(monkeypatch: pytest.MonkeyPatch, forward: Tile, backward: Tile | None
         asked.append(shape)
         return (backward or forward) if shape.kind == "backward" else forward
 
-    monkeypatch.setattr(reverse_diffusion, "choose", choose)
+    monkeypatch.setattr(chain_runner, "choose", choose)
     return asked
 
 

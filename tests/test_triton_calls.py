@@ -27,7 +27,7 @@ Tensor = torch.Tensor
 if (reason := not_interpreted()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
-from dql.kernels import reverse_diffusion  # noqa: E402
+from dql.kernels import chain_runner  # noqa: E402
 from dql.kernels.tiles import Tile  # noqa: E402
 
 SEEDS = [0, 1, 2**63, 2**64 - 1]
@@ -133,7 +133,7 @@ def test_a_seed_in_memory_is_read_by_each_call():
 @pytest.mark.parametrize("activation", ["mish", "relu"])
 def test_a_row_does_not_depend_on_the_others(activation, monkeypatch):
     """To the last bit, nor does its gradient, in the same place of a tile; NumPy's product rounds by the place."""
-    monkeypatch.setattr(reverse_diffusion, "choose", lambda arch, processors, shape: Tile(16, 16, 2, 4))
+    monkeypatch.setattr(chain_runner, "choose", lambda arch, processors, shape: Tile(16, 16, 2, 4))
     policy, states = make_policy(activation=activation, T=2), states_of(40)
     given = torch.randn(2, 40, A, generator=torch.Generator().manual_seed(1))
 
@@ -166,7 +166,7 @@ def test_the_tile_changes_last_bits_alone():
 @pytest.mark.parametrize("N", [1, 3, 14])
 def test_candidates_share_their_state(N, precision, monkeypatch):
     """They are as repeated states, and the state's gradient is the sum of theirs."""
-    monkeypatch.setattr(reverse_diffusion, "choose", lambda arch, processors, shape: Tile(16, 16, 2, 4))
+    monkeypatch.setattr(chain_runner, "choose", lambda arch, processors, shape: Tile(16, 16, 2, 4))
     policy, states = make_policy(**SMALL), states_of(9).requires_grad_(True)
     candidates = sample(states, policy, num_candidates=N, precision=precision)
     repeated = states.detach().repeat_interleave(N, 0).requires_grad_(True)
@@ -264,13 +264,13 @@ def test_torchs_default_dtype_is_of_no_concern():
 def saved(monkeypatch):
     """Of each chain from now on whether it saves for a backward pass; in a list that grows."""
     seen: list[bool] = []
-    plan = reverse_diffusion.ChainRunner.plan
+    plan = chain_runner.ChainRunner.plan
 
-    def recorded(self, B, candidates=1, noise=False, seed_in_memory=False, save=False):
+    def recorded(self, B, candidates=1, noise=False, save=False):
         seen.append(save)
-        return plan(self, B, candidates, noise, seed_in_memory, save)
+        return plan(self, B, candidates, noise, save)
 
-    monkeypatch.setattr(reverse_diffusion.ChainRunner, "plan", recorded)
+    monkeypatch.setattr(chain_runner.ChainRunner, "plan", recorded)
     return seen
 
 
@@ -290,8 +290,8 @@ def test_actions_are_the_same_with_and_without_gradients(activation, precision, 
     policy.requires_grad_(False)
     assert not sample(states, policy, precision=precision).requires_grad
     assert saved and not any(saved)
-    plan = reverse_diffusion.ChainRunner.plan
-    runner = next(kept for kept in policy.step_table().kept.values() if isinstance(kept, reverse_diffusion.ChainRunner))
+    plan = chain_runner.ChainRunner.plan
+    runner = next(kept for kept in policy.step_table().kept.values() if isinstance(kept, chain_runner.ChainRunner))
     with_save, without = (plan(runner, 40, save=save) for save in (True, False))
     assert without.n_operands + without.n_floats < 0.3 * (with_save.n_operands + with_save.n_floats)
 

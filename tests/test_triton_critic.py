@@ -17,9 +17,9 @@ from dql import noise as noise_stream
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton (Linux only)")
 
+from dql.kernels.chain_runner import ChainRunner
 from dql.kernels.launch import INTERPRETED
 from dql.kernels.reference import time_embedding
-from dql.kernels.reverse_diffusion import ChainRunner
 from dql.kernels.twin_critic import CriticRunner, choose, select
 
 Tensor = torch.Tensor

@@ -217,14 +217,14 @@ def test_where_the_file_is(monkeypatch, tmp_path):
 @needs_interpreter
 def test_sample_uses_the_file_and_names_it_when_damaged(file, monkeypatch):
     """As on a GPU of compute capability 9.0 with 132 multiprocessors, though interpreted."""
-    from dql.kernels import reverse_diffusion
+    from dql.kernels import chain_runner
 
-    monkeypatch.setattr(reverse_diffusion, "architecture", lambda device: 90)
-    monkeypatch.setattr(reverse_diffusion, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(chain_runner, "architecture", lambda device: 90)
+    monkeypatch.setattr(chain_runner, "multiprocessors", lambda device: 132)
     policy, states = make_policy(hidden_dim=16, num_hidden=2), states_of(20)
     want = dql_package.sample(states, policy, backend="triton", seed=1)
     asked = []
-    monkeypatch.setattr(reverse_diffusion, "choose", lambda *of: asked.append(tiles.choose(*of)) or asked[-1])
+    monkeypatch.setattr(chain_runner, "choose", lambda *of: asked.append(tiles.choose(*of)) or asked[-1])
     remember(Shape("saving", 16, False, 20), Tile(64, 16, 2, 4))
     got = dql_package.sample(states, policy, backend="triton", seed=1)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
