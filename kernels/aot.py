@@ -21,22 +21,19 @@ Importing this module imports no Triton.
 
 import contextlib
 import io
-import multiprocessing
-import os
 import re
-import signal
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .compile_pool import compile_pool
 
 if TYPE_CHECKING:
     from .launch import Kernel
@@ -305,11 +302,7 @@ def examine_all(
         ValueError: no label matches `only`, jobs < 1.
         ChildProcessError: a process died.
     """
-    if jobs is not None and jobs < 1:
-        raise ValueError(f"jobs must be at least 1, not {jobs}")
-    jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
-    try:
+    with compile_pool(jobs) as pool:
         labels = [(arch, label) for arch in architectures for label in pool.submit(_labels, listing, arch).result()]
         chosen = [(arch, label) for arch, label in labels if _matches(label, only)]
         if not chosen:
@@ -322,22 +315,10 @@ def examine_all(
                 progress(i, len(chosen), chosen[i][1])
             done.append(future.result())
         return done
-    except BrokenProcessPool:
-        raise ChildProcessError(
-            f"a compiling process died, of {jobs} at a time; if memory ran out, try fewer with --jobs 1"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _matches(label: str, only: str) -> bool:
     return any(fnmatchcase(label, glob.strip()) for glob in only.split(","))
-
-
-def _start_worker() -> None:
-    # before anything imports Triton: kernels are made for the interpreter or the compiler when they are decorated
-    os.environ.pop("TRITON_INTERPRET", None)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
 
 
 @lru_cache

@@ -15,18 +15,15 @@ Importing this module imports no Triton.
 
 import contextlib
 import json
-import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from .aot import ARCHITECTURES, Report, examine, fits
+from .compile_pool import compile_pool
 from .layout import CriticSpec, DenoiserSpec
 
 _ROOMY = 160 * 1024  # bytes of shared memory a program may have on data-centre GPUs; others have 99 KB
@@ -285,28 +282,13 @@ def examine_candidates(
         ValueError: jobs < 1.
         ChildProcessError: a process died.
     """
-    if jobs is not None and jobs < 1:
-        raise ValueError(f"jobs must be at least 1, not {jobs}")
-    jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
-    try:
+    with compile_pool(jobs) as pool:
         futures = [pool.submit(_examine, arch, spec, *want, keep) for want in wanted]
         done: list[Candidate] = []
         for future in futures:
             progress(len(done), len(futures))
             done.append(future.result())
         return done
-    except BrokenProcessPool:
-        raise ChildProcessError(
-            f"a compiling process died, of {jobs} at a time; if memory ran out, try fewer with --jobs 1"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    os.environ.pop("TRITON_INTERPRET", None)  # before anything imports Triton
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
 
 
 def _examine(arch: int, spec: DenoiserSpec, kind: str, precision: str, tile: Tile, keep: bool) -> Candidate:
