@@ -1,0 +1,80 @@
+// How a block of the chain kernel uses its shared memory, and how its warps share a layer's product. Made on the host,
+// handed to the kernel; plain arithmetic, tested on the host.
+#pragma once
+
+#include "shapes.h"
+
+namespace dql {
+
+constexpr int RING_STAGES = 4;                        // k-groups of an n-pair under way, of each warp that streams
+constexpr int STAGE_BYTES = 2 * FRAGMENT_BYTES;
+
+// A layer's product is cut into n-pairs and, where there are fewer than warps, each pair's k-groups into `split` ranges
+// whose sums are added in order. Warp w of 8 has range w % split of pair w / split; without a split the pairs
+// w, w + 8, ... one pass each.
+struct Division {
+    int pairs, split, passes;
+    bool idle;  // some warps have nothing to do, and would fall behind if nothing held them
+
+    DQL_PLAIN Division(int pairs_, int groups) : pairs(pairs_), split(1) {
+        while (2 * split * pairs <= WARPS && 2 * split <= groups) split *= 2;
+        passes = (pairs * split + WARPS - 1) / WARPS;
+        idle = pairs * split < WARPS;
+    }
+    DQL_PLAIN int pair(int warp, int pass) const { return split > 1 ? warp / split : warp + WARPS * pass; }
+    DQL_PLAIN int first_group(int warp, int groups) const { return warp % split * groups / split; }
+    DQL_PLAIN int last_group(int warp, int groups) const { return (warp % split + 1) * groups / split; }
+};
+
+// Byte offsets. M rows a tile, `narrow` floats a row of everything as wide as an action.
+struct BlockMemory {
+    int barriers;  // weights, activations (2), narrow sums
+    int h[2];      // [M][row_bytes]: the inputs of the next layer, in turn
+    int weights;   // resident: operands, then floats; streamed: the rings of 8 warps
+    int floats;
+    int sums;      // [8 warps][m_tiles][2][32 lanes][4] floats: results on their way between lanes or warps
+    int v;         // [M][narrow]: the input of the first layer
+    int own;       // [3][M][narrow]: of the thread that updates a quad of the chain, between its steps
+    int parts;     // [min(pairs, 8)][M][narrow]: narrow results of n-pairs
+    int peers;     // [C][M][narrow]: of the cluster's blocks
+    int narrow, row_bytes;
+    int64_t bytes;
+
+    DQL_PLAIN BlockMemory(const Mlp& net, const Tiling& tiling) {
+        const Slices s(net, tiling);
+        const int M = 16 * tiling.m_tiles, slots = s.pairs() < WARPS ? s.pairs() : WARPS;
+        narrow = rounded_up(net.X > net.O ? net.X : net.O, 4);
+        row_bytes = s.row_bytes();
+        const int narrow_bytes = M * narrow * 4;
+        int64_t at = 0;
+        const auto take = [&](int64_t size) {
+            const int64_t start = at;
+            at += (size + 127) / 128 * 128;
+            return static_cast<int>(start);
+        };
+        barriers = take(64);
+        if (s.wide) {  // inputs, the ring, then v, x0 of the step before, and the narrow sums
+            at = 1024;
+            h[0] = h[1] = take(static_cast<int64_t>(M) * s.HP * 2);
+            weights = take(WIDE_STAGES * s.HP * WIDE_CHUNK * 2);
+            v = take(narrow_bytes);
+            own = take(narrow_bytes);
+            parts = take(narrow_bytes);
+            floats = sums = peers = 0;
+            bytes = at;
+            return;
+        }
+        h[0] = take(static_cast<int64_t>(M) * row_bytes);
+        h[1] = take(static_cast<int64_t>(M) * row_bytes);
+        weights = take(tiling.resident ? s.operand_bytes() : WARPS * RING_STAGES * STAGE_BYTES);
+        floats = take(tiling.resident ? s.floats() * 4 : 0);
+        sums = take(WARPS * tiling.m_tiles * 1024);
+        v = take(narrow_bytes);
+        own = take(3 * narrow_bytes);
+        parts = take(slots * narrow_bytes);
+        peers = take(tiling.cluster > 1 ? tiling.cluster * narrow_bytes : 0);
+        bytes = at;
+    }
+};
+
+}  // namespace dql

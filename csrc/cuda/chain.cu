@@ -1,0 +1,112 @@
+// Launches of the chain kernel.
+#include "chain_launch.h"
+
+#include <algorithm>
+
+namespace dql {
+namespace cuda {
+namespace {
+
+bool is_wide(const Tiling& tiling) { return tiling.m_tiles == WIDE_M_TILES; }
+
+ChainKernel kernel_for(const Mlp& net, const Tiling& tiling, bool backward) {
+    if (is_wide(tiling)) return wide_chain_kernel_for(Slices(net, tiling).HP);
+    switch (tiling.precision) {
+        case Precision::FP32: return chain_kernel_for<Precision::FP32>(tiling, backward);
+        case Precision::TF32: return chain_kernel_for<Precision::TF32>(tiling, backward);
+        default: return chain_kernel_for<Precision::BF16>(tiling, backward);
+    }
+}
+
+void check_tiling(const Mlp& net, const Tiling& tiling, bool backward) {
+    const int c = tiling.cluster;
+    if (is_wide(tiling) && (backward || net.D == 0 || net.H > 256 || tiling.precision != Precision::BF16 ||
+                            tiling.resident))
+        throw std::invalid_argument("tiles of 128 rows are for a denoiser's forward pass in bf16 with H up to 256");
+    if (c != 1 && c != 2 && c != 4 && c != 8) throw std::invalid_argument("a cluster has 1, 2, 4 or 8 blocks");
+    if (c > 1 && !tiling.resident) throw std::invalid_argument("streamed weights have no cluster");
+}
+
+int threads_of(const Tiling& tiling) { return is_wide(tiling) ? WIDE_THREADS : THREADS; }
+
+Grid grid_of(const ChainJob& job, bool backward) {
+    const int64_t tiles = whole_tiles(job.R, job.tiling) / (16 * job.tiling.m_tiles);
+    const int64_t clusters = std::max<int64_t>(1, job.max_clusters / job.networks);
+    Grid grid;
+    grid.x = std::min(tiles, clusters) * job.tiling.cluster;
+    grid.y = job.networks;
+    grid.cluster = job.tiling.cluster;
+    grid.threads = threads_of(job.tiling);
+    grid.shared = shared_bytes(job.net, job.tiling, backward);
+    grid.follows = !backward && (job.tiling.resident || is_wide(job.tiling));  // of the prologue, on the same stream
+    return grid;
+}
+
+}  // namespace
+
+int64_t shared_bytes(const Mlp& net, const Tiling& tiling, bool backward) {
+    check_tiling(net, tiling, backward);
+    return BlockMemory(net, tiling).bytes;
+}
+
+void chain_forward(const ChainJob& job, Stream stream) {
+    if (is_wide(job.tiling) && job.saved != nullptr)
+        throw std::invalid_argument("tiles of 128 rows save nothing for a backward pass");
+    launch("the chain", kernel_for(job.net, job.tiling, false), grid_of(job, false), chain_arguments(job, false), stream);
+}
+
+void chain_backward(const ChainJob& job, Stream stream) {
+    launch("the chain's backward pass", kernel_for(job.net, job.tiling, true), grid_of(job, true), chain_arguments(job, true),
+           stream);
+}
+
+#if defined(__CUDACC__)
+
+int max_clusters(int ordinal, const Mlp& net, const Tiling& tiling, bool backward) {
+    const ChainKernel kernel = kernel_for(net, tiling, backward);
+    const int64_t bytes = shared_bytes(net, tiling, backward);
+    int before = 0, count = 0;
+    check(cudaGetDevice(&before), "cudaGetDevice");
+    check(cudaSetDevice(ordinal), "cudaSetDevice");
+    try {
+        allow_shared(kernel, bytes, "the chain");
+        if (tiling.cluster > 1) {
+            cudaLaunchAttribute attribute = {};
+            attribute.id = cudaLaunchAttributeClusterDimension;
+            attribute.val.clusterDim.x = static_cast<unsigned>(tiling.cluster);
+            attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+            cudaLaunchConfig_t config = {};
+            config.gridDim = dim3(static_cast<unsigned>(tiling.cluster));
+            config.blockDim = dim3(static_cast<unsigned>(threads_of(tiling)));
+            config.dynamicSmemBytes = static_cast<size_t>(bytes);
+            config.attrs = &attribute;
+            config.numAttrs = 1;
+            check(cudaOccupancyMaxActiveClusters(&count, reinterpret_cast<const void*>(kernel), &config),
+                  "cudaOccupancyMaxActiveClusters");
+        } else {
+            int multiprocessors = 0;
+            check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, reinterpret_cast<const void*>(kernel),
+                                                                threads_of(tiling), static_cast<size_t>(bytes)),
+                  "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+            check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, ordinal),
+                  "cudaDeviceGetAttribute");
+            count *= multiprocessors;
+        }
+    } catch (...) {
+        cudaSetDevice(before);
+        throw;
+    }
+    check(cudaSetDevice(before), "cudaSetDevice");
+    return count;
+}
+
+#else
+
+int max_clusters(int ordinal, const Mlp&, const Tiling& tiling, bool) {
+    return std::max(1, device(ordinal).multiprocessors / tiling.cluster);
+}
+
+#endif
+
+}  // namespace cuda
+}  // namespace dql

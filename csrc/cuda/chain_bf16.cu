@@ -1,0 +1,2 @@
+#define PRECISION Precision::BF16
+#include "chain_kernels.h"

@@ -1,0 +1,2 @@
+#define PRECISION Precision::FP32
+#include "chain_kernels.h"

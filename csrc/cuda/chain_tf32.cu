@@ -1,0 +1,2 @@
+#define PRECISION Precision::TF32
+#include "chain_kernels.h"

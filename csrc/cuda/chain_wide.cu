@@ -1,0 +1,13 @@
+// The kernel for many rows; compiled for compute capability 9.0 alone, whose instructions it uses.
+#include "chain_launch.h"
+#include "wide_chain.h"
+
+namespace dql {
+namespace cuda {
+
+ChainKernel wide_chain_kernel_for(int HP) {
+    return HP == 128 ? device::wide_chain_kernel<128> : device::wide_chain_kernel<256>;
+}
+
+}  // namespace cuda
+}  // namespace dql

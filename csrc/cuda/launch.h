@@ -1,0 +1,73 @@
+// One way to launch a kernel, on the GPU or in the emulator.
+#pragma once
+
+#include <string>
+
+#include "device.h"
+#include "host.h"
+
+namespace dql {
+namespace cuda {
+
+struct Grid {
+    int64_t x;        // blocks, a multiple of `cluster`
+    int64_t y = 1;
+    int cluster = 1;  // blocks in x that form one
+    int threads = THREADS;
+    int64_t shared = 0;  // bytes of dynamic shared memory
+    bool follows = false;  // may start before the kernel before it ends, and calls wait_for_previous
+};
+
+#if defined(__CUDACC__)
+
+// Throws CudaError naming `call` if CUDA reported an error.
+inline void check(cudaError_t status, const std::string& call) {
+    if (status == cudaSuccess) return;
+    cudaGetLastError();  // an error that does not stick is not left for torch to find
+    throw CudaError(call + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")");
+}
+
+// More than 48 KB of shared memory must be asked for, once a kernel and device.
+template <class Job>
+void allow_shared(void (*kernel)(Job), int64_t bytes, const char* name) {
+    if (bytes <= 48 * 1024) return;
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(bytes)),
+          std::string("cudaFuncSetAttribute of ") + name);
+}
+
+template <class Job>
+void launch(const char* name, void (*kernel)(Job), const Grid& grid, const Job& job, Stream stream) {
+    allow_shared(kernel, grid.shared, name);
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
+    config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+    config.dynamicSmemBytes = static_cast<size_t>(grid.shared);
+    config.stream = static_cast<cudaStream_t>(stream);
+    cudaLaunchAttribute attributes[2] = {};
+    config.attrs = attributes;
+    if (grid.cluster > 1) {
+        cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
+        cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    }
+    if (grid.follows) {
+        cudaLaunchAttribute& follows = attributes[config.numAttrs++];
+        follows.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        follows.val.programmaticStreamSerializationAllowed = 1;
+    }
+    check(cudaLaunchKernelEx(&config, kernel, job), std::string("the launch of ") + name);
+}
+
+#else
+
+template <class Job>
+void launch(const char*, void (*kernel)(Job), const Grid& grid, const Job& job, Stream) {
+    emulator::run([&] { kernel(job); }, grid.x, grid.y, grid.cluster, grid.threads, grid.shared);
+}
+
+#endif
+
+}  // namespace cuda
+}  // namespace dql

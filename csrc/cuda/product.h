@@ -1,0 +1,230 @@
+// A tile's product with a slice of a hidden layer: z[row][column] += sum over k of h[row][k] w[column][k], for the n-pair
+// and the k-groups of one warp. The operands are laid out as shapes.h says; the result is what lane 4 g + t owns:
+// z[m][half][i] is row 16 m + 8 half + g, column 4 t + i of the pair.
+#pragma once
+
+#include "chain_arguments.h"
+
+namespace dql {
+namespace device {
+
+DQL_DEVICE uint4 load16(const char* at) { return *reinterpret_cast<const uint4*>(at); }
+
+// A pair's weights in shared memory for good.
+struct ResidentWeights {
+    const char* at;  // this lane's 16 bytes of the first fragment
+    int tile_bytes;  // from one n-tile to the next
+
+    DQL_DEVICE void take(uint4 (&b)[2], int group) {
+        b[0] = load16(at + group * FRAGMENT_BYTES);
+        b[1] = load16(at + group * FRAGMENT_BYTES + tile_bytes);
+    }
+};
+
+// A warp's weights on their way from device memory, k-group after k-group in the order in which its products will ask
+// for them, across layers, steps and tiles. A lane copies what it alone will read, so that nobody else must wait.
+class WeightStream {
+public:
+    // Layers first_layer, first_layer + step, ..., `layers` of them, over and over; none for an idle warp.
+    DQL_DEVICE WeightStream(const char* operands, char* ring, const Division& division, int w, int groups,
+                            int layers, bool descending)
+        : operands_(operands + lane() * 16),
+          ring_(ring + w * RING_STAGES * STAGE_BYTES + lane() * 16),
+          first_pair_(division.pair(w, 0)),
+          pairs_(division.pairs),
+          first_group_(division.first_group(w, groups)),
+          last_group_(division.last_group(w, groups)),
+          groups_(groups),
+          layers_(layers),
+          descending_(descending),
+          stride_(division.split > 1 ? pairs_ : WARPS),
+          pair_(first_pair_),
+          group_(first_group_) {
+        if (first_pair_ >= pairs_) return;
+        DQL_UNROLL
+        for (int i = 0; i < RING_STAGES - 1; ++i) fetch();
+    }
+
+    DQL_DEVICE void take(uint4 (&b)[2], int /*group*/) {
+        wait_groups<RING_STAGES - 2>();
+        const char* stage = ring_ + taken_ * STAGE_BYTES;
+        b[0] = load16(stage);
+        b[1] = load16(stage + FRAGMENT_BYTES);
+        taken_ = (taken_ + 1) % RING_STAGES;
+        fetch();  // into the stage that was read before this one
+    }
+
+    DQL_DEVICE void finish() { wait_groups<0>(); }
+
+private:
+    DQL_DEVICE void fetch() {
+        const int layer = descending_ ? layers_ - 1 - layer_ : layer_;
+        const char* from = operands_ + (static_cast<int64_t>(layer * pairs_ + pair_) * 2 * groups_ + group_) *
+                                           FRAGMENT_BYTES;
+        char* to = ring_ + fetched_ * STAGE_BYTES;
+        copy16(to, from);
+        copy16(to + FRAGMENT_BYTES, from + static_cast<int64_t>(groups_) * FRAGMENT_BYTES);
+        close_group();
+        fetched_ = (fetched_ + 1) % RING_STAGES;
+        if (++group_ < last_group_) return;
+        group_ = first_group_;
+        if ((pair_ += stride_) < pairs_) return;
+        pair_ = first_pair_;
+        if (++layer_ == layers_) layer_ = 0;
+    }
+
+    const char* operands_;
+    char* ring_;
+    int first_pair_, pairs_, first_group_, last_group_, groups_, layers_;
+    bool descending_;
+    int stride_, pair_, group_, layer_ = 0, fetched_ = 0, taken_ = 0;
+};
+
+// On the tensor cores: bf16 and tf32.
+template <Precision P, int MT, class Weights>
+DQL_DEVICE void tensor_product(float (&z)[MT][2][4], const char* h, int row_bytes, Weights& weights, int first,
+                               int last) {
+    float d[MT][2][4];  // [m-tile][n-tile]: rows g (2) and g + 8 (2), columns 2 t and 2 t + 1
+    DQL_UNROLL
+    for (int m = 0; m < MT; ++m)
+        DQL_UNROLL
+        for (int i = 0; i < 8; ++i) d[m][i / 4][i % 4] = 0;
+    const char* mine = h + lane() / 4 * row_bytes + lane() % 4 * 16;
+    DQL_UNROLL_BY_2
+    for (int group = first; group < last; ++group) {
+        uint4 b[2];
+        weights.take(b, group);
+        DQL_UNROLL
+        for (int m = 0; m < MT; ++m) {
+            const uint4 low = load16(mine + 16 * m * row_bytes + group * GROUP_BYTES);
+            const uint4 high = load16(mine + (16 * m + 8) * row_bytes + group * GROUP_BYTES);
+            const uint32_t first_half[4] = {low.x, high.x, low.y, high.y};
+            const uint32_t second_half[4] = {low.z, high.z, low.w, high.w};
+            DQL_UNROLL
+            for (int n = 0; n < 2; ++n) {
+                const uint32_t b_first[2] = {b[n].x, b[n].y}, b_second[2] = {b[n].z, b[n].w};
+                if constexpr (P == Precision::BF16) {
+                    mma_bf16(d[m][n], first_half, b_first);
+                    mma_bf16(d[m][n], second_half, b_second);
+                } else {
+                    mma_tf32(d[m][n], first_half, b_first);
+                    mma_tf32(d[m][n], second_half, b_second);
+                }
+            }
+        }
+    }
+    DQL_UNROLL
+    for (int m = 0; m < MT; ++m)
+        DQL_UNROLL
+        for (int half = 0; half < 2; ++half)
+            DQL_UNROLL
+            for (int i = 0; i < 4; ++i) z[m][half][i] = d[m][i / 2][2 * half + i % 2];
+}
+
+// Where the sums of one warp lie: [m-tile][half][lane][4].
+DQL_DEVICE float* sum_place(float* sums, int m, int half, int lane) { return sums + ((m * 2 + half) * 32 + lane) * 4; }
+
+// On the FMA units, strict float32: a lane multiplies its quarter of each k-group for all rows and the two columns g,
+// then the quad adds up. The result is left in `sums`, where other lanes own it.
+template <int MT, class Weights>
+DQL_DEVICE void scalar_product(float* sums, const char* h, int row_bytes, Weights& weights, int first, int last) {
+    const int g = lane() / 4, t = lane() % 4;
+    float d[16 * MT][2];
+    DQL_UNROLL
+    for (int row = 0; row < 16 * MT; ++row) d[row][0] = d[row][1] = 0;
+    const char* mine = h + t * 16;
+    for (int group = first; group < last; ++group) {
+        uint4 b[2];
+        weights.take(b, group);
+        DQL_UNROLL
+        for (int row = 0; row < 16 * MT; ++row) {
+            const float4 a = load_floats(mine + row * row_bytes + group * GROUP_BYTES);
+            DQL_UNROLL
+            for (int n = 0; n < 2; ++n) {
+                d[row][n] = fmaf(a.x, as_float(b[n].x), d[row][n]);
+                d[row][n] = fmaf(a.y, as_float(b[n].y), d[row][n]);
+                d[row][n] = fmaf(a.z, as_float(b[n].z), d[row][n]);
+                d[row][n] = fmaf(a.w, as_float(b[n].w), d[row][n]);
+            }
+        }
+    }
+    // Each lane hands half of the rows to a neighbour and keeps the sums of the other half, twice: rows 4 t .. are left.
+    DQL_UNROLL
+    for (int m = 0; m < MT; ++m)
+        DQL_UNROLL
+        for (int n = 0; n < 2; ++n) {
+            float half[8], quarter[4];
+            DQL_UNROLL
+            for (int i = 0; i < 8; ++i) {
+                const float low = d[16 * m + i][n], high = d[16 * m + 8 + i][n];
+                half[i] = (t & 2 ? high : low) + shuffle_xor(t & 2 ? low : high, 2);
+            }
+            DQL_UNROLL
+            for (int i = 0; i < 4; ++i)
+                quarter[i] = (t & 1 ? half[4 + i] : half[i]) + shuffle_xor(t & 1 ? half[i] : half[4 + i], 1);
+            DQL_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                const int row = 4 * t + i, column = output_column(n, g);  // of the m-tile, of the pair
+                sum_place(sums, m, row / 8, row % 8 * 4 + column / 4)[column % 4] = quarter[i];
+            }
+        }
+}
+
+// z = the product over all k-groups, in the warp that owns it: with a split, warp 0 of a pair has the rows of half 0
+// and warp 1 those of half 1; the others' z is nothing. `idle`: this warp has no pair; it must come along where all
+// warps meet.
+template <Precision P, int MT, class Weights>
+DQL_DEVICE void product(float (&z)[MT][2][4], float* all_sums, const char* h, int row_bytes, Weights& weights,
+                        const Division& division, int w, int groups, bool idle) {
+    float* sums = all_sums + w * MT * 256;
+    const int first = division.first_group(w, groups), last = division.last_group(w, groups);
+    if (!idle) {
+        if constexpr (P == Precision::FP32)
+            scalar_product<MT>(sums, h, row_bytes, weights, first, last);
+        else
+            tensor_product<P, MT>(z, h, row_bytes, weights, first, last);
+    }
+    if (division.split == 1) {
+        if (P == Precision::FP32 && !idle) {
+            sync_warp();
+            DQL_UNROLL
+            for (int m = 0; m < MT; ++m)
+                DQL_UNROLL
+                for (int half = 0; half < 2; ++half) {
+                    const float4 sum = load_floats(sum_place(sums, m, half, lane()));
+                    z[m][half][0] = sum.x, z[m][half][1] = sum.y, z[m][half][2] = sum.z, z[m][half][3] = sum.w;
+                }
+            sync_warp();
+        }
+        return;
+    }
+    if constexpr (P != Precision::FP32) {
+        if (!idle) {
+            DQL_UNROLL
+            for (int m = 0; m < MT; ++m)
+                DQL_UNROLL
+                for (int half = 0; half < 2; ++half)
+                    *reinterpret_cast<float4*>(sum_place(sums, m, half, lane())) =
+                        make_float4(z[m][half][0], z[m][half][1], z[m][half][2], z[m][half][3]);
+        }
+    }
+    sync_block();
+    const int range = w % division.split;
+    if (idle || range > 1) return;
+    const float* of_pair = sums - range * MT * 256;
+    DQL_UNROLL
+    for (int m = 0; m < MT; ++m) {
+        float4 sum = make_float4(0, 0, 0, 0);
+        for (int other = 0; other < division.split; ++other) {
+            const float4 part = load_floats(of_pair + other * MT * 256 + ((m * 2 + range) * 32 + lane()) * 4);
+            sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+        }
+        DQL_UNROLL
+        for (int half = 0; half < 2; ++half)  // indexed by a constant: registers
+            if (half == range)
+                z[m][half][0] = sum.x, z[m][half][1] = sum.y, z[m][half][2] = sum.z, z[m][half][3] = sum.w;
+    }
+}
+
+}  // namespace device
+}  // namespace dql

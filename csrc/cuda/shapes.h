@@ -1,0 +1,175 @@
+// Plain data that host and kernels share: a network's sizes, how a problem is cut, where everything lies. No code here
+// touches a GPU; tests go through all index maps.
+//
+// Letters: B states, N candidates, R = B N rows, RP those in whole tiles, S state size, X inputs that change from step
+// to step (the action), O outputs, D time size, H hidden width, HP padded, L hidden layers, K steps; C blocks a
+// cluster, NS = HP / C columns of each hidden layer that a block computes.
+//
+// The product of a hidden layer, [rows, HP] x [HP, NS], is done in
+//     k-groups    64 bytes of a row of operands: 32 numbers of bf16, 16 of float32
+//     n-pairs     16 output columns: two n-tiles of 8, as the tensor cores take them
+//     m-tiles     16 rows
+// A quad of lanes shares a row's k-group, 16 bytes each, whatever the precision: lane = 4 g + t holds bytes 16 t .. of
+// row g (and g + 8). Which number of a k-group the instruction calls its k-th does not matter as long as both operands
+// agree. Columns within an n-pair are dealt out so that a lane ends up with four neighbours, see `output_column`.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(__CUDACC__)
+#define DQL_PLAIN __host__ __device__ inline
+#else
+#define DQL_PLAIN inline
+#endif
+
+namespace dql {
+
+constexpr int MAX_HIDDEN_LAYERS = 4, MAX_NARROW = 64, MAX_CLUSTER = 8;
+constexpr int WARPS = 8, THREADS = 32 * WARPS;     // of a block
+constexpr int GROUP_BYTES = 64;                    // a k-group of a row
+constexpr int FRAGMENT_BYTES = 512;                // a k-group of an n-tile: 16 bytes a lane
+constexpr int STEP_STRIDE = 8;                     // floats a row of the step table: a, b, c0, cx, cp, s, 0, 0
+
+// Tiles of 128 rows, bf16 on Hopper alone (wide_chain.h): 64 numbers of k at a time, for all columns, in rows of 128
+// bytes whose 16-byte pieces are swizzled.
+constexpr int WIDE_M_TILES = 8, WIDE_CHUNK = 64, WIDE_STAGES = 3, WIDE_THREADS = 3 * 128;
+
+enum class Precision : int { FP32 = 0, TF32 = 1, BF16 = 2 };
+
+DQL_PLAIN constexpr int element_bytes(Precision precision) { return precision == Precision::BF16 ? 2 : 4; }
+DQL_PLAIN constexpr int rounded_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
+
+// A denoiser, or one of `networks` critics; offsets in elements of the flat buffer.
+struct Mlp {
+    int S, X, D, H, L, O;  // D = 0 of critics
+    int activation;        // index into layout.ACTIVATIONS: mish, relu, silu
+    int networks;          // 1, or 2 critics
+    int64_t size;          // of the flat buffer
+    int64_t apart;         // from a tensor of the first critic to that of the second
+    int stride;            // columns of the first layer's weight
+    int x_column, time_column, state_column;
+    int64_t first, first_bias;
+    int64_t hidden[MAX_HIDDEN_LAYERS - 1], hidden_bias[MAX_HIDDEN_LAYERS - 1];
+    int64_t out, out_bias;
+    int64_t time_w1, time_b1, time_w3, time_b3;  // [2 D, D], [2 D], [D, 2 D], [D]
+};
+
+// How a problem is cut.
+struct Tiling {
+    Precision precision;
+    int cluster;    // C: blocks that share a tile; 1 where weights are streamed
+    int m_tiles;    // 16 rows each, of a tile: 1, 2, 4 or WIDE_M_TILES
+    bool resident;  // weights stay in shared memory for the whole chain (from compute capability 9.0); else streamed
+};
+
+DQL_PLAIN constexpr int padded_width(int H, const Tiling& tiling) {
+    if (tiling.m_tiles == WIDE_M_TILES) return H <= 128 ? 128 : 256;
+    return rounded_up(H, tiling.cluster == 1 ? 32 : 16 * tiling.cluster);
+}
+
+// What a block holds of a padded network, and where: the sizes of packed buffers.
+struct Slices {
+    int HP, NS, L, X, O, element, groups;  // groups: k-groups of a row
+    bool wide;
+
+    DQL_PLAIN Slices(const Mlp& net, const Tiling& tiling)
+        : HP(padded_width(net.H, tiling)),
+          NS(HP / tiling.cluster),
+          L(net.L),
+          X(net.X),
+          O(net.O),
+          element(element_bytes(tiling.precision)),
+          groups(HP * element / GROUP_BYTES),
+          wide(tiling.m_tiles == WIDE_M_TILES) {}
+
+    DQL_PLAIN int pairs() const { return NS / 16; }
+    // Operands of one block, one direction: [L - 1][2 pairs][groups][32 lanes][16 bytes]
+    DQL_PLAIN int64_t layer_bytes() const { return static_cast<int64_t>(NS) * HP * element; }
+    DQL_PLAIN int64_t operand_bytes() const { return (L - 1) * layer_bytes(); }
+    // Floats of one block, the same for both directions: W_x [X][NS] | W_out [O][NS] | biases [L - 1][NS]
+    DQL_PLAIN int floats() const { return (X + O + L - 1) * NS; }
+    // Bytes of a row of activations in shared memory: eight lanes' 16 bytes, two rows of them, fall into all banks.
+    DQL_PLAIN int row_bytes() const { return rounded_up(HP * element, 128) + GROUP_BYTES; }
+};
+
+// The column of its n-pair that column n (0 .. 7) of n-tile j (0 or 1) is: lane 4 g + t of a result has the tile's
+// columns 2 t and 2 t + 1, and so of both tiles the pair's columns 4 t .. 4 t + 3.
+DQL_PLAIN constexpr int output_column(int j, int n) { return 4 * (n / 2) + 2 * j + n % 2; }
+
+// Where number k (0 .. 63) of a row lies in a wide operand, in bytes.
+DQL_PLAIN constexpr int wide_place(int row, int k) { return row * 128 + (k / 8 ^ row % 8) * 16 + k % 8 * 2; }
+
+// Where a number of a layer's weight lies in one block's operands: `column` of NS, `k` of HP. In elements.
+DQL_PLAIN int64_t operand_index(const Slices& s, int layer, int column, int k) {
+    if (s.wide) {
+        const int within = column % 16, row = column - within + within / 2 % 2 * 8 + within / 4 * 2 + within % 2;
+        const int64_t chunk = static_cast<int64_t>(layer) * (s.HP / WIDE_CHUNK) + k / WIDE_CHUNK;
+        return chunk * s.HP * WIDE_CHUNK + wide_place(row, k % WIDE_CHUNK) / 2;
+    }
+    const int per_lane = 16 / s.element, per_group = GROUP_BYTES / s.element;
+    const int pair = column / 16, within = column % 16;
+    const int j = within / 2 % 2, g = within / 4 * 2 + within % 2;
+    const int group = k / per_group, t = k % per_group / per_lane, e = k % per_lane;
+    const int64_t fragment = (static_cast<int64_t>(layer) * 2 * s.pairs() + 2 * pair + j) * s.groups + group;
+    return (fragment * 32 + 4 * g + t) * per_lane + e;
+}
+
+// One buffer of packed weights and what depends on them and on the states, by byte:
+//     operands      [networks][directions][C][operand_bytes()]
+//     floats        [networks][C][floats()]
+//     time table    [K][HP]: W_t time_mlp(embedding_k) + b of the first layer; not of critics
+//     state part    [networks][B][HP]: W_s s; of critics W_s s + b
+struct Packed {
+    int64_t operands, floats, time_table, state_part, end;
+    int64_t operands_apart, floats_apart;  // from one network to the next, in bytes
+
+    DQL_PLAIN Packed(const Mlp& net, const Tiling& tiling, bool transposed, int64_t B, int K) {
+        const Slices s(net, tiling);
+        operands_apart = (transposed ? 2 : 1) * tiling.cluster * s.operand_bytes();
+        floats_apart = static_cast<int64_t>(tiling.cluster) * s.floats() * 4;
+        operands = 0;
+        floats = operands + net.networks * operands_apart;
+        time_table = floats + net.networks * floats_apart;
+        state_part = time_table + (net.D > 0 ? static_cast<int64_t>(K) * s.HP * 4 : 0);
+        end = state_part + net.networks * B * s.HP * 4;
+    }
+};
+
+// What a forward pass saves and a backward pass adds, by byte. Operands are of the precision's type.
+//     h        [networks run][L][K][RP][HP] operands: after the activation
+//     slope    the same: the activation's derivative
+//     xs       [K][RP][X] floats: the chain before each step; not of critics
+//     raws     [K + 1][RP][X] floats: x0 before its clamp; last, the action before its own; not of critics
+struct SavedPlaces {
+    int64_t h, slope, xs, raws, end;
+    DQL_PLAIN SavedPlaces(const Mlp& net, const Tiling& tiling, int networks_run, int64_t RP, int K) {
+        const Slices s(net, tiling);
+        const int64_t each = static_cast<int64_t>(networks_run) * net.L * K * RP * s.HP * s.element;
+        h = 0;
+        slope = h + each;
+        xs = slope + each;
+        raws = xs + (net.D > 0 ? static_cast<int64_t>(K) * RP * net.X * 4 : 0);
+        end = raws + (net.D > 0 ? static_cast<int64_t>(K + 1) * RP * net.X * 4 : 0);
+        end = (end + 15) / 16 * 16;
+    }
+};
+
+//     d_z      [networks run][L][K][RP][HP] operands
+//     d_out    [K][RP][O] floats: of eps; not of critics, where the caller has it
+struct BackwardPlaces {
+    int64_t d_z, d_out, end;
+    DQL_PLAIN BackwardPlaces(const Mlp& net, const Tiling& tiling, int networks_run, int64_t RP, int K) {
+        const Slices s(net, tiling);
+        d_z = 0;
+        d_out = d_z + static_cast<int64_t>(networks_run) * net.L * K * RP * s.HP * s.element;
+        end = d_out + (net.D > 0 ? static_cast<int64_t>(K) * RP * net.O * 4 : 0);
+        end = (end + 15) / 16 * 16;
+    }
+};
+
+DQL_PLAIN int64_t whole_tiles(int64_t R, const Tiling& tiling) {
+    const int64_t rows = 16 * tiling.m_tiles;
+    return (R + rows - 1) / rows * rows;
+}
+
+}  // namespace dql
