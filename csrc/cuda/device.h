@@ -34,6 +34,7 @@ DQL_DEVICE int warp() { return __shfl_sync(0xffffffffu, static_cast<int>(threadI
 DQL_DEVICE int block_x() { return static_cast<int>(blockIdx.x); }
 DQL_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
 DQL_DEVICE int blocks_x() { return static_cast<int>(gridDim.x); }
+DQL_DEVICE int blocks_y() { return static_cast<int>(gridDim.y); }
 
 #if __CUDA_ARCH__ >= 900
 constexpr bool HAS_CLUSTERS = true;

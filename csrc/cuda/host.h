@@ -20,9 +20,9 @@ struct CudaError : std::runtime_error {
 using Stream = void*;  // a cudaStream_t
 
 struct Device {
-    int capability;       // 90
+    int capability;        // 90, say
     int multiprocessors;
-    int shared_per_block; // bytes, with the opt-in
+    int shared_per_block;  // bytes, with the opt-in
 };
 
 // ---- runtime.cu ----
@@ -32,8 +32,11 @@ bool emulated();
 int driver_version();              // 13000; 0: there is no driver. Never throws
 int runtime_version();
 Device device(int ordinal);        // throws where there is none
-// None of the kernels has code for this device: "" if some has. Names the architectures built.
+// "", or why no kernel runs on this device: CUDA's words.
 std::string cannot_run(int ordinal);
+// Whether the kernel for 128 rows a tile does: code for compute capability 9.0.
+bool can_run_wide(int ordinal);
+void use_device(int ordinal);      // for the calling thread's launches
 int max_clusters(int ordinal, const Mlp& net, const Tiling& tiling, bool backward);  // resident at a time
 
 // ---- prologue.cu: one launch ----

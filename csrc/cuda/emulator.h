@@ -1,0 +1,157 @@
+// The vocabulary of device.h on the host: each CUDA thread is a fiber, a cluster of blocks runs at a time, and whatever
+// a GPU does asynchronously happens late and in random order. So kernels run, slowly, in the tests, from the source that
+// nvcc compiles. It is a strict machine: shared memory starts as NaN, copies and stores arrive when somebody waits for
+// them, misuse that a GPU would answer with wrong numbers or a hang is an error here.
+//
+// What it cannot show: the tensor cores' real layout of fragments and descriptors (it has the manual's), PTX, timing,
+// and orders of memory operations that barriers here imply and there do not.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#define DQL_DEVICE inline
+#define DQL_HOST_DEVICE inline
+#define DQL_KERNEL(threads, blocks) void
+#define DQL_ARGUMENT const
+#define DQL_UNROLL
+#define DQL_UNROLL_BY_2
+#define DQL_NO_UNROLL
+
+struct uint2 {
+    uint32_t x, y;
+};
+struct alignas(16) uint4 {
+    uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+namespace dql {
+
+namespace emulator {
+
+// Runs a grid, cluster by cluster, on this OS thread. Throws std::runtime_error for whatever a kernel did wrong.
+void run(const std::function<void()>& body, int64_t blocks_x, int64_t blocks_y, int cluster, int threads,
+         int64_t shared_bytes);
+
+// Of the order in which fibers run and bytes arrive; of this OS thread.
+void seed(uint64_t value);
+
+// What a warp's lanes are doing together, for the error if they are not.
+enum class Collective : int { NONE, SYNC, SHUFFLE, MMA_BF16, MMA_TF32, WGMMA };
+
+// Where this fiber is, set before it runs.
+struct Here {
+    int thread = 0, block_x = 0, block_y = 0, blocks_x = 0, blocks_y = 0, rank = 0, cluster = 1;
+    char* shared = nullptr;
+};
+extern thread_local Here here;
+
+}  // namespace emulator
+
+namespace device {
+
+using Barrier = uint64_t;
+constexpr bool HAS_CLUSTERS = true, HAS_WGMMA = true;
+
+inline int thread() { return emulator::here.thread; }
+inline int lane() { return emulator::here.thread & 31; }
+inline int warp() { return emulator::here.thread >> 5; }
+inline int block_x() { return emulator::here.block_x; }
+inline int block_y() { return emulator::here.block_y; }
+inline int blocks_x() { return emulator::here.blocks_x; }
+inline int blocks_y() { return emulator::here.blocks_y; }
+inline int cluster_rank() { return emulator::here.rank; }
+inline int cluster_size() { return emulator::here.cluster; }
+inline char* shared_memory() { return emulator::here.shared; }
+
+void sync_block();
+void sync_some(int which, int threads);
+void sync_warp();
+void sync_cluster();
+float shuffle_xor(float value, int mask);
+inline void keep_order() {}
+
+void copy16(void* to, const void* from);
+void close_group();
+void wait_for_groups(int pending);
+template <int PENDING>
+void wait_groups() {
+    wait_for_groups(PENDING);
+}
+
+void barrier_init(Barrier* barrier, int arrivals = 1);
+inline void barriers_ready() {}
+void barrier_expect(Barrier* barrier, uint32_t bytes);
+void barrier_arrive(Barrier* barrier);
+void barrier_wait(Barrier* barrier, uint32_t parity);
+void bulk_copy(void* to, const void* from, uint32_t bytes, Barrier* barrier);
+void send8(void* mine, uint2 value, Barrier* barrier, int rank);
+void send16(void* mine, uint4 value, Barrier* barrier, int rank);
+
+inline void let_next_start() {}
+inline void wait_for_previous() {}
+
+void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
+uint64_t swizzled_operand(const void* at);
+inline void fence_async() {}
+void wgmma_begin();
+void wgmma_close();
+void wgmma_issue(float* d, int columns, uint64_t a, uint64_t b, bool add);
+void wgmma_finish(int pending);
+template <int COUNT>
+void wgmma_bf16(float (&d)[COUNT], uint64_t a, uint64_t b, bool add) {
+    wgmma_issue(d, COUNT * 2, a, b, add);
+}
+template <int PENDING, int COUNT>
+void wgmma_wait(float (&)[COUNT]) {
+    wgmma_finish(PENDING);
+}
+template <int COUNT>
+void fewer_registers() {}
+template <int COUNT>
+void more_registers() {}
+
+inline float as_float(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+inline uint32_t as_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+inline uint32_t tf32(float value) {  // to the nearest, ties away from zero
+    const uint32_t bits = as_bits(value);
+    if ((bits & 0x7f800000u) == 0x7f800000u) return (bits & 0x7fffffu) != 0 ? 0x7fffe000u : bits;
+    return (bits + 0x1000u) & 0xffffe000u;
+}
+inline uint32_t bf16(float value) {  // to the nearest, ties to even
+    const uint32_t bits = as_bits(value);
+    if (value != value) return 0x7fffu;
+    return (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+}
+inline uint32_t bf16_pair(float low, float high) { return bf16(low) | bf16(high) << 16; }
+inline float exp2_approximate(float x) {
+    const float y = exp2f(x);
+    return y < 0x1p-126f ? 0.0f * y : y;  // as ex2.approx.ftz
+}
+inline float reciprocal(float x) { return 1.0f / x; }
+inline float square_root(float x) { return sqrtf(x); }
+
+}  // namespace device
+}  // namespace dql

@@ -1,0 +1,523 @@
+// What is left of a backward pass: the gradients of parameters and states, in two launches.
+//
+// `products`: every parameter's gradient is a product over rows, sum over rows of a[row][i] b[row][j] (a bias: b = 1).
+// A block has one tile of one product and one part of the rows, and writes into its part's image of the gradient: no
+// atomics, the same bits every time. The gradient of the states is some blocks more. `finish`: adds up the images, and
+// walks back through the time MLP, whose table's gradient is in the images too.
+//
+// Weights of hidden layers go by the tensor cores in bf16 and tf32, as tf32: bf16 numbers are exact in it. Everything
+// else is small, and float32.
+#include <algorithm>
+
+#include "arithmetic.h"
+#include "chain_arguments.h"
+#include "launch.h"
+
+namespace dql {
+namespace device {
+
+constexpr int SIDE = 64, CHUNK = 32, STRIDE = SIDE + 8;  // a tile, rows at a time; eight lanes' four rows: all banks
+constexpr int MAX_PRODUCTS = 24, STATES_A_BLOCK = 8, TIME_COLUMNS = 16;
+
+// One factor: its row r is min(r % period, limit - 1) / divisor of an array; a period or limit of 0 is none.
+struct Factor {
+    const char* at;      // null: ones
+    bool operands;       // of the precision's type; else float32
+    bool ends;           // rows from the limit on count as zero
+    int width, stride;   // columns that exist; elements a row
+    int64_t period, limit;
+    int divisor;
+};
+
+struct Product {
+    Factor a, b;
+    int64_t rows;        // of one batch, cut into the parts
+    int batches;         // one after the other; each has its own result
+    int64_t out;         // in the image: out + batch * out_batch + i * out_stride + j
+    int64_t out_batch;
+    int out_stride;
+    bool tensor_cores;
+    int tiles_j, tiles;  // of one batch
+    int first_tile;      // among all products' tiles
+};
+
+struct ProductsArguments {
+    Product products[MAX_PRODUCTS];
+    int count, tiles;    // all
+    int bf16;
+    int64_t image;       // floats of one part's image
+    float* images;
+    // the states' gradient
+    float* d_states;
+    const char* d_z;     // of the first layer
+    int64_t d_z_apart;   // elements, network to network
+    const float* w_states;
+    int64_t w_apart;
+    int networks, H, HP, S, stride, N, K;
+    int64_t B, RP;
+};
+
+DQL_DEVICE float operand_at(const char* at, int64_t index, bool bf16) {
+    if (bf16) return as_float(static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(at)[index]) << 16);
+    return reinterpret_cast<const float*>(at)[index];
+}
+
+class Products {
+public:
+    DQL_DEVICE explicit Products(const ProductsArguments& arguments)
+        : a(arguments), tile_a(reinterpret_cast<float*>(shared_memory())), tile_b(tile_a + CHUNK * STRIDE) {}
+
+    DQL_DEVICE void run(int part, int parts) {
+        if (block_x() >= a.tiles) {
+            if (part == 0) states(static_cast<int64_t>(block_x() - a.tiles) * STATES_A_BLOCK);
+            return;
+        }
+        int which = 0;
+        while (which + 1 < a.count && a.products[which + 1].first_tile <= block_x()) ++which;
+        const Product& p = a.products[which];
+        const int tile = block_x() - p.first_tile, batch = tile / p.tiles;
+        const int i0 = tile % p.tiles / p.tiles_j * SIDE, j0 = tile % p.tiles % p.tiles_j * SIDE;
+        const int64_t first = batch * p.rows + p.rows * part / parts, last = batch * p.rows + p.rows * (part + 1) / parts;
+        float* image = a.images + part * a.image + p.out + batch * p.out_batch;
+        if (p.tensor_cores)
+            on_tensor_cores(p, image, i0, j0, first, last);
+        else
+            on_fma_units(p, image, i0, j0, first, last);
+    }
+
+private:
+    // Rows first .. of 64 columns of a factor, each thread eight numbers: a quarter of two rows.
+    DQL_DEVICE void load(const Factor& f, int column0, int64_t first, int64_t last, float (&numbers)[8]) const {
+        DQL_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            const int64_t row = first + thread() / 16 + 16 * half;
+            const int column = column0 + thread() % 16 * 4;
+            DQL_UNROLL
+            for (int i = 0; i < 4; ++i) numbers[4 * half + i] = 0;
+            const int64_t within = f.period > 0 ? row % f.period : row;
+            if (row >= last || (f.ends && within >= f.limit)) continue;
+            if (f.at == nullptr) {
+                if (column == 0) numbers[4 * half] = 1;
+                continue;
+            }
+            int64_t index = f.limit == 0 || within < f.limit ? within : f.limit - 1;
+            if (f.divisor > 1) index = static_cast<int32_t>(index) / f.divisor;
+            const int64_t at = index * f.stride + column;
+            if (f.operands && column + 3 < f.width) {  // rows of operands are padded to whole vectors
+                if (a.bf16) {
+                    const uint2 pairs = *reinterpret_cast<const uint2*>(f.at + at * 2);
+                    numbers[4 * half] = as_float(pairs.x << 16), numbers[4 * half + 1] = as_float(pairs.x & 0xffff0000u);
+                    numbers[4 * half + 2] = as_float(pairs.y << 16);
+                    numbers[4 * half + 3] = as_float(pairs.y & 0xffff0000u);
+                } else {
+                    const float4 four = load_floats(f.at + at * 4);
+                    numbers[4 * half] = four.x, numbers[4 * half + 1] = four.y;
+                    numbers[4 * half + 2] = four.z, numbers[4 * half + 3] = four.w;
+                }
+                continue;
+            }
+            DQL_UNROLL
+            for (int i = 0; i < 4; ++i)
+                if (column + i < f.width) numbers[4 * half + i] = operand_at(f.at, at + i, f.operands && a.bf16);
+        }
+    }
+
+    DQL_DEVICE static void store(float* tile, const float (&numbers)[8]) {
+        DQL_UNROLL
+        for (int half = 0; half < 2; ++half)
+            *reinterpret_cast<float4*>(tile + (thread() / 16 + 16 * half) * STRIDE + thread() % 16 * 4) = make_float4(
+                numbers[4 * half], numbers[4 * half + 1], numbers[4 * half + 2], numbers[4 * half + 3]);
+    }
+
+    // Chunk after chunk through shared memory, the next one on its way to registers meanwhile.
+    template <class Multiply>
+    DQL_DEVICE void over_rows(const Product& p, int i0, int j0, int64_t first, int64_t last, Multiply multiply) const {
+        float from_a[8], from_b[8];
+        load(p.a, i0, first, last, from_a);
+        load(p.b, j0, first, last, from_b);
+        for (int64_t row = first; row < last; row += CHUNK) {
+            sync_block();  // the chunk before is multiplied
+            store(tile_a, from_a);
+            store(tile_b, from_b);
+            sync_block();
+            if (row + CHUNK < last) {
+                load(p.a, i0, row + CHUNK, last, from_a);
+                load(p.b, j0, row + CHUNK, last, from_b);
+            }
+            multiply();
+        }
+    }
+
+    // Eight warps, 16 by 32 of the tile each.
+    DQL_DEVICE void on_tensor_cores(const Product& p, float* image, int i0, int j0, int64_t first, int64_t last) const {
+        const int w = warp(), g = lane() / 4, t = lane() % 4, m0 = w % 4 * 16, n0 = w / 4 * 32;
+        float d[4][4];
+        DQL_UNROLL
+        for (int i = 0; i < 16; ++i) d[i / 4][i % 4] = 0;
+        over_rows(p, i0, j0, first, last, [&] {
+            DQL_UNROLL
+            for (int k = 0; k < CHUNK; k += 8) {
+                const float* of_a = tile_a + (k + t) * STRIDE + m0 + g;
+                const uint32_t fragment[4] = {as_bits(of_a[0]), as_bits(of_a[8]), as_bits(of_a[4 * STRIDE]),
+                                              as_bits(of_a[4 * STRIDE + 8])};
+                DQL_UNROLL
+                for (int n = 0; n < 4; ++n) {
+                    const float* of_b = tile_b + (k + t) * STRIDE + n0 + 8 * n + g;
+                    const uint32_t other[2] = {as_bits(of_b[0]), as_bits(of_b[4 * STRIDE])};
+                    mma_tf32(d[n], fragment, other);
+                }
+            }
+        });
+        DQL_UNROLL
+        for (int n = 0; n < 4; ++n)
+            DQL_UNROLL
+            for (int i = 0; i < 4; ++i)
+                write(p, image, i0 + m0 + g + i / 2 * 8, j0 + n0 + 8 * n + 2 * t + i % 2, d[n][i]);
+    }
+
+    // 16 by 16 threads, four by four of the tile each.
+    DQL_DEVICE void on_fma_units(const Product& p, float* image, int i0, int j0, int64_t first, int64_t last) const {
+        const int i = thread() / 16 * 4, j = thread() % 16 * 4;
+        float d[4][4];
+        DQL_UNROLL
+        for (int n = 0; n < 16; ++n) d[n / 4][n % 4] = 0;
+        over_rows(p, i0, j0, first, last, [&] {
+            DQL_UNROLL_BY_2
+            for (int k = 0; k < CHUNK; ++k) {
+                const float4 of_a = load_floats(tile_a + k * STRIDE + i), of_b = load_floats(tile_b + k * STRIDE + j);
+                const float x[4] = {of_a.x, of_a.y, of_a.z, of_a.w}, y[4] = {of_b.x, of_b.y, of_b.z, of_b.w};
+                DQL_UNROLL
+                for (int n = 0; n < 16; ++n) d[n / 4][n % 4] = fmaf(x[n / 4], y[n % 4], d[n / 4][n % 4]);
+            }
+        });
+        DQL_UNROLL
+        for (int n = 0; n < 16; ++n) write(p, image, i0 + i + n / 4, j0 + j + n % 4, d[n / 4][n % 4]);
+    }
+
+    DQL_DEVICE static void write(const Product& p, float* image, int i, int j, float value) {
+        if (i < p.a.width && j < p.b.width) image[static_cast<int64_t>(i) * p.out_stride + j] = value;
+    }
+
+    // d_states of STATES_A_BLOCK states: the first layer's d_z over steps and candidates, times the states' weights.
+    DQL_DEVICE void states(int64_t first) {
+        float* sums = tile_a;  // [STATES_A_BLOCK][HP]
+        for (int network = 0; network < a.networks; ++network) {
+            sync_block();
+            const char* d_z = a.d_z + network * a.d_z_apart * (a.bf16 ? 2 : 4);
+            for (int i = thread(); i < STATES_A_BLOCK * a.HP; i += THREADS) {
+                const int64_t b = first + i / a.HP;
+                float sum = 0;
+                if (b < a.B)
+                    for (int k = 0; k < a.K; ++k)
+                        for (int n = 0; n < a.N; ++n)
+                            sum += operand_at(d_z, (k * a.RP + b * a.N + n) * a.HP + i % a.HP, a.bf16);
+                sums[i] = sum;
+            }
+            sync_block();
+            const float* weight = a.w_states + network * a.w_apart;
+            for (int i = thread(); i < STATES_A_BLOCK * a.S; i += THREADS) {
+                const int64_t b = first + i / a.S;
+                if (b >= a.B) continue;
+                const float* d = sums + i / a.S * a.HP;
+                float sum = 0;
+                for (int o = 0; o < a.H; ++o) sum = fmaf(d[o], weight[static_cast<int64_t>(o) * a.stride + i % a.S], sum);
+                float* out = a.d_states + b * a.S + i % a.S;
+                *out = network == 0 ? sum : *out + sum;
+            }
+        }
+    }
+
+    const ProductsArguments& a;
+    float *tile_a, *tile_b;
+};
+
+DQL_KERNEL(THREADS, 1) products_kernel(DQL_ARGUMENT ProductsArguments arguments) {
+    Products(arguments).run(block_y(), blocks_y());
+}
+
+// ---- the second launch ----
+
+struct FinishArguments {
+    Mlp net;
+    int first_network, networks, HP, K, parts;
+    int64_t image;
+    const float* images;
+    const float* flat;
+    const float* embedding;
+    float* d_flat;
+    int64_t add_blocks, column_blocks;  // then one block for the time MLP
+};
+
+class Finish {
+public:
+    DQL_DEVICE explicit Finish(const FinishArguments& arguments)
+        : a(arguments), net(a.net), hidden(reinterpret_cast<float*>(shared_memory())) {
+        slope = hidden + 2 * net.D;
+        features = slope + 2 * net.D;
+        scratch = features + net.D;
+    }
+
+    DQL_DEVICE void run() {
+        if (block_x() < a.add_blocks)
+            add(static_cast<int64_t>(block_x()) * THREADS + thread());
+        else if (block_x() < a.add_blocks + a.column_blocks)
+            first_layer(static_cast<int>(block_x() - a.add_blocks) * TIME_COLUMNS);
+        else
+            time_mlp();
+    }
+
+private:
+    DQL_DEVICE float sum_of(int64_t at) const {
+        float sum = a.images[at];
+        for (int part = 1; part < a.parts; ++part) sum += a.images[part * a.image + at];
+        return sum;
+    }
+
+    // What the products wrote; zero in the layout's gaps; left to others where the time MLP is behind it.
+    DQL_DEVICE void add(int64_t i) {
+        if (i >= net.size) return;
+        const bool second = net.networks > 1 && i >= lowest() + net.apart;
+        const int network = second ? 1 : 0;
+        const bool ran = network >= a.first_network && network < a.first_network + a.networks;
+        const int64_t at = i - (second ? net.apart : 0);
+        bool written = false;
+        if (net.D > 0 && (inside(at, net.time_w1, int64_t{2} * net.D * net.D) || inside(at, net.time_b1, 2 * net.D) ||
+                          inside(at, net.time_w3, int64_t{2} * net.D * net.D) || inside(at, net.time_b3, net.D) ||
+                          inside(at, net.first_bias, net.H)))
+            return;
+        if (inside(at, net.first, static_cast<int64_t>(net.H) * net.stride)) {
+            const int column = static_cast<int>((at - net.first) % net.stride);
+            if (net.D > 0 && column >= net.time_column && column < net.time_column + net.D) return;
+            written = true;
+        }
+        written = written || (net.D == 0 && inside(at, net.first_bias, net.H)) ||
+                  inside(at, net.out, static_cast<int64_t>(net.O) * net.H) || inside(at, net.out_bias, net.O);
+        for (int layer = 0; layer < net.L - 1; ++layer)
+            written = written || inside(at, net.hidden[layer], static_cast<int64_t>(net.H) * net.H) ||
+                      inside(at, net.hidden_bias[layer], net.H);
+        a.d_flat[i] = written && ran ? sum_of(i) : 0;
+    }
+
+    DQL_DEVICE static bool inside(int64_t i, int64_t first, int64_t size) { return i >= first && i < first + size; }
+    DQL_DEVICE int64_t lowest() const { return net.first; }  // of a critic's tensors the first is the first
+
+    DQL_DEVICE float d_table(int k, int column) const {
+        return sum_of(net.size + static_cast<int64_t>(k) * a.HP + column);
+    }
+
+    // The time MLP at step k into shared memory.
+    DQL_DEVICE void time_forward(int k) {
+        const int D = net.D;
+        const float* embedding = a.embedding + static_cast<int64_t>(k) * D;
+        sync_block();
+        for (int i = thread(); i < 2 * D; i += THREADS) {
+            float z = a.flat[net.time_b1 + i];
+            for (int d = 0; d < D; ++d) z = fmaf(a.flat[net.time_w1 + i * D + d], embedding[d], z);
+            const Activated both = activate_with_slope(z, net.activation);
+            hidden[i] = both.h, slope[i] = both.slope;
+        }
+        sync_block();
+        for (int i = thread(); i < D; i += THREADS) {
+            float z = a.flat[net.time_b3 + i];
+            for (int d = 0; d < 2 * D; ++d) z = fmaf(a.flat[net.time_w3 + i * 2 * D + d], hidden[d], z);
+            features[i] = z;
+        }
+        sync_block();
+    }
+
+    // The first layer's time columns and its bias, TIME_COLUMNS rows of the weight.
+    DQL_DEVICE void first_layer(int first) {
+        const int D = net.D;
+        float sums[TIME_COLUMNS * MAX_NARROW / THREADS];
+        DQL_UNROLL
+        for (float& sum : sums) sum = 0;
+        float bias = 0;
+        for (int k = 0; k < a.K; ++k) {
+            time_forward(k);
+            if (thread() < TIME_COLUMNS) {
+                const float d = first + thread() < net.H ? d_table(k, first + thread()) : 0;
+                scratch[thread()] = d;
+                bias += d;
+            }
+            sync_block();
+            DQL_UNROLL
+            for (int n = 0; n < TIME_COLUMNS * MAX_NARROW / THREADS; ++n) {
+                const int i = thread() + n * THREADS;
+                if (i < TIME_COLUMNS * D) sums[n] = fmaf(scratch[i / D], features[i % D], sums[n]);
+            }
+        }
+        DQL_UNROLL
+        for (int n = 0; n < TIME_COLUMNS * MAX_NARROW / THREADS; ++n) {
+            const int i = thread() + n * THREADS, row = first + i / D;
+            if (i < TIME_COLUMNS * D && row < net.H)
+                a.d_flat[net.first + static_cast<int64_t>(row) * net.stride + net.time_column + i % D] = sums[n];
+        }
+        if (thread() < TIME_COLUMNS && first + thread() < net.H) a.d_flat[net.first_bias + first + thread()] = bias;
+    }
+
+    DQL_DEVICE void time_mlp() {
+        const int D = net.D;
+        float *partial = scratch, *d_features = partial + THREADS, *d_z = d_features + D;  // [THREADS], [D], [2 D]
+        float *d_w1 = d_z + 2 * D, *d_w3 = d_w1 + 2 * D * D, *d_b1 = d_w3 + 2 * D * D, *d_b3 = d_b1 + 2 * D;
+        for (int i = thread(); i < 4 * D * D + 3 * D; i += THREADS) d_w1[i] = 0;
+        const int lanes = THREADS / D;  // threads for each feature
+        for (int k = 0; k < a.K; ++k) {
+            time_forward(k);
+            const int d = thread() % D, of = thread() / D;
+            float sum = 0;
+            if (of < lanes)
+                for (int row = of; row < net.H; row += lanes)
+                    sum = fmaf(d_table(k, row),
+                               a.flat[net.first + static_cast<int64_t>(row) * net.stride + net.time_column + d], sum);
+            partial[thread()] = sum;
+            sync_block();
+            if (thread() < D) {
+                sum = 0;
+                for (int i = 0; i < lanes; ++i) sum += partial[i * D + thread()];
+                d_features[thread()] = sum;
+                d_b3[thread()] += sum;
+            }
+            sync_block();
+            for (int i = thread(); i < 2 * D; i += THREADS) {
+                float back = 0;
+                for (int j = 0; j < D; ++j) back = fmaf(d_features[j], a.flat[net.time_w3 + j * 2 * D + i], back);
+                d_z[i] = back * slope[i];
+                d_b1[i] += back * slope[i];
+            }
+            sync_block();
+            const float* embedding = a.embedding + static_cast<int64_t>(k) * D;
+            for (int i = thread(); i < 2 * D * D; i += THREADS) {
+                d_w3[i] = fmaf(d_features[i / (2 * D)], hidden[i % (2 * D)], d_w3[i]);
+                d_w1[i] = fmaf(d_z[i / D], embedding[i % D], d_w1[i]);
+            }
+        }
+        sync_block();
+        for (int i = thread(); i < 2 * D * D; i += THREADS) {
+            a.d_flat[net.time_w1 + i] = d_w1[i];
+            a.d_flat[net.time_w3 + i] = d_w3[i];
+        }
+        for (int i = thread(); i < 2 * D; i += THREADS) a.d_flat[net.time_b1 + i] = d_b1[i];
+        for (int i = thread(); i < D; i += THREADS) a.d_flat[net.time_b3 + i] = d_b3[i];
+    }
+
+    const FinishArguments& a;
+    const Mlp& net;
+    float *hidden, *slope, *features, *scratch;
+};
+
+DQL_KERNEL(THREADS, 1) finish_kernel(DQL_ARGUMENT FinishArguments arguments) { Finish(arguments).run(); }
+
+}  // namespace device
+
+namespace cuda {
+namespace {
+
+using device::Factor;
+using device::Product;
+
+// The products of all networks that ran, in the order of the layers.
+class ProductList {
+public:
+    ProductList(const GradientJob& job, device::ProductsArguments& out)
+        : job_(job), net_(job.net), s_(job.net, job.tiling), out_(out) {
+        const SavedPlaces saved(net_, job.tiling, job.networks, job.RP, job.K);
+        const BackwardPlaces back(net_, job.tiling, job.networks, job.RP, job.K);
+        const int64_t plane = static_cast<int64_t>(job.K) * job.RP * s_.HP * s_.element;  // a layer's
+        const bool denoiser = net_.D > 0;
+        const int64_t rows = static_cast<int64_t>(job.K) * job.RP;
+        for (int n = 0; n < job.networks; ++n) {
+            const int64_t at = (job.first_network + n) * net_.apart;
+            const auto d_z = [&](int layer) { return operands(job.back + back.d_z + (n * net_.L + layer) * plane); };
+            const auto h = [&](int layer) { return operands(job.saved + saved.h + (n * net_.L + layer) * plane); };
+            for (int layer = 1; layer < net_.L; ++layer) {
+                add(d_z(layer), h(layer - 1), rows, net_.hidden[layer - 1] + at, net_.H,
+                    job.tiling.precision != Precision::FP32);
+                add(d_z(layer), ones(), rows, net_.hidden_bias[layer - 1] + at, 1);
+            }
+            const Factor d_out = denoiser ? floats(job.back + back.d_out, net_.O)
+                                          : rows_of(job.d_q + n * job.R, 1, job.R, 1, true);
+            add(d_out, h(net_.L - 1), rows, net_.out + at, net_.H);
+            add(d_out, ones(), rows, net_.out_bias + at, 1);
+            const Factor x = denoiser ? floats(job.saved + saved.xs, net_.X)
+                                      : rows_of(job.actions_in, net_.X, job.R, 1, false);
+            add(d_z(0), x, rows, net_.first + net_.x_column + at, net_.stride);
+            Factor s = rows_of(job.states, net_.S, job.R, job.N, false);
+            s.period = job.RP;
+            add(d_z(0), s, rows, net_.first + net_.state_column + at, net_.stride);
+            if (denoiser)
+                add(d_z(0), ones(), job.RP, net_.size, 1, false, job.K, s_.HP);
+            else
+                add(d_z(0), ones(), rows, net_.first_bias + at, 1);
+        }
+    }
+
+private:
+    Factor operands(const char* at) const { return {at, true, false, net_.H, s_.HP, 0, 0, 1}; }
+    static Factor floats(const char* at, int width) { return {at, false, false, width, width, 0, 0, 1}; }
+    static Factor rows_of(const float* at, int width, int64_t limit, int divisor, bool ends) {
+        return {reinterpret_cast<const char*>(at), false, ends, width, width, 0, limit, divisor};
+    }
+    static Factor ones() { return {nullptr, false, false, 1, 0, 0, 0, 1}; }
+
+    void add(const Factor& a, const Factor& b, int64_t rows, int64_t out, int out_stride, bool tensor_cores = false,
+             int batches = 1, int64_t out_batch = 0) {
+        const int tiles_i = (a.width + device::SIDE - 1) / device::SIDE, tiles_j = (b.width + device::SIDE - 1) / device::SIDE;
+        out_.products[out_.count++] = {a,       b,           rows,         batches, out,
+                                       out_batch, out_stride, tensor_cores, tiles_j, tiles_i * tiles_j, out_.tiles};
+        out_.tiles += tiles_i * tiles_j * batches;
+    }
+
+    const GradientJob& job_;
+    const Mlp& net_;
+    Slices s_;
+    device::ProductsArguments& out_;
+};
+
+int64_t image_floats(const Mlp& net, const Tiling& tiling, int K) {
+    return net.size + (net.D > 0 ? static_cast<int64_t>(K) * Slices(net, tiling).HP : 0);
+}
+
+}  // namespace
+
+int64_t gradient_workspace(const Mlp& net, const Tiling& tiling, int K, int parts, bool parameters) {
+    return parameters ? parts * image_floats(net, tiling, K) : 0;
+}
+
+void gradients(const GradientJob& job, Stream stream) {
+    const Mlp& net = job.net;
+    const Slices s(net, job.tiling);
+    device::ProductsArguments a = {};
+    a.bf16 = job.tiling.precision == Precision::BF16;
+    a.image = image_floats(net, job.tiling, job.K);
+    a.images = job.workspace;
+    if (job.d_flat != nullptr) ProductList(job, a);
+    Grid grid;
+    grid.x = a.tiles;
+    grid.y = job.d_flat != nullptr ? job.parts : 1;
+    if (job.d_states != nullptr) {
+        const BackwardPlaces back(net, job.tiling, job.networks, job.RP, job.K);
+        a.d_states = job.d_states;
+        a.d_z = job.back + back.d_z;
+        a.d_z_apart = static_cast<int64_t>(net.L) * job.K * job.RP * s.HP;
+        a.w_states = job.flat + net.first + net.state_column + job.first_network * net.apart;
+        a.w_apart = net.apart;
+        a.networks = job.networks, a.H = net.H, a.HP = s.HP, a.S = net.S, a.stride = net.stride;
+        a.N = job.N, a.K = job.K, a.B = job.B, a.RP = job.RP;
+        grid.x += (job.B + device::STATES_A_BLOCK - 1) / device::STATES_A_BLOCK;
+    }
+    if (grid.x == 0) return;
+    grid.shared = std::max(2 * device::CHUNK * device::STRIDE, device::STATES_A_BLOCK * s.HP) * 4;
+    launch("the products of gradients", device::products_kernel, grid, a, stream);
+    if (job.d_flat == nullptr) return;
+    device::FinishArguments f = {net, job.first_network, job.networks, s.HP, job.K, job.parts, a.image, job.workspace};
+    f.flat = job.flat, f.embedding = job.embedding, f.d_flat = job.d_flat;
+    f.add_blocks = (net.size + THREADS - 1) / THREADS;
+    f.column_blocks = net.D > 0 ? (net.H + device::TIME_COLUMNS - 1) / device::TIME_COLUMNS : 0;
+    Grid finish;
+    finish.x = f.add_blocks + f.column_blocks + (net.D > 0 ? 1 : 0);
+    finish.shared = (12 * net.D + 4 * net.D * net.D + THREADS) * 4;
+    launch("the sums of gradients", device::finish_kernel, finish, f, stream);
+}
+
+}  // namespace cuda
+}  // namespace dql

@@ -1,0 +1,211 @@
+// What a chain needs before it starts, in one launch: packed weights, the time table, the states' part (shapes.h,
+// Packed). Everything depends on parameters and states alone, nothing on another part: each block does one piece.
+#include "arithmetic.h"
+#include "launch.h"
+
+namespace dql {
+namespace device {
+
+constexpr int STATES_A_BLOCK = 16, STATE_CHUNK = 32;
+
+// Blocks of each part, in this order.
+struct PrologueArguments {
+    cuda::PrologueJob job;
+    Packed places;
+    Slices slices;
+    int64_t chunks;  // of 16 bytes: all operands
+    int64_t floats;
+    int64_t operand_blocks, float_blocks, time_blocks, state_blocks;
+};
+
+// Column and first k of the 16 bytes number `chunk` of one block's layer: the inverse of operand_index.
+struct Place {
+    int column, k;
+};
+DQL_HOST_DEVICE Place place_of(const Slices& s, int64_t chunk) {
+    const int per_lane = 16 / s.element;
+    if (s.wide) {
+        const int row = static_cast<int>(chunk / 8 % s.HP), piece = static_cast<int>(chunk % 8);
+        const int kc = static_cast<int>(chunk / 8 / s.HP);
+        return {row / 16 * 16 + output_column(row / 8 % 2, row % 8), kc * WIDE_CHUNK + (piece ^ row % 8) * 8};
+    }
+    const int lane = static_cast<int>(chunk % 32), group = static_cast<int>(chunk / 32 % s.groups);
+    const int tile = static_cast<int>(chunk / 32 / s.groups);
+    return {tile / 2 * 16 + output_column(tile % 2, lane / 4), (group * 4 + lane % 4) * per_lane};
+}
+
+class Prologue {
+public:
+    DQL_DEVICE explicit Prologue(const PrologueArguments& arguments)
+        : a(arguments), job(a.job), net(job.net), s(a.slices) {}
+
+    DQL_DEVICE void run() {
+        let_next_start();
+        int64_t block = block_x();
+        if (block < a.operand_blocks) {
+            operands(block * THREADS + thread());
+        } else if ((block -= a.operand_blocks) < a.float_blocks) {
+            floats(block * THREADS + thread());
+        } else if ((block -= a.float_blocks) < a.time_blocks) {
+            time(static_cast<int>(block));
+        } else {
+            block -= a.time_blocks;
+            states(block % a.state_blocks * STATES_A_BLOCK, static_cast<int>(block / a.state_blocks));
+        }
+    }
+
+private:
+    DQL_DEVICE void operands(int64_t chunk) {
+        if (chunk >= a.chunks) return;
+        const int64_t per_layer = s.layer_bytes() / 16, layers = s.L - 1;
+        const Place place = place_of(s, chunk % per_layer);
+        int64_t rest = chunk / per_layer;
+        const int layer = static_cast<int>(rest % layers);
+        rest /= layers;
+        const int rank = static_cast<int>(rest % job.tiling.cluster);
+        rest /= job.tiling.cluster;
+        const int directions = job.transposed ? 2 : 1, turned = static_cast<int>(rest % directions);
+        const int64_t network = rest / directions;
+        const float* weight = job.flat + net.hidden[layer] + network * net.apart;
+        const int column = rank * s.NS + place.column, per_lane = 16 / s.element;
+        // Forward, a row of the weight is a column of the product, and its numbers lie side by side.
+        const int64_t column_stride = turned ? 1 : net.H, k_stride = turned ? net.H : 1;
+        float numbers[8];
+        DQL_UNROLL
+        for (int i = 0; i < 8; ++i) {
+            numbers[i] = 0;
+            if (i < per_lane && column < net.H && place.k + i < net.H)
+                numbers[i] = weight[column * column_stride + (place.k + i) * k_stride];
+        }
+        uint4 packed;
+        if (job.tiling.precision == Precision::BF16)
+            packed = make_uint4(bf16_pair(numbers[0], numbers[1]), bf16_pair(numbers[2], numbers[3]),
+                                bf16_pair(numbers[4], numbers[5]), bf16_pair(numbers[6], numbers[7]));
+        else if (job.tiling.precision == Precision::TF32)
+            packed = make_uint4(tf32(numbers[0]), tf32(numbers[1]), tf32(numbers[2]), tf32(numbers[3]));
+        else
+            packed = make_uint4(as_bits(numbers[0]), as_bits(numbers[1]), as_bits(numbers[2]), as_bits(numbers[3]));
+        reinterpret_cast<uint4*>(job.packed + a.places.operands)[chunk] = packed;
+    }
+
+    DQL_DEVICE void floats(int64_t i) {
+        if (i >= a.floats) return;
+        int64_t rest = i / s.NS;
+        const int rows = s.X + s.O + s.L - 1, row = static_cast<int>(rest % rows);
+        rest /= rows;
+        const int column = static_cast<int>(rest % job.tiling.cluster) * s.NS + static_cast<int>(i % s.NS);
+        const float* flat = job.flat + rest / job.tiling.cluster * net.apart;
+        float number = 0;
+        if (column < net.H) {
+            if (row < s.X)
+                number = flat[net.first + static_cast<int64_t>(column) * net.stride + net.x_column + row];
+            else if (row < s.X + s.O)
+                number = flat[net.out + static_cast<int64_t>(row - s.X) * net.H + column];
+            else
+                number = flat[net.hidden_bias[row - s.X - s.O] + column];
+        }
+        reinterpret_cast<float*>(job.packed + a.places.floats)[i] = number;
+    }
+
+    // One step's row of the table.
+    DQL_DEVICE void time(int k) {
+        float* hidden = reinterpret_cast<float*>(shared_memory());  // [2 D]
+        float* features = hidden + 2 * MAX_NARROW;                  // [D]
+        const int D = net.D;
+        const float* embedding = job.embedding + static_cast<int64_t>(k) * D;
+        for (int i = thread(); i < 2 * D; i += THREADS) {
+            float z = job.flat[net.time_b1 + i];
+            for (int d = 0; d < D; ++d) z = fmaf(job.flat[net.time_w1 + i * D + d], embedding[d], z);
+            hidden[i] = activate(z, net.activation);
+        }
+        sync_block();
+        for (int i = thread(); i < D; i += THREADS) {
+            float z = job.flat[net.time_b3 + i];
+            for (int d = 0; d < 2 * D; ++d) z = fmaf(job.flat[net.time_w3 + i * 2 * D + d], hidden[d], z);
+            features[i] = z;
+        }
+        sync_block();
+        float* row = reinterpret_cast<float*>(job.packed + a.places.time_table) + static_cast<int64_t>(k) * s.HP;
+        for (int column = thread(); column < s.HP; column += THREADS) {
+            float sum = 0;
+            if (column < net.H) {
+                const float* weight = job.flat + net.first + static_cast<int64_t>(column) * net.stride + net.time_column;
+                sum = job.flat[net.first_bias + column];
+                for (int d = 0; d < D; ++d) sum = fmaf(weight[d], features[d], sum);
+            }
+            row[column] = sum;
+        }
+    }
+
+    // STATES_A_BLOCK states from `first` on, every column.
+    DQL_DEVICE void states(int64_t first, int network) {
+        float* chunk = reinterpret_cast<float*>(shared_memory());  // [STATE_CHUNK][STATES_A_BLOCK]
+        const int S = net.S;
+        float* out = reinterpret_cast<float*>(job.packed + a.places.state_part) + network * job.B * s.HP;
+        for (int start = 0; start < s.HP; start += THREADS) {
+            const int column = start + thread();
+            const bool real = column < net.H;
+            const float* weight = job.flat + net.first + network * net.apart +
+                                  static_cast<int64_t>(real ? column : 0) * net.stride + net.state_column;
+            const float bias = real && net.D == 0 ? job.flat[net.first_bias + network * net.apart + column] : 0;
+            float sums[STATES_A_BLOCK];
+            DQL_UNROLL
+            for (int b = 0; b < STATES_A_BLOCK; ++b) sums[b] = bias;
+            for (int at = 0; at < S; at += STATE_CHUNK) {
+                sync_block();  // the chunk before is read
+                for (int i = thread(); i < STATE_CHUNK * STATES_A_BLOCK; i += THREADS) {
+                    const int b = i / STATE_CHUNK, j = at + i % STATE_CHUNK;
+                    chunk[i % STATE_CHUNK * STATES_A_BLOCK + b] =
+                        first + b < job.B && j < S ? job.states[(first + b) * S + j] : 0;
+                }
+                sync_block();
+                const int width = S - at < STATE_CHUNK ? S - at : STATE_CHUNK;
+                for (int j = 0; j < width; ++j) {
+                    const float w = real ? weight[at + j] : 0;
+                    DQL_UNROLL
+                    for (int b = 0; b < STATES_A_BLOCK; b += 4) {
+                        const float4 four = *reinterpret_cast<const float4*>(chunk + j * STATES_A_BLOCK + b);
+                        sums[b] = fmaf(w, four.x, sums[b]);
+                        sums[b + 1] = fmaf(w, four.y, sums[b + 1]);
+                        sums[b + 2] = fmaf(w, four.z, sums[b + 2]);
+                        sums[b + 3] = fmaf(w, four.w, sums[b + 3]);
+                    }
+                }
+            }
+            if (column >= s.HP) continue;
+            DQL_UNROLL
+            for (int b = 0; b < STATES_A_BLOCK; ++b)
+                if (first + b < job.B) out[(first + b) * s.HP + column] = sums[b];
+        }
+    }
+
+    const PrologueArguments& a;
+    const cuda::PrologueJob& job;
+    const Mlp& net;
+    const Slices& s;
+};
+
+DQL_KERNEL(THREADS, 1) prologue_kernel(DQL_ARGUMENT PrologueArguments arguments) { Prologue(arguments).run(); }
+
+}  // namespace device
+
+namespace cuda {
+
+void prologue(const PrologueJob& job, Stream stream) {
+    const Slices s(job.net, job.tiling);
+    const auto blocks = [](int64_t threads) { return (threads + THREADS - 1) / THREADS; };
+    device::PrologueArguments a = {job, Packed(job.net, job.tiling, job.transposed, job.B, job.K), s};
+    a.chunks = (a.places.floats - a.places.operands) / 16;
+    a.floats = static_cast<int64_t>(job.net.networks) * job.tiling.cluster * s.floats();
+    a.operand_blocks = blocks(a.chunks);
+    a.float_blocks = blocks(a.floats);
+    a.time_blocks = job.net.D > 0 ? job.K : 0;
+    a.state_blocks = (job.B + device::STATES_A_BLOCK - 1) / device::STATES_A_BLOCK;
+    Grid grid;
+    grid.x = a.operand_blocks + a.float_blocks + a.time_blocks + job.net.networks * a.state_blocks;
+    grid.shared = 4 * (device::STATE_CHUNK * device::STATES_A_BLOCK);
+    launch("the prologue", device::prologue_kernel, grid, a, stream);
+}
+
+}  // namespace cuda
+}  // namespace dql

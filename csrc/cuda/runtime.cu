@@ -1,0 +1,79 @@
+// Questions about devices and the driver.
+#include "chain_launch.h"
+
+namespace dql {
+namespace cuda {
+
+#if defined(__CUDACC__)
+
+namespace {
+
+// A device for as long as this lives; then the thread's own again.
+class OnDevice {
+public:
+    explicit OnDevice(int ordinal) {
+        check(cudaGetDevice(&before_), "cudaGetDevice");
+        check(cudaSetDevice(ordinal), "cudaSetDevice");
+    }
+    ~OnDevice() { cudaSetDevice(before_); }
+    OnDevice(const OnDevice&) = delete;
+
+private:
+    int before_ = 0;
+};
+
+// "", or CUDA's words for why this kernel has no code for the device.
+std::string no_code(int ordinal, ChainKernel kernel) {
+    const OnDevice here(ordinal);
+    cudaFuncAttributes attributes;
+    const cudaError_t status = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+    if (status == cudaSuccess) return "";
+    cudaGetLastError();
+    return cudaGetErrorString(status);
+}
+
+}  // namespace
+
+bool emulated() { return false; }
+
+int driver_version() {
+    int version = 0;
+    return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+int runtime_version() { return CUDART_VERSION; }
+
+Device device(int ordinal) {
+    const auto get = [&](cudaDeviceAttr what) {
+        int value = 0;
+        check(cudaDeviceGetAttribute(&value, what, ordinal), "cudaDeviceGetAttribute");
+        return value;
+    };
+    return {10 * get(cudaDevAttrComputeCapabilityMajor) + get(cudaDevAttrComputeCapabilityMinor),
+            get(cudaDevAttrMultiProcessorCount), get(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+}
+
+std::string cannot_run(int ordinal) {
+    return no_code(ordinal, chain_kernel_for<Precision::FP32>({Precision::FP32, 1, 1, false}, false));
+}
+
+bool can_run_wide(int ordinal) {
+    return device(ordinal).capability == 90 && no_code(ordinal, wide_chain_kernel_for(256)).empty();
+}
+
+void use_device(int ordinal) { check(cudaSetDevice(ordinal), "cudaSetDevice"); }
+
+#else
+
+bool emulated() { return true; }
+int driver_version() { return 0; }
+int runtime_version() { return 0; }
+Device device(int) { return {EMULATED_CAPABILITY, 4, 227 * 1024}; }
+std::string cannot_run(int) { return ""; }
+bool can_run_wide(int) { return true; }
+void use_device(int) {}
+
+#endif
+
+}  // namespace cuda
+}  // namespace dql
