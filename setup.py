@@ -6,6 +6,9 @@ compiler the installation succeeds, and a record beside the extension says in on
     DQL_REQUIRE_NATIVE=1    the build fails if the extension cannot be built
     DQL_NO_NATIVE=1         it is not built
     CXX, CXXFLAGS, LDFLAGS  another compiler, further flags
+
+The CUDA kernels are a second extension, `dql.kernels._cuda`, as optional, built where there is nvcc. csrc/cuda/build.py
+does it, and tells of DQL_CUDA_ARCHS, DQL_REQUIRE_CUDA and DQL_NO_CUDA.
 """
 
 import hashlib
@@ -22,21 +25,31 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-_spec = importlib.util.spec_from_file_location("native_build", ROOT / "kernels" / "native_build.py")
-assert _spec is not None and _spec.loader is not None
-native_build = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(native_build)
+
+
+def _loaded(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+native_build = _loaded("native_build", ROOT / "kernels" / "native_build.py")
+NATIVE, CUDA = native_build.NATIVE, native_build.CUDA
 
 # fmt: off
 COMMON = [
@@ -176,24 +189,31 @@ class BuildNative(build_ext):
     """Compiles csrc/ with the compiler at hand, one object per source and variant, in parallel."""
 
     def run(self) -> None:
-        """Builds the extension into build_lib, and into kernels/ for an editable installation; leaves the record.
+        """Builds the extensions into build_lib, and into kernels/ for an editable installation; leaves their records.
 
         Raises:
-            CompileError: it could not be built, and DQL_REQUIRE_NATIVE asks for it.
+            CompileError: one could not be built, and DQL_REQUIRE_NATIVE or DQL_REQUIRE_CUDA asks for it.
         """
+        facts: dict[str, Any] = {"variants": [], "left_out": {}}
+        self._one(NATIVE, facts, "NATIVE", self._build)
+        facts = {"architectures": [], "resources": []}
+        self._one(CUDA, facts, "CUDA", self._build_cuda)
+
+    def _one(self, extension: Any, more: dict[str, Any], variable: str, build: Callable[..., None]) -> None:
         started = time.perf_counter()
-        facts: dict[str, Any] = {"built": False, "reason": None, "variants": [], "left_out": {}, "compiler": None}
-        facts["sources"] = native_build.fingerprint(ROOT / "csrc")  # before: an edit during the build makes it outdated
-        in_place, log = bool(self.inplace), ""
-        required, refused = _is_set("DQL_REQUIRE_NATIVE"), _is_set("DQL_NO_NATIVE")
+        facts: dict[str, Any] = {"built": False, "reason": None, "compiler": None} | more
+        # before: an edit during the build makes it outdated
+        facts["sources"] = native_build.fingerprint(ROOT / "csrc", extension)
+        in_place, log, name = bool(self.inplace), "", f"the extension dql.kernels.{extension.name}"
+        required, refused = _is_set(f"DQL_REQUIRE_{variable}"), _is_set(f"DQL_NO_{variable}")
         if required and refused:
-            raise CompileError("DQL_REQUIRE_NATIVE and DQL_NO_NATIVE contradict each other; unset one")
-        target = Path(self.build_lib, self.get_ext_filename("dql.kernels._native"))
+            raise CompileError(f"DQL_REQUIRE_{variable} and DQL_NO_{variable} contradict each other; unset one")
+        target = Path(self.build_lib, "dql", "kernels", extension.file)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             if refused:
-                raise NotBuilt("DQL_NO_NATIVE was set when dql was installed", "unset it")
-            self._build(target, facts)
+                raise NotBuilt(f"DQL_NO_{variable} was set when dql was installed", "unset it")
+            build(target, facts)
             facts["built"] = True
         except NotBuilt as error:
             facts["reason"] = f"it was not built: {error.cause}; {error.remedy} and {native_build.remedy(in_place)}"
@@ -202,28 +222,39 @@ class BuildNative(build_ext):
             facts["reason"] = f"it was not built: {error}; mend that and {native_build.remedy(in_place)}"
         facts["seconds"] = round(time.perf_counter() - started, 1)
         for folder in [target.parent] + ([ROOT / "kernels"] if in_place else []):
-            self._leave(target, folder, facts, log)
+            self._leave(extension, target, folder, facts, log)
         if facts["built"]:
-            print(f"dql.kernels._native: {', '.join(facts['variants'])} by {facts['compiler']} in {facts['seconds']} s")
+            made = ", ".join(facts.get("variants") or [f"sm_{arch}" for arch in facts["architectures"]])
+            print(f"dql.kernels.{extension.name}: {made} by {facts['compiler']} in {facts['seconds']} s")
         elif required:
-            raise CompileError(f"the extension dql.kernels._native: {facts['reason']}\n{log}")
+            raise CompileError(f"{name}: {facts['reason']}\n{log}")
         else:
-            self.warn(f"the extension dql.kernels._native: {facts['reason']}\n{log}")
+            self.warn(f"{name}: {facts['reason']}\n{log}")
 
-    def _leave(self, built: Path, folder: Path, facts: dict[str, Any], log: str) -> None:
+    def _leave(self, extension: Any, built: Path, folder: Path, facts: dict[str, Any], log: str) -> None:
         """Puts the extension and its record into a folder, and takes away what an earlier build left there."""
-        extension = folder / built.name
+        file = folder / extension.file
         if not facts["built"]:
-            extension.unlink(missing_ok=True)  # or it would be imported silently in place of the one that failed
-        elif extension != built:
-            new = extension.with_suffix(".new")
+            file.unlink(missing_ok=True)  # or it would be imported silently in place of the one that failed
+        elif file != built:
+            new = file.with_suffix(".new")
             shutil.copy2(built, new)
-            new.replace(extension)  # a process that runs the old one keeps it
-        (folder / native_build.RECORD).write_text(json.dumps(facts, indent=2) + "\n")
+            new.replace(file)  # a process that runs the old one keeps it
+        (folder / extension.record).write_text(json.dumps(facts, indent=2) + "\n")
         if log:
-            (folder / native_build.LOG).write_text(log)
+            (folder / extension.log).write_text(log)
         else:
-            (folder / native_build.LOG).unlink(missing_ok=True)
+            (folder / extension.log).unlink(missing_ok=True)
+
+    def _objects(self) -> Path:
+        # an editable installation gets a temporary build_temp; its objects must outlive it
+        kept = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
+        return Path(kept if self.editable_mode else self.build_temp)
+
+    def _build_cuda(self, target: Path, facts: dict[str, Any]) -> None:
+        builder = _cuda_builder()
+        include = sysconfig.get_paths()["include"]
+        builder.build(_tools(CUDA), include, self._objects() / "cuda", target, facts)
 
     def _build(self, target: Path, facts: dict[str, Any]) -> None:
         """Compiles and links `target`; fills in compiler, variants and left_out on the way.
@@ -244,9 +275,7 @@ class BuildNative(build_ext):
                 f"Python's header Python.h is not in {include}",
                 f"install it (on Debian or Ubuntu: apt install {package})",
             )
-        # an editable installation gets a temporary build_temp; its objects must outlive it
-        kept = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
-        temp = Path(kept if self.editable_mode else self.build_temp)
+        temp = self._objects()
         temp.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(self.parallel if isinstance(self.parallel, int) else _cores()) as pool:
             refusals = dict(zip(VARIANTS, pool.map(compiler.refuses, VARIANTS), strict=True))
@@ -264,7 +293,7 @@ class BuildNative(build_ext):
             errors = list(pool.map(lambda job, made: self._compile(compiler, job, made, failed), jobs, objects))
         for job, output in zip(jobs, errors, strict=True):
             if output is not None:
-                raise _failed(compiler, job.name, output, "\n".join(filter(None, errors)))
+                raise _failed(compiler.version, job.name, output, "\n".join(filter(None, errors)))
         for path in {*temp.glob("*.o")} - {*objects}:
             path.unlink(missing_ok=True)
         self._link(compiler, objects, target, temp)
@@ -301,18 +330,14 @@ class BuildNative(build_ext):
         if status != 0:  # a system without the static libraries
             status, output = _call(command)
         if status != 0:
-            raise _failed(compiler, "the extension's link", output, f"+ {shlex.join(command)}\n{output}")
-        code = "import importlib.util as u, sys; s = u.spec_from_file_location('_native', sys.argv[1]); "
-        code += "s.loader.exec_module(u.module_from_spec(s))"
-        status, output = _call([sys.executable, "-c", code, str(new.resolve())])
-        if status != 0:  # a symbol that nobody defines shows only here
-            raise _failed(compiler, "the extension, which Python cannot load", output, output)
+            raise _failed(compiler.version, "the extension's link", output, f"+ {shlex.join(command)}\n{output}")
+        _check_import(new, NATIVE.name, compiler.version, NATIVE)
         new.replace(target)
 
     def get_outputs(self) -> list[str]:
         """The files in build_lib, those that are there."""
         folder = Path(self.build_lib, "dql", "kernels")
-        names = (Path(self.get_ext_filename("dql.kernels._native")).name, native_build.RECORD, native_build.LOG)
+        names = [name for one in (NATIVE, CUDA) for name in (one.file, one.record, one.log)]
         return [str(folder / name) for name in names if (folder / name).exists()]
 
     def get_output_mapping(self) -> dict[str, str]:
@@ -322,12 +347,77 @@ class BuildNative(build_ext):
         return {path: str(Path("kernels", Path(path).name)) for path in self.get_outputs()}
 
 
-def _failed(compiler: Compiler, where: str, output: str, log: str) -> NotBuilt:
+def _failed(version: str, where: str, output: str, log: str, extension: Any = NATIVE) -> NotBuilt:
     return NotBuilt(
-        f"{compiler.version} failed on {where} with: {_first_error(output)}",
-        f"mend that (its whole output is in {native_build.LOG} beside {native_build.RECORD})",
+        f"{version} failed on {where} with: {_first_error(output)}",
+        f"mend that (its whole output is in {extension.log} beside {extension.record})",
         log,
     )
+
+
+def _check_import(path: Path, name: str, version: str, extension: Any) -> None:
+    """A symbol that nobody defines shows only when the extension is loaded.
+
+    Raises:
+        NotBuilt: Python cannot load it.
+    """
+    code = "import importlib.util as u, sys; s = u.spec_from_file_location(sys.argv[2], sys.argv[1]); "
+    code += "s.loader.exec_module(u.module_from_spec(s))"
+    status, output = _call([sys.executable, "-c", code, str(path.resolve()), name])
+    if status != 0:
+        raise _failed(version, "the extension, which Python cannot load", output, output, extension)
+
+
+def _cuda_builder() -> ModuleType:
+    path = ROOT / "csrc" / "cuda" / "build.py"
+    if not path.exists():
+        raise NotBuilt("the folder csrc/cuda with its sources is missing", "get the whole of dql")
+    return _loaded("dql_cuda_build", path)
+
+
+def _tools(extension: Any) -> SimpleNamespace:
+    """What csrc/cuda/build.py needs of this file."""
+    return SimpleNamespace(
+        NotBuilt=NotBuilt,
+        Compiler=Compiler,
+        call=_call,
+        first_error=_first_error,
+        flags=_flags,
+        cores=_cores,
+        failed=lambda version, where, output, log: _failed(version, where, output, log, extension),
+        check_import=lambda path, name, compiler: _check_import(path, name, compiler.version, extension),
+    )
+
+
+class BuildCudaEmulator(Command):
+    """For tests: the CUDA kernels for this machine's CPU, `dql.kernels._cuda_emulated`, into kernels/."""
+
+    description = "compile the CUDA kernels with the C++ compiler, on the emulator, for tests"
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = []
+
+    def initialize_options(self) -> None:
+        """There are none."""
+
+    def finalize_options(self) -> None:
+        """There are none."""
+
+    def run(self) -> None:
+        """Builds it in place.
+
+        Raises:
+            CompileError: it could not be built.
+        """
+        extension = native_build.Extension("_cuda_emulated")
+        temp = Path(f"build/emulator.{sys.implementation.cache_tag}")
+        try:
+            builder = _cuda_builder()
+            builder.build_emulated(
+                _tools(extension), sysconfig.get_paths()["include"], temp, Path("kernels", extension.file)
+            )
+        except NotBuilt as error:
+            raise CompileError(
+                f"the emulated CUDA kernels were not built: {error.cause}; {error.remedy}\n{error.log}"
+            ) from None
 
 
 def _is_set(name: str) -> bool:
@@ -356,6 +446,6 @@ setup(
             py_limited_api=True,
         )
     ],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "build_cuda_emulator": BuildCudaEmulator},
     options=limited,
 )

@@ -1,4 +1,5 @@
-"""What became of the extension `dql.kernels._native` when it was built: the sentences, and the record beside it.
+"""What became of the extensions `_native` (CPU) and `_cuda` of dql.kernels when they were built: the sentences, and the
+record beside each.
 
 setup.py writes the record, this module reads it, so both agree on its name and on what counts as a source. setup.py
 loads this file by its path, before anything is installed: it imports nothing but the standard library.
@@ -6,12 +7,33 @@ loads this file by its path, before anything is installed: it imports nothing bu
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RECORD = "_native_build.json"  # beside the extension: what was built, or why nothing was
-LOG = "_native_build.log"  # beside it after a failed compile: the compiler's whole output
-EXTENSION = "_native.abi3.so"
+
+@dataclass(frozen=True)
+class Extension:
+    """One of the two, by its module's name."""
+
+    name: str
+
+    @property
+    def record(self) -> str:
+        """Beside the extension: what was built, or why nothing was."""
+        return f"{self.name}_build.json"
+
+    @property
+    def log(self) -> str:
+        """Beside it after a failed compile: the compiler's whole output."""
+        return f"{self.name}_build.log"
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}.abi3.so"
+
+
+NATIVE, CUDA = Extension("_native"), Extension("_cuda")
 VARIANTS = ("avx512bf16", "avx512", "avx2", "generic")  # fastest first
 
 _HERE = Path(__file__).parent
@@ -26,56 +48,61 @@ def remedy(in_place: bool) -> str:
     return "install dql again with pip install --force-reinstall --no-deps --no-cache-dir"
 
 
-def fingerprint(csrc: Path) -> str:
+def fingerprint(csrc: Path, of: Extension = NATIVE) -> str:
     """A digest of every file that the extension is compiled from, by name and content; its tests are left out."""
     digest = hashlib.sha256()
-    for path in compiled_files(csrc):
+    for path in compiled_files(csrc, of):
         digest.update(f"{path.relative_to(csrc).as_posix()}\0{path.stat().st_size}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def compiled_files(csrc: Path) -> list[Path]:
+def compiled_files(csrc: Path, of: Extension = NATIVE) -> list[Path]:
     """The sources and headers of the extension, sorted."""
+    if of == CUDA:
+        own = (path for path in (csrc / "cuda").glob("*") if path.suffix in (".cu", ".cpp", ".h", ".py"))
+        return sorted([*own, *(path for name in ("arguments.h", "philox.h") if (path := csrc / name).exists())])
     found = (path for path in csrc.rglob("*") if path.suffix in (".cpp", ".h", ".hpp", ".inl"))
-    return sorted(path for path in found if path.relative_to(csrc).parts[0] != "tests")
+    return sorted(path for path in found if path.relative_to(csrc).parts[0] not in ("tests", "cuda"))
 
 
-def record() -> dict[str, Any] | None:
+def record(of: Extension = NATIVE) -> dict[str, Any] | None:
     """The record of the last build, or None where there is none or it is not one.
 
-    Keys: built, reason (None or a sentence), variants (names, fastest first), left_out (variant -> why), compiler
-    (its version or None), seconds, sources (`fingerprint`).
+    Keys: built, reason (None or a sentence), compiler (its version or None), seconds, sources (`fingerprint`); of
+    _native variants (names, fastest first) and left_out (variant -> why); of _cuda architectures ("80", ...) and
+    resources (of each kernel and architecture, what ptxas said).
     """
     try:
-        facts = json.loads((_HERE / RECORD).read_text())
+        facts = json.loads((_HERE / of.record).read_text())
     except (OSError, ValueError):
         return None
     return facts if isinstance(facts, dict) and "built" in facts else None
 
 
-def reason(error: ImportError | None = None) -> str:
-    """One sentence for a `dql.kernels._native` that cannot be imported: why, and what mends it.
+def reason(error: ImportError | None = None, of: Extension = NATIVE) -> str:
+    """One sentence for an extension that cannot be imported: why, and what mends it.
 
     Args:
         error: what the import raised, used where the record says that the extension was built.
+        of: which.
     """
-    facts, again = record(), remedy(_is_checkout())
+    facts, again = record(of), remedy(_is_checkout())
     if facts is None:
         return f"it was not built: this copy of dql holds no record of a build; {again}"
     if not facts["built"]:
         return str(facts["reason"])
-    if not (_HERE / EXTENSION).exists():
-        return f"it was built, but its file {EXTENSION} is no longer in {_HERE}; {again}"
+    if not (_HERE / of.file).exists():
+        return f"it was built, but its file {of.file} is no longer in {_HERE}; {again}"
     return f"it was built, but Python cannot load it ({_one_line(error)}); {again}"
 
 
-def outdated() -> str | None:
+def outdated(of: Extension = NATIVE) -> str | None:
     """None, or one sentence: the extension was compiled from other sources than this checkout holds now."""
-    facts = record()
+    facts = record(of)
     if facts is None or not facts["built"] or not _is_checkout():
         return None
-    if facts.get("sources") == fingerprint(_CHECKOUT / "csrc"):
+    if facts.get("sources") == fingerprint(_CHECKOUT / "csrc", of):
         return None
     return f"the sources in csrc/ have changed since it was built; {remedy(in_place=True)}"
 

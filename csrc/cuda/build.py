@@ -1,0 +1,245 @@
+"""How the CUDA kernels are compiled: by nvcc into `dql.kernels._cuda`; for tests by a C++ compiler, with the emulator.
+
+setup.py loads this file by its path and hands over its `tools`: it imports nothing but the standard library. Objects
+are named for all that goes into them, so one that is there is up to date.
+
+    CUDA_HOME           where nvcc is, if not on the PATH or in /usr/local/cuda
+    DQL_CUDA_ARCHS      compute capabilities, "80;90" by default; PTX of the highest is added for newer GPUs
+    DQL_REQUIRE_CUDA=1  the build fails if they cannot be built
+    DQL_NO_CUDA=1       they are not built
+"""
+
+import hashlib
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = ("80", "86", "87", "88", "89", "90", "100", "103", "110", "120", "121")
+DEFAULT = "80;90"
+HERE = Path("csrc/cuda")  # relative, so that objects do not depend on where the checkout stands
+HOPPER_ONLY = ("chain_wide",)  # sources whose instructions compute capability 9.0 has alone: compiled as 90a
+EMULATED = "_cuda_emulated"
+_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-Icsrc", "-Icsrc/cuda"]
+_HOST = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-missing-field-initializers"]
+_NVCC = ["-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "1"]
+
+
+@dataclass
+class Nvcc:
+    """The CUDA compiler: its path, its version and the folder of its static runtime."""
+
+    path: str
+    version: str
+    libraries: Path
+
+    @classmethod
+    def find(cls, tools: Any) -> "Nvcc":
+        """Of CUDA_HOME or CUDA_PATH, else of the PATH, else of /usr/local/cuda.
+
+        Raises:
+            NotBuilt: there is none, or it does not run, or it has no static runtime.
+        """
+        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+        places = (
+            [Path(home, "bin", "nvcc")]
+            if home
+            else [Path(shutil.which("nvcc") or ""), Path("/usr/local/cuda/bin/nvcc")]
+        )
+        path = next((str(place) for place in places if place.is_file()), None)
+        if path is None:
+            where = f"in {home}/bin, which CUDA_HOME names," if home else ""
+            raise tools.NotBuilt(
+                " ".join(f"nvcc was not found {where} when dql was installed".split()),
+                "install the CUDA toolkit, or set CUDA_HOME to where it is,",
+            )
+        status, output = tools.call([path, "--version"])
+        release = re.search(r"release ([\d.]+), V([\d.]+)", output)
+        if status != 0 or release is None:
+            raise tools.NotBuilt(f"{path} did not run ({tools.first_error(output)})", "mend the CUDA toolkit")
+        _, told = tools.call([path, "--dryrun", "-x", "cu", "/dev/null", "-o", "/dev/null"])
+        top = next((line.partition("=")[2].strip() for line in told.splitlines() if " TOP=" in line), "")
+        roots = [Path(top or Path(path).parent.parent), Path(path).resolve().parent.parent]
+        folders = [
+            root / part
+            for root in roots
+            for part in ("targets/x86_64-linux/lib", "targets/sbsa-linux/lib", "lib64", "lib")
+        ]
+        libraries = next((folder for folder in folders if (folder / "libcudart_static.a").exists()), None)
+        if libraries is None:
+            raise tools.NotBuilt(
+                f"the CUDA toolkit of {path} has no libcudart_static.a", "install the toolkit's development files"
+            )
+        return cls(path, f"nvcc {release[2]}", libraries)
+
+
+def architectures(tools: Any) -> list[str]:
+    """The compute capabilities to compile for, the lowest first.
+
+    Raises:
+        NotBuilt: DQL_CUDA_ARCHS names one that there is not.
+    """
+    told = os.environ.get("DQL_CUDA_ARCHS") or DEFAULT
+    names = [name for name in re.split(r"[;,\s]+", told.strip()) if name]
+    for name in names:
+        if name not in ARCHITECTURES:
+            raise tools.NotBuilt(
+                f"DQL_CUDA_ARCHS={told!r} names {name!r}; known are {', '.join(ARCHITECTURES)}",
+                "set it to some of these, such as '80;90',",
+            )
+    return sorted(set(names), key=int)
+
+
+def generate_code(source: Path, names: Sequence[str]) -> list[str]:
+    """nvcc's options for the machine code and PTX that a source is compiled to."""
+    if source.stem in HOPPER_ONLY:  # without 90 among the names there is nothing but the host's part, and PTX unused
+        return ["-gencode=arch=compute_90a,code=sm_90a"]
+    codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+    return [*codes, f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}"]
+
+
+def _files(root: Path) -> list[Path]:
+    own = [path for path in (root / HERE).glob("*") if path.suffix in (".cu", ".cpp", ".h", ".py")]
+    return sorted([*own, root / "csrc" / "arguments.h", root / "csrc" / "philox.h"])
+
+
+def sources(emulated: bool) -> list[Path]:
+    """What is compiled: kernels, module and, in place of a GPU, the emulator."""
+    return [*sorted(HERE.glob("*.cu")), HERE / "module.cpp", *([HERE / "emulator.cpp"] if emulated else [])]
+
+
+def build(tools: Any, include: str, temp: Path, target: Path, facts: dict[str, Any]) -> None:
+    """Compiles and links `target` with nvcc; fills in compiler, architectures and resources.
+
+    Raises:
+        NotBuilt: with what was missing or failed.
+    """
+    if not sources(False)[:-1]:
+        raise tools.NotBuilt("the folder csrc/cuda with its sources is missing", "get the whole of dql")
+    compiler = tools.Compiler.find()
+    nvcc = Nvcc.find(tools)
+    facts["compiler"] = nvcc.version
+    names = facts["architectures"] = architectures(tools)
+    host = ["-ccbin", compiler.command[0]] if "CXX" in os.environ else []
+    jobs = []
+    for source in sources(False):
+        if source.suffix == ".cu":
+            jobs.append((source, [nvcc.path, *_FLAGS, *_NVCC, *host, *generate_code(source, names)], nvcc.version))
+        else:
+            jobs.append((source, _module_command(compiler, include, []), compiler.version))
+    objects = _compile(tools, jobs, temp)
+    facts["resources"] = [row for made in objects for row in resources(made.with_suffix(".txt").read_text())]
+    link = [*compiler.command, "-shared", "-pthread", *map(str, objects), f"-L{nvcc.libraries}", "-lcudart_static"]
+    _link(tools, compiler, [*link, "-lrt", "-ldl"], target, temp, "_cuda")
+
+
+def build_emulated(tools: Any, include: str, temp: Path, target: Path) -> None:
+    """Compiles and links the same kernels with the C++ compiler, on the emulator.
+
+    Raises:
+        NotBuilt: with what was missing or failed.
+    """
+    compiler = tools.Compiler.find()
+    jobs = [
+        (source, _module_command(compiler, include, ["-DDQL_EMULATED", "-O2"]), compiler.version)
+        for source in sources(True)
+    ]
+    objects = _compile(tools, jobs, temp)
+    _link(tools, compiler, [*compiler.command, "-shared", "-pthread", *map(str, objects)], target, temp, EMULATED)
+
+
+def _module_command(compiler: Any, include: str, more: list[str]) -> list[str]:
+    return [*compiler.command, *_FLAGS, *_HOST, "-DPy_LIMITED_API=0x030B0000", f"-I{include}", *more]
+
+
+def _compile(tools: Any, jobs: list[tuple[Path, list[str], str]], temp: Path) -> list[Path]:
+    """One object a source, those in parallel that are not there; what a compiler said lies beside its object as .txt.
+
+    Raises:
+        NotBuilt: a compiler failed.
+    """
+    temp.mkdir(parents=True, exist_ok=True)
+    headers = b"".join(path.read_bytes() for path in _files(Path()) if path.suffix == ".h")
+    made = []
+    for source, command, version in jobs:
+        told = f"{version}\0{shlex.join(command)}\0{source}\0".encode()
+        digest = hashlib.sha256(told + source.read_bytes() + headers).hexdigest()[:16]
+        made.append(temp / f"{source.stem}-{digest}.o")
+
+    def one(job: tuple[Path, list[str], str], target: Path) -> tuple[int, str]:
+        source, command, _ = job
+        if target.exists() and target.with_suffix(".txt").exists():
+            return 0, ""
+        unfinished = target.with_suffix(f".{os.getpid()}.tmp")
+        kind = ["-x", "c++"] if "-DDQL_EMULATED" in command else []
+        status, output = tools.call([*command, "-c", *kind, str(source), "-o", str(unfinished)])
+        if status == 0:
+            target.with_suffix(".txt").write_text(output)
+            unfinished.replace(target)
+        return status, output
+
+    with ThreadPoolExecutor(tools.cores()) as pool:
+        done = list(pool.map(one, jobs, made))
+    for (source, _, version), (status, output) in zip(jobs, done, strict=True):
+        if status != 0:
+            raise tools.failed(version, str(source), output, output)
+    for path in {*temp.glob("*.o"), *temp.glob("*.txt")} - {*made, *(path.with_suffix(".txt") for path in made)}:
+        path.unlink(missing_ok=True)
+    return made
+
+
+def _link(tools: Any, compiler: Any, command: list[str], target: Path, temp: Path, name: str) -> None:
+    script = temp / "exports.map"
+    script.write_text(f"{{ global: PyInit_{name}; local: *; }};\n")
+    new = temp / target.name
+    command = [*command, "-o", str(new), f"-Wl,--version-script={script}", "-Wl,--gc-sections", *tools.flags("LDFLAGS")]
+    status, output = tools.call([*command, "-static-libstdc++", "-static-libgcc"])
+    if status != 0:  # a system without the static libraries
+        status, output = tools.call(command)
+    if status != 0:
+        raise tools.failed(compiler.version, "the link of the CUDA kernels", output, output)
+    tools.check_import(new, name, compiler)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new.replace(target)
+
+
+_ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
+_SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_USED = re.compile(r"Used (\d+) registers")
+
+
+def resources(output: str) -> list[dict[str, Any]]:
+    """What ptxas said of each kernel and architecture: kernel, arch, registers, stack, spill_stores, spill_loads."""
+    rows: list[dict[str, Any]] = []
+    for line in output.splitlines():
+        if entry := _ENTRY.search(line):
+            rows.append({"kernel": entry[1], "arch": entry[2]})
+        elif rows and (spills := _SPILLS.search(line)) and "stack" not in rows[-1]:
+            rows[-1] |= {"stack": int(spills[1]), "spill_stores": int(spills[2]), "spill_loads": int(spills[3])}
+        elif rows and (used := _USED.search(line)) and "registers" not in rows[-1]:
+            rows[-1]["registers"] = int(used[1])
+    plain = readable([row["kernel"] for row in rows])
+    return [row | {"kernel": plain[row["kernel"]]} for row in rows]
+
+
+_PRECISIONS = ("fp32", "tf32", "bf16")  # of shapes.h
+
+
+def readable(mangled: Sequence[str]) -> dict[str, str]:
+    """Kernels' names as one reads them: "chain bf16 m2 resident backward", "wide_chain 256", "prologue"."""
+    names = {}
+    for name in mangled:
+        base = re.search(r"device(\d+)(\w+)", name)
+        short = base[2][: int(base[1])].removesuffix("_kernel") if base else name
+        if chain := re.search(r"9PrecisionE(\d)ELi(\d)ELb(\d)ELb(\d)", name):
+            parts = [short, _PRECISIONS[int(chain[1])], f"m{chain[2]}", "resident" if chain[3] == "1" else "streamed"]
+            short = " ".join([*parts, "backward" if chain[4] == "1" else "forward"])
+        elif wide := re.search(r"ILi(\d+)E", name):
+            short = f"{short} {wide[1]}"
+        names[name] = short
+    return names
