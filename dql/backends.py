@@ -192,10 +192,14 @@ def registry() -> dict[str, Backend]:
 
 
 def _register_all() -> None:
+    """In the order of "auto". `cpp` takes policies on the CPU alone; on a GPU `cuda` comes before `triton`: as counted
+    in kernels/cuda_plan.py a step costs less where weights stay on the chip, and as much where both stream them."""
     from dql.cpp import CppBackend
+    from dql.cuda_backend import CudaBackend
     from dql.triton_backend import TritonBackend
 
     register(CppBackend())
+    register(CudaBackend())
     register(TritonBackend())
     register(EagerBackend())
 

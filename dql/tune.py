@@ -27,7 +27,7 @@ from dql.kernels import aot, limits, packing, tiles
 from dql.kernels.layout import DenoiserSpec
 from dql.kernels.tiles import Candidate, Shape, Tile, Wanted
 from dql.policy import DiffusionPolicy
-from dql.triton_backend import chain_runner, interpreted
+from dql.triton_backend import TritonBackend, interpreted
 
 Tensor = torch.Tensor
 KINDS = ("forward", "saving", "backward")  # in this order: a backward pass needs the tile of "saving"
@@ -64,7 +64,7 @@ class Problem:
             self.states = torch.randn(rows, spec.state_dim).to(device)  # [R, S]
             self.d_actions = torch.randn(rows, spec.action_dim).to(device)  # [R, A]
         self.rows, self.precision, self.flat = rows, precision, policy.denoiser.buffer.detach()
-        self.runner = chain_runner(
+        self.runner = TritonBackend().chain_runner(
             Chain(
                 self.flat, policy.denoiser.weights, spec, self.states, 1, None, SEED, policy.step_table(), NO_BOUND,
                 precision, policy.denoiser.kept,

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from dql.backends import Backend
+from dql.gpu_backend import on_device_of
 from dql.networks import TwinCritic
-from dql.triton_backend import on_device_of
 
 Tensor = torch.Tensor
 

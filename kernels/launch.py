@@ -21,6 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .capture import refuse_while_capturing
+
 Tensor = torch.Tensor
 INTERPRETED: bool = triton.knobs.runtime.interpret
 Grid = tuple[int, int, int]
@@ -113,19 +115,6 @@ class Kernel:
     def _rest(self) -> tuple[Any, ...]:
         """What stands in the places of the constants, which follow the arguments."""
         return (None,) * len(self.constants)
-
-
-def refuse_while_capturing() -> None:
-    """Loading a kernel or a table is nothing that a CUDA graph can hold.
-
-    Raises:
-        RuntimeError: one is being captured.
-    """
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "this call needs kernels or tables that are not loaded yet, which a CUDA graph cannot capture; make the "
-            "same call once before the capture (torch.cuda.graph's usual warm-up)"
-        )
 
 
 def architecture(device: torch.device) -> int:

@@ -1,0 +1,178 @@
+"""How a problem is cut for the CUDA kernels: rows a tile, blocks a cluster, whether weights stay on the chip.
+
+A written model of time, in cycles of a multiprocessor, chooses among the tilings that fit. Its numbers are counted or
+taken from published measurements of Hopper GPUs; none was measured with these kernels yet, and the bench is to replace
+them. Per step of the chain and tile of M rows:
+
+    a layer's product    M NS HP multiply-adds at 1024 (bf16), 512 (tf32) or 128 (fp32) a cycle, but at least the
+                         latency of a warp's chain of k-groups
+    its activation       two results of the special function units each, 16 a cycle
+    resident             500 cycles to exchange, and what leaves the block at 14 bytes a cycle (between the blocks of a
+                         cluster); alone on a multiprocessor 60
+    streamed             the weights at 64 bytes a cycle from the L2 cache, at 24 when every multiprocessor asks
+    128 rows             everything overlaps but for a third
+
+and once the resident weights at 30 bytes a cycle. Few rows want many blocks each: clusters of 8 leave a block 32 of 256
+columns. Many rows want few: what a cluster exchanges grows with its size, what a stream costs is shared by the rows.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from . import cuda_native
+from .cuda_native import PRECISIONS
+from .layout import CriticSpec, DenoiserSpec
+
+WIDE = 8  # m_tiles of the kernel for 128 rows
+_MULTIPLY_ADDS = {"fp32": 128, "tf32": 512, "bf16": 1024}
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a problem is cut; see csrc/cuda/shapes.h.
+
+    Attributes:
+        cluster: blocks that share a tile: 1, 2, 4 or 8.
+        m_tiles: 16 rows each, of a tile: 1, 2, 4 (not in fp32) or 8 (`WIDE`).
+        resident: weights stay in shared memory for the whole chain; else they are streamed through it.
+    """
+
+    cluster: int
+    m_tiles: int
+    resident: bool
+
+    @property
+    def rows(self) -> int:
+        return 16 * self.m_tiles
+
+    def numbers(self, precision: str) -> tuple[int, int, int, int]:
+        """As the extension takes it."""
+        return PRECISIONS.index(precision), self.cluster, self.m_tiles, int(self.resident)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a tiling is chosen for.
+
+    Attributes:
+        spec: sizes of the network.
+        precision: "fp32", "tf32" or "bf16".
+        rows: R.
+        steps: K.
+        networks: how many run side by side.
+        saving: the forward pass saves for a backward pass, which has the same tiling.
+    """
+
+    spec: DenoiserSpec | CriticSpec
+    precision: str
+    rows: int
+    steps: int
+    networks: int
+    saving: bool
+
+
+_forced: list[Tiling] = []  # innermost last; of all threads, as torch runs backward passes in its own
+
+
+@contextlib.contextmanager
+def forced(tiling: Tiling) -> Iterator[None]:
+    """`choose` gives this tiling, whatever fits: for measurements and tests. Plans made earlier keep theirs."""
+    _forced.append(tiling)
+    try:
+        yield
+    finally:
+        _forced.remove(tiling)
+
+
+def choose(problem: Problem, ordinal: int) -> Tiling:
+    """The tiling for a problem on a device: a forced one, or the one that the model takes to be fastest.
+
+    Raises:
+        ValueError: none fits the device; see `misfit`.
+    """
+    if _forced:
+        return _forced[-1]
+    chosen = _chosen(_rounded(problem), ordinal, cuda_native.emulating())
+    if chosen is None:
+        raise ValueError(misfit(problem, ordinal))
+    return chosen
+
+
+def misfit(problem: Problem, ordinal: int) -> str | None:
+    """None if some tiling fits the device, else one sentence."""
+    emulated = cuda_native.emulating()
+    if _forced or _chosen(_rounded(problem), ordinal, emulated) is not None:
+        return None
+    capability, _, shared, _ = cuda_native.facts(ordinal, emulated)
+    least = min(_shared(problem, tiling, emulated) for tiling in _possible(problem, capability, False))
+    return (
+        f"a network of these sizes needs {least // 1024} KB of shared memory in {problem.precision}, and a block of this "
+        f"GPU has {shared // 1024} KB; use precision='bf16' or backend='triton'"
+    )
+
+
+def _rounded(problem: Problem) -> Problem:
+    """With rows that all tilings cut alike, so that few problems are looked at."""
+    rows = max(1, -(-problem.rows // 16)) * 16
+    return Problem(problem.spec, problem.precision, rows, problem.steps, problem.networks, problem.saving)
+
+
+def _possible(problem: Problem, capability: int, wide: bool) -> list[Tiling]:
+    heights = (1, 2) if problem.precision == "fp32" else (1, 2, 4)
+    found = [Tiling(1, m, False) for m in heights]
+    if capability >= 90:
+        found += [Tiling(cluster, m, True) for cluster in (1, 2, 4, 8) for m in heights]
+    spec = problem.spec
+    if wide and isinstance(spec, DenoiserSpec) and spec.hidden_dim <= 256 and problem.precision == "bf16":
+        found += [] if problem.saving else [Tiling(1, WIDE, False)]
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _chosen(problem: Problem, ordinal: int, emulated: bool) -> Tiling | None:
+    capability, multiprocessors, shared, wide = cuda_native.facts(ordinal, emulated)
+    fitting = [t for t in _possible(problem, capability, wide) if _shared(problem, t, emulated) <= shared]
+    if not fitting:
+        return None
+    return min(fitting, key=lambda t: (cycles(problem, t, multiprocessors), t.cluster, t.m_tiles))
+
+
+def _shared(problem: Problem, tiling: Tiling, emulated: bool) -> int:
+    """Bytes of shared memory of a block; the same forward and backward."""
+    mlp = cuda_native.mlp(problem.spec, emulated)
+    return int(cuda_native.load(emulated).shared_bytes(mlp, *tiling.numbers(problem.precision), 0))
+
+
+def cycles(problem: Problem, tiling: Tiling, multiprocessors: int) -> float:
+    """What the model takes a forward pass to last, but for the launch and the prologue."""
+    spec, M, C = problem.spec, tiling.rows, tiling.cluster
+    H, L, A = spec.hidden_dim, spec.num_hidden, spec.action_dim
+    element = 2 if problem.precision == "bf16" else 4
+    unit = 32 if C == 1 else 16 * C
+    HP = (128 if H <= 128 else 256) if tiling.m_tiles == WIDE else -(-H // unit) * unit
+    NS = HP // C
+    tiles = -(-problem.rows // M) * problem.networks
+    at_once = max(1, multiprocessors // C)
+    waves = -(-tiles // at_once)
+    activation = M * NS * 2 / 16
+    weights = (L - 1) * HP * HP * element
+    from_cache = weights / (24 if min(tiles, at_once) * C > multiprocessors / 2 else 64)
+    if tiling.m_tiles == WIDE:
+        arithmetic = (L - 1) * M * HP * HP / 2048, L * M * HP * 20 / 128
+        return waves * problem.steps * (1500 + 4 / 3 * max(*arithmetic, from_cache))
+    pairs = NS // 16
+    split = max(1, 8 // pairs) if pairs < 8 else 1
+    passes = -(-pairs * split // 8)
+    groups = HP * element / 64
+    product = max(M * NS * HP / _MULTIPLY_ADDS[problem.precision], 100 + 40 * passes * groups / split)
+    narrow = 2 * M * A * NS / 128 + 300  # first and last layer, and the update
+    if tiling.resident:
+        exchange = 60.0 if C == 1 else 500 + M * NS * element * (C - 1) / 14
+        step = L * (activation + exchange) + (L - 1) * product + narrow
+        load = weights / C / 30 + 1000
+    else:
+        step = L * (activation + 60) + max((L - 1) * product, from_cache) + narrow
+        load = 0.0
+    return load + waves * problem.steps * step
