@@ -188,8 +188,8 @@ class ChainPlan:
         saved = runner.bytes(self.saved_bytes) if save else None
         base = packed.data_ptr()
         runner.module.prologue(
-            runner.mlp, *numbers, int(save), flat.data_ptr(), runner.embedding.data_ptr(), states.data_ptr(), B, K, base,
-            *place,
+            runner.mlp, *numbers, int(save), flat.data_ptr(), runner.embedding.data_ptr(), states.data_ptr(), B, K,
+            base, *place,
         )  # fmt: skip
         runner.module.chain_forward(
             runner.mlp, *numbers, int(save), 0, 1, flat.data_ptr(), base, runner.table.data_ptr(), B, N, K,

@@ -1,7 +1,7 @@
 """The CUDA extension `dql.kernels._cuda`: loading it, why it cannot be used, and networks as it wants them.
 
-With DQL_CUDA_EMULATE=1 the same kernels run in an emulator on CPU tensors, slowly: for tests. The twin that does that is
-compiled by `python setup.py build_cuda_emulator`.
+With DQL_CUDA_EMULATE=1 the same kernels run in an emulator on CPU tensors, slowly: for tests. The twin that does that
+is compiled by `python setup.py build_cuda_emulator`.
 
 Importing this module loads nothing.
 """

@@ -108,8 +108,8 @@ def misfit(problem: Problem, ordinal: int) -> str | None:
     capability, _, shared, _ = cuda_native.facts(ordinal, emulated)
     least = min(_shared(problem, tiling, emulated) for tiling in _possible(problem, capability, False))
     return (
-        f"a network of these sizes needs {least // 1024} KB of shared memory in {problem.precision}, and a block of this "
-        f"GPU has {shared // 1024} KB; use precision='bf16' or backend='triton'"
+        f"a network of these sizes needs {least // 1024} KB of shared memory in {problem.precision}, and a block of "
+        f"this GPU has {shared // 1024} KB; use precision='bf16' or backend='triton'"
     )
 
 
