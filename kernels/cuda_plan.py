@@ -106,7 +106,7 @@ def misfit(problem: Problem, ordinal: int) -> str | None:
     if _forced or _chosen(_rounded(problem), ordinal, emulated) is not None:
         return None
     capability, _, shared, _ = cuda_native.facts(ordinal, emulated)
-    least = min(_shared(problem, tiling, emulated) for tiling in _possible(problem, capability, False))
+    least = min(shared_bytes(problem, tiling, emulated) for tiling in _possible(problem, capability, False))
     return (
         f"a network of these sizes needs {least // 1024} KB of shared memory in {problem.precision}, and a block of "
         f"this GPU has {shared // 1024} KB; use precision='bf16' or backend='triton'"
@@ -133,14 +133,15 @@ def _possible(problem: Problem, capability: int, wide: bool) -> list[Tiling]:
 @lru_cache(maxsize=4096)
 def _chosen(problem: Problem, ordinal: int, emulated: bool) -> Tiling | None:
     capability, multiprocessors, shared, wide = cuda_native.facts(ordinal, emulated)
-    fitting = [t for t in _possible(problem, capability, wide) if _shared(problem, t, emulated) <= shared]
+    fitting = [t for t in _possible(problem, capability, wide) if shared_bytes(problem, t, emulated) <= shared]
     if not fitting:
         return None
     return min(fitting, key=lambda t: (cycles(problem, t, multiprocessors), t.cluster, t.m_tiles))
 
 
-def _shared(problem: Problem, tiling: Tiling, emulated: bool) -> int:
+def shared_bytes(problem: Problem, tiling: Tiling, emulated: bool | None = None) -> int:
     """Bytes of shared memory of a block; the same forward and backward."""
+    emulated = cuda_native.emulating() if emulated is None else emulated
     mlp = cuda_native.mlp(problem.spec, emulated)
     return int(cuda_native.load(emulated).shared_bytes(mlp, *tiling.numbers(problem.precision), 0))
 

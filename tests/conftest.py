@@ -17,6 +17,8 @@ import torch
 if not torch.cuda.is_available():
     # Before triton is imported (which torch leaves to others): its kernels run on NumPy. With a GPU they run there.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    # Likewise the CUDA kernels: in an emulator, which tests/cuda_cases.py compiles.
+    os.environ.setdefault("DQL_CUDA_EMULATE", "1")
 
 DATASET = "dql/pendulum/mixed-v0"
 

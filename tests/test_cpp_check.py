@@ -9,10 +9,9 @@ import torch
 from cpp_cases import needs_cpp
 
 import dql
-from dql.backends import Chain
+from dql.backends import Chain, registry
 from dql.cpp import CppBackend
 from dql.kernels import native
-from dql.triton_backend import TritonBackend
 
 S, A = 4, 3
 
@@ -103,9 +102,10 @@ def test_precision():
         assert refused(policy, precision="bf16") == sentence
     with pytest.raises(dql.BackendUnavailable) as caught:
         dql.sample(torch.zeros(1, S), policy, precision="tf32")
-    triton = TritonBackend().check() or TritonBackend().only_by_name()
+    on_gpus = [(name, registry()[name]) for name in ("cuda", "triton")]
+    reasons = "".join(f"{name}: {backend.check() or backend.only_by_name()}; " for name, backend in on_gpus)
     assert str(caught.value) == (
-        f"no backend can run this problem: cpp: it has no precision='tf32'; use precision='fp32'; triton: {triton}; "
+        f"no backend can run this problem: cpp: it has no precision='tf32'; use precision='fp32'; {reasons}"
         "eager: it computes in the parameters' own dtype and has no precision='tf32'; use precision='fp32'"
     )
 
@@ -189,7 +189,7 @@ print(json.dumps(said))
     assert said["listed"] == reason
     assert said["variants"] == {}
     assert said["same"] is True
-    able = "triton, eager" if TritonBackend().check() is None else "eager"
+    able = ", ".join(name for name in ("cuda", "triton", "eager") if registry()[name].check() is None)
     for call in ("sample", "select"):
         assert said[call] == f"backend 'cpp' cannot run this: {reason} (able to: {able})"
     assert said["update"] == "actor/bc_loss"

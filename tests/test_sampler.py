@@ -432,7 +432,7 @@ def mistakes():
         "unknown backend": (
             {"backend": "gpu"},
             V,
-            "unknown backend 'gpu'; this version of dql has: auto, cpp, triton, eager",
+            "unknown backend 'gpu'; this version of dql has: auto, cpp, cuda, triton, eager",
         ),
         "unknown precision": ({"precision": "fp8"}, V, "unknown precision 'fp8'; known: fp32, tf32, bf16"),
         "no candidates": ({"num_candidates": 0}, V, "num_candidates must be a positive integer.* got 0"),

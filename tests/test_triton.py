@@ -15,14 +15,12 @@ from cases import (
     CASES,
     TOLERANCES,
     Case,
-    Tolerance,
     assert_all_close,
     assert_close,
     clear_of_kinks,
     error,
     expected,
     make_problem,
-    named_gradients,
     not_interpreted,
     plain_chain,
     run,
@@ -30,6 +28,7 @@ from cases import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kernel_checks import check_against_eager, check_bf16, random_cases
 
 import dql
 
@@ -43,6 +42,7 @@ from dql.kernels.launch import Grid, Kernel  # noqa: E402
 from dql.kernels.packing import packed_sizes  # noqa: E402
 from dql.kernels.tiles import Shape, Tile  # noqa: E402
 
+ROUNDING = "bf16 to the last"  # of cases.plain_chain
 TILES = [  # rows, chunk, stages, warps: 16 rows may stay in registers, others go through memory
     Tile(16, 16, 2, 4),
     Tile(16, 32, 3, 8),
@@ -75,33 +75,9 @@ def test_tf32_is_float32_when_interpreted(case):
     assert_all_close(got, expected(case), TOLERANCES["float32"], case=case, backend="triton, tf32")
 
 
-def rms_error(got: Tensor, want: Tensor) -> float:
-    """The root mean square of the difference, relative to that of `want`; infinite for NaN."""
-    difference = float((got.double() - want.double()).norm().nan_to_num(torch.inf))
-    return difference / float(want.double().norm()) if difference else 0.0
-
-
-def check_bf16(case: Case, what: str = "") -> None:
-    """Against float64 with the same operands rounded; the gradient is the exact one at those activations.
-
-    Elements count together: a last bit of float32 may round an operand to the next bf16 number, and that row is off.
-    """
-    problem, distances = make_problem(case, torch.float64), []
-    problem.states.requires_grad_(True)
-    actions = plain_chain(problem, distances, "bf16 to the last")
-    weights = clear_of_kinks(problem, distances, margins=10)
-    want = named_gradients(problem, actions, problem.states, weights)
-    got = run_problem(make_problem(case, torch.float32), "triton", weights, "bf16")
-    targets = [(name, "bf16 flips" if name == "actions" else "bf16 gradient", want[name]) for name in want]
-    for name, tolerance, target in (*targets, ("actions", "bf16 in all", expected(case)["actions"])):
-        rms = rms_error(got[name], target)
-        allowed = TOLERANCES[tolerance]
-        assert rms <= allowed.rel, f"{name} in case {case} {what}: {rms:.2g} above {allowed.rel:g}: {allowed.why}"
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bf16(case):
-    check_bf16(case)
+    check_bf16(case, "triton", ROUNDING)
 
 
 def test_bf16_differs_from_float32():
@@ -194,7 +170,7 @@ def test_any_tile_gives_the_same(case, tile, monkeypatch):
 @pytest.mark.parametrize("case", TILED, ids=str)
 def test_any_tile_gives_the_same_in_bf16(case, tile, monkeypatch):
     forced(monkeypatch, tile)
-    check_bf16(case, str(tile))
+    check_bf16(case, "triton", ROUNDING, str(tile))
 
 
 @pytest.mark.parametrize(
@@ -276,51 +252,13 @@ def test_more_parts_than_rows(rows_at_a_time, monkeypatch):
 
 
 @st.composite
-def problems(draw: Callable[..., int]) -> tuple[Case, Tile, Tile]:
-    """Mostly small, now and then large, often no multiple of anything; and the tiles to run it by."""
-    large = draw(st.integers(0, 9)) == 0
-    K = draw(st.integers(1, 2 if large else 6))
-    case = Case(
-        B=draw(st.integers(1, 3 if large else 20)),
-        S=draw(st.integers(1, 512 if large else 40)),
-        A=draw(st.one_of(st.integers(1, 8), st.integers(1, 64))),
-        K=K,
-        N=draw(st.one_of(st.none(), st.integers(1, 5))),
-        H=draw(st.integers(1, 512 if large else 80)),
-        num_hidden=draw(st.integers(2, 4)),
-        activation=draw(st.sampled_from(["mish", "relu", "silu"])),
-        sampler=draw(st.sampled_from(["ddpm", "ddim", "dpm-solver++"])),
-        stochasticity=draw(st.sampled_from([0.0, 0.5, 1.0])),
-        T=draw(st.one_of(st.none(), st.integers(K, 50))),
-        beta_schedule=draw(st.sampled_from(["vp", "linear", "cosine"])),
-        max_action=draw(st.sampled_from([0.3, 1.0, 3.0, 20.0])),
-        predict_epsilon=draw(st.booleans()),
-        time_dim=draw(st.one_of(st.just(16), st.integers(2, 32).map(lambda half: 2 * half))),
-    )
+def problems(draw: Callable[..., Case]) -> tuple[Case, Tile, Tile]:
+    """A problem, and the tiles to run it by."""
 
     def tile() -> Tile:
         return Tile(draw(st.sampled_from([16, 32, 64])), 16, 2, draw(st.sampled_from([1, 4, 8])))
 
-    return case, tile(), tile()
-
-
-def check_against_eager(case: Case) -> float:
-    """In float64, whose gradient is the same but for rows at a kink. Returns the share of the states that have one."""
-    exact, distances = make_problem(case, torch.float64), []
-    with torch.no_grad():
-        plain_chain(exact, distances)
-    weights = clear_of_kinks(exact, distances, margins=10)
-    want = run_problem(exact, "eager", weights)
-    got = run_problem(make_problem(case, torch.float32), "triton", weights)
-    # the denoiser's rounding times b, which is 1,000 where abar is nearly 0, relative to the actions
-    gain = max(abs(row[1]) for row in exact.table.rows) / case.max_action
-    rel = TOLERANCES["float32"].rel + 1e-5 * gain
-    largest = max(float(gradient.abs().amax()) for name, gradient in want.items() if name != "actions")
-    tolerance = Tolerance(
-        rel, rel * 0.01 * largest, f"float32, with b / max_action = {gain:.3g}; sums over rows may cancel"
-    )
-    assert_all_close(got, want, tolerance, case=case, backend="triton")
-    return float((want["d_states"] != 0).any(dim=1).double().mean())
+    return draw(random_cases()), tile(), tile()
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -329,7 +267,7 @@ def test_random_problems(problem):
     case, forward, backward = problem
     with pytest.MonkeyPatch.context() as patch:
         forced(patch, forward, backward)
-        check_against_eager(case)
+        check_against_eager(case, "triton")
 
 
 @pytest.mark.parametrize(
@@ -342,7 +280,7 @@ def test_random_problems(problem):
     ids=["largest", "smallest", "more steps than a program takes"],
 )
 def test_the_corners_of_what_it_takes(case):
-    assert check_against_eager(case) >= 0.3
+    assert check_against_eager(case, "triton") >= 0.3
 
 
 def test_a_thousand_steps():
