@@ -273,10 +273,15 @@ def parse_log(log: str) -> tuple[int, int, tuple[str, ...]]:
     return sum(int(s) for s, _ in found), sum(int(s) for _, s in found), tuple(dict.fromkeys(warnings))
 
 
+def instructions(sass: str) -> Counter[str]:
+    """How often each instruction stands in a disassembly, by name without modifiers."""
+    # /*0a50*/  @!P0 LDGSTS.E.BYPASS.128 [R5], ... : the address, perhaps a predicate, the name, its modifiers
+    return Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", sass, re.MULTILINE))
+
+
 def count_instructions(sass: str) -> dict[str, int]:
     """How often each of COUNTED stands in a disassembly, and the "total" of all instructions but NOP."""
-    # /*0a50*/  @!P0 LDGSTS.E.BYPASS.128 [R5], ... : the address, perhaps a predicate, the name, its modifiers
-    names = Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", sass, re.MULTILINE))
+    names = instructions(sass)
     return {name: names[name] for name in COUNTED} | {"total": names.total() - names["NOP"]}
 
 

@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import shutil
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ class Nvcc:
         Raises:
             NotBuilt: there is none, or it does not run, or it has no static runtime.
         """
-        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+        told = next((name for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)), None)
+        home = os.environ[told] if told else None
         places = (
             [Path(home, "bin", "nvcc")]
             if home
@@ -53,10 +55,10 @@ class Nvcc:
         )
         path = next((str(place) for place in places if place.is_file()), None)
         if path is None:
-            where = f"in {home}/bin, which CUDA_HOME names," if home else ""
+            where = f"in {home}/bin, which {told} names," if home else ""
             raise tools.NotBuilt(
                 " ".join(f"nvcc was not found {where} when dql was installed".split()),
-                "install the CUDA toolkit, or set CUDA_HOME to where it is,",
+                f"install the CUDA toolkit, or set {told or 'CUDA_HOME'} to where it is,",
             )
         status, output = tools.call([path, "--version"])
         release = re.search(r"release ([\d.]+), V([\d.]+)", output)
@@ -86,18 +88,19 @@ def architectures(tools: Any) -> list[str]:
     """
     told = os.environ.get("DQL_CUDA_ARCHS") or DEFAULT
     names = [name for name in re.split(r"[;,\s]+", told.strip()) if name]
-    for name in names:
-        if name not in ARCHITECTURES:
-            raise tools.NotBuilt(
-                f"DQL_CUDA_ARCHS={told!r} names {name!r}; known are {', '.join(ARCHITECTURES)}",
-                "set it to some of these, such as '80;90',",
-            )
+    unknown = next((name for name in names if name not in ARCHITECTURES), None)
+    if unknown is not None or not names:
+        named = "nothing" if unknown is None else repr(unknown)
+        raise tools.NotBuilt(
+            f"DQL_CUDA_ARCHS={told!r} names {named}; known are {', '.join(ARCHITECTURES)}",
+            f"set it to some of these, such as {DEFAULT!r},",
+        )
     return sorted(set(names), key=int)
 
 
 def generate_code(source: Path, names: Sequence[str]) -> list[str]:
     """nvcc's options for the machine code and PTX that a source is compiled to."""
-    if source.stem in HOPPER_ONLY:  # without 90 among the names there is nothing but the host's part, and PTX unused
+    if source.stem in HOPPER_ONLY:  # whatever the names: the host's part of it is called in any case
         return ["-gencode=arch=compute_90a,code=sm_90a"]
     codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
     return [*codes, f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}"]
@@ -125,13 +128,13 @@ def build(tools: Any, include: str, temp: Path, target: Path, facts: dict[str, A
     nvcc = Nvcc.find(tools)
     facts["compiler"] = nvcc.version
     names = facts["architectures"] = architectures(tools)
-    host = ["-ccbin", compiler.command[0]] if "CXX" in os.environ else []
+    host = ["-ccbin", _program(compiler.command)] if "CXX" in os.environ else []
     jobs = []
     for source in sources(False):
         if source.suffix == ".cu":
             jobs.append((source, [nvcc.path, *_FLAGS, *_NVCC, *host, *generate_code(source, names)], nvcc.version))
         else:
-            jobs.append((source, _module_command(compiler, include, []), compiler.version))
+            jobs.append((source, _module_command(tools, compiler, include, []), compiler.version))
     objects = _compile(tools, jobs, temp)
     facts["resources"] = [row for made in objects for row in resources(made.with_suffix(".txt").read_text())]
     link = [*compiler.command, "-shared", "-pthread", *map(str, objects), f"-L{nvcc.libraries}", "-lcudart_static"]
@@ -146,15 +149,21 @@ def build_emulated(tools: Any, include: str, temp: Path, target: Path) -> None:
     """
     compiler = tools.Compiler.find()
     jobs = [
-        (source, _module_command(compiler, include, ["-DDQL_EMULATED", "-O2"]), compiler.version)
+        (source, _module_command(tools, compiler, include, ["-DDQL_EMULATED", "-O2"]), compiler.version)
         for source in sources(True)
     ]
     objects = _compile(tools, jobs, temp)
     _link(tools, compiler, [*compiler.command, "-shared", "-pthread", *map(str, objects)], target, temp, EMULATED)
 
 
-def _module_command(compiler: Any, include: str, more: list[str]) -> list[str]:
-    return [*compiler.command, *_FLAGS, *_HOST, "-DPy_LIMITED_API=0x030B0000", f"-I{include}", *more]
+def _program(command: Sequence[str]) -> str:
+    """Of CXX, "ccache g++ -m64" say, what nvcc calls: the compiler without a launcher or flags."""
+    return [word for word in command if not word.startswith("-")][-1]
+
+
+def _module_command(tools: Any, compiler: Any, include: str, more: list[str]) -> list[str]:
+    own = [*_FLAGS, *_HOST, "-DPy_LIMITED_API=0x030B0000", f"-I{include}", *more]
+    return [*compiler.command, *own, *tools.flags("CXXFLAGS")]
 
 
 def _compile(tools: Any, jobs: list[tuple[Path, list[str], str]], temp: Path) -> list[Path]:
@@ -171,19 +180,25 @@ def _compile(tools: Any, jobs: list[tuple[Path, list[str], str]], temp: Path) ->
         digest = hashlib.sha256(told + source.read_bytes() + headers).hexdigest()[:16]
         made.append(temp / f"{source.stem}-{digest}.o")
 
+    failed = threading.Event()
+
     def one(job: tuple[Path, list[str], str], target: Path) -> tuple[int, str]:
         source, command, _ = job
-        if target.exists() and target.with_suffix(".txt").exists():
+        there = target.exists() and target.with_suffix(".txt").exists() and not tools.force
+        if there or failed.is_set():  # one error is enough to read
             return 0, ""
         unfinished = target.with_suffix(f".{os.getpid()}.tmp")
         kind = ["-x", "c++"] if "-DDQL_EMULATED" in command else []
-        status, output = tools.call([*command, "-c", *kind, str(source), "-o", str(unfinished)])
-        if status == 0:
-            target.with_suffix(".txt").write_text(output)
-            unfinished.replace(target)
+        command = [*command, "-c", *kind, str(source), "-o", str(unfinished)]
+        status, output = tools.call(command)
+        if status != 0:
+            failed.set()
+            return status, f"+ {shlex.join(command)}\n{output}"
+        target.with_suffix(".txt").write_text(output)
+        unfinished.replace(target)
         return status, output
 
-    with ThreadPoolExecutor(tools.cores()) as pool:
+    with ThreadPoolExecutor(tools.workers) as pool:
         done = list(pool.map(one, jobs, made))
     for (source, _, version), (status, output) in zip(jobs, done, strict=True):
         if status != 0:
@@ -197,12 +212,14 @@ def _link(tools: Any, compiler: Any, command: list[str], target: Path, temp: Pat
     script = temp / "exports.map"
     script.write_text(f"{{ global: PyInit_{name}; local: *; }};\n")
     new = temp / target.name
-    command = [*command, "-o", str(new), f"-Wl,--version-script={script}", "-Wl,--gc-sections", *tools.flags("LDFLAGS")]
+    command = [*command, "-o", str(new), f"-Wl,--version-script={script}", "-Wl,--gc-sections"]
+    command += [*tools.flags("CXXFLAGS"), *tools.flags("LDFLAGS")]
     status, output = tools.call([*command, "-static-libstdc++", "-static-libgcc"])
     if status != 0:  # a system without the static libraries
         status, output = tools.call(command)
     if status != 0:
-        raise tools.failed(compiler.version, "the link of the CUDA kernels", output, output)
+        log = f"+ {shlex.join(command)}\n{output}"
+        raise tools.failed(compiler.version, "the link of the CUDA kernels", output, log)
     tools.check_import(new, name, compiler)
     target.parent.mkdir(parents=True, exist_ok=True)
     new.replace(target)
@@ -210,11 +227,12 @@ def _link(tools: Any, compiler: Any, command: list[str], target: Path, temp: Pat
 
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
-_USED = re.compile(r"Used (\d+) registers")
+_USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 
 
 def resources(output: str) -> list[dict[str, Any]]:
-    """What ptxas said of each kernel and architecture: kernel, arch, registers, stack, spill_stores, spill_loads."""
+    """What ptxas said of each kernel and architecture: kernel, arch, registers, stack, spill_stores, spill_loads, shared
+    (bytes, but for the dynamic shared memory, which is asked for at launch)."""
     rows: list[dict[str, Any]] = []
     for line in output.splitlines():
         if entry := _ENTRY.search(line):
@@ -222,7 +240,7 @@ def resources(output: str) -> list[dict[str, Any]]:
         elif rows and (spills := _SPILLS.search(line)) and "stack" not in rows[-1]:
             rows[-1] |= {"stack": int(spills[1]), "spill_stores": int(spills[2]), "spill_loads": int(spills[3])}
         elif rows and (used := _USED.search(line)) and "registers" not in rows[-1]:
-            rows[-1]["registers"] = int(used[1])
+            rows[-1] |= {"registers": int(used[1]), "shared": int(used[2] or 0)}
     plain = readable([row["kernel"] for row in rows])
     return [row | {"kernel": plain[row["kernel"]]} for row in rows]
 

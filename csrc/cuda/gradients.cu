@@ -17,7 +17,7 @@ namespace dql {
 namespace device {
 
 constexpr int SIDE = 64, CHUNK = 32, STRIDE = SIDE + 8;  // a tile, rows at a time; eight lanes' four rows: all banks
-constexpr int MAX_PRODUCTS = 24, STATES_A_BLOCK = 8, TIME_COLUMNS = 16;
+constexpr int MAX_PRODUCTS = 24, SUMMED_STATES = 8, TIME_COLUMNS = 16;
 
 // One factor: its row r is min(r % period, limit - 1) / divisor of an array; a period or limit of 0 is none.
 struct Factor {
@@ -56,6 +56,7 @@ struct ProductsArguments {
     int networks, H, HP, S, stride, N, K;
     int64_t B, RP;
 };
+static_assert(sizeof(ProductsArguments) <= 4096, "a kernel's argument");
 
 DQL_DEVICE float operand_at(const char* at, int64_t index, bool bf16) {
     if (bf16) return as_float(static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(at)[index]) << 16);
@@ -69,7 +70,7 @@ public:
 
     DQL_DEVICE void run(int part, int parts) {
         if (block_x() >= a.tiles) {
-            if (part == 0) states(static_cast<int64_t>(block_x() - a.tiles) * STATES_A_BLOCK);
+            if (part == 0) states(static_cast<int64_t>(block_x() - a.tiles) * SUMMED_STATES);
             return;
         }
         int which = 0;
@@ -77,7 +78,8 @@ public:
         const Product& p = a.products[which];
         const int tile = block_x() - p.first_tile, batch = tile / p.tiles;
         const int i0 = tile % p.tiles / p.tiles_j * SIDE, j0 = tile % p.tiles % p.tiles_j * SIDE;
-        const int64_t first = batch * p.rows + p.rows * part / parts, last = batch * p.rows + p.rows * (part + 1) / parts;
+        const int64_t start = batch * p.rows;
+        const int64_t first = start + p.rows * part / parts, last = start + p.rows * (part + 1) / parts;
         float* image = a.images + part * a.image + p.out + batch * p.out_batch;
         if (p.tensor_cores)
             on_tensor_cores(p, image, i0, j0, first, last);
@@ -106,7 +108,8 @@ private:
             if (f.operands && column + 3 < f.width) {  // rows of operands are padded to whole vectors
                 if (a.bf16) {
                     const uint2 pairs = *reinterpret_cast<const uint2*>(f.at + at * 2);
-                    numbers[4 * half] = as_float(pairs.x << 16), numbers[4 * half + 1] = as_float(pairs.x & 0xffff0000u);
+                    numbers[4 * half] = as_float(pairs.x << 16);
+                    numbers[4 * half + 1] = as_float(pairs.x & 0xffff0000u);
                     numbers[4 * half + 2] = as_float(pairs.y << 16);
                     numbers[4 * half + 3] = as_float(pairs.y & 0xffff0000u);
                 } else {
@@ -198,13 +201,13 @@ private:
         if (i < p.a.width && j < p.b.width) image[static_cast<int64_t>(i) * p.out_stride + j] = value;
     }
 
-    // d_states of STATES_A_BLOCK states: the first layer's d_z over steps and candidates, times the states' weights.
+    // d_states of SUMMED_STATES states: the first layer's d_z over steps and candidates, times the states' weights.
     DQL_DEVICE void states(int64_t first) {
-        float* sums = tile_a;  // [STATES_A_BLOCK][HP]
+        float* sums = tile_a;  // [SUMMED_STATES][HP]
         for (int network = 0; network < a.networks; ++network) {
             sync_block();
             const char* d_z = a.d_z + network * a.d_z_apart * (a.bf16 ? 2 : 4);
-            for (int i = thread(); i < STATES_A_BLOCK * a.HP; i += THREADS) {
+            for (int i = thread(); i < SUMMED_STATES * a.HP; i += THREADS) {
                 const int64_t b = first + i / a.HP;
                 float sum = 0;
                 if (b < a.B)
@@ -215,12 +218,12 @@ private:
             }
             sync_block();
             const float* weight = a.w_states + network * a.w_apart;
-            for (int i = thread(); i < STATES_A_BLOCK * a.S; i += THREADS) {
+            for (int i = thread(); i < SUMMED_STATES * a.S; i += THREADS) {
                 const int64_t b = first + i / a.S;
                 if (b >= a.B) continue;
-                const float* d = sums + i / a.S * a.HP;
+                const float *d = sums + i / a.S * a.HP, *column = weight + i % a.S;
                 float sum = 0;
-                for (int o = 0; o < a.H; ++o) sum = fmaf(d[o], weight[static_cast<int64_t>(o) * a.stride + i % a.S], sum);
+                for (int o = 0; o < a.H; ++o) sum = fmaf(d[o], column[static_cast<int64_t>(o) * a.stride], sum);
                 float* out = a.d_states + b * a.S + i % a.S;
                 *out = network == 0 ? sum : *out + sum;
             }
@@ -242,10 +245,10 @@ struct FinishArguments {
     int first_network, networks, HP, K, parts;
     int64_t image;
     const float* images;
-    const float* flat;
-    const float* embedding;
-    float* d_flat;
-    int64_t add_blocks, column_blocks;  // then one block for the time MLP
+    const float* flat = nullptr;
+    const float* embedding = nullptr;
+    float* d_flat = nullptr;
+    int64_t add_blocks = 0, column_blocks = 0;  // then one block for the time MLP
 };
 
 class Finish {
@@ -461,7 +464,8 @@ private:
 
     void add(const Factor& a, const Factor& b, int64_t rows, int64_t out, int out_stride, bool tensor_cores = false,
              int batches = 1, int64_t out_batch = 0) {
-        const int tiles_i = (a.width + device::SIDE - 1) / device::SIDE, tiles_j = (b.width + device::SIDE - 1) / device::SIDE;
+        const auto tiles = [](const Factor& f) { return (f.width + device::SIDE - 1) / device::SIDE; };
+        const int tiles_i = tiles(a), tiles_j = tiles(b);
         out_.products[out_.count++] = {a,       b,           rows,         batches, out,
                                        out_batch, out_stride, tensor_cores, tiles_j, tiles_i * tiles_j, out_.tiles};
         out_.tiles += tiles_i * tiles_j * batches;
@@ -503,10 +507,10 @@ void gradients(const GradientJob& job, Stream stream) {
         a.w_apart = net.apart;
         a.networks = job.networks, a.H = net.H, a.HP = s.HP, a.S = net.S, a.stride = net.stride;
         a.N = job.N, a.K = job.K, a.B = job.B, a.RP = job.RP;
-        grid.x += (job.B + device::STATES_A_BLOCK - 1) / device::STATES_A_BLOCK;
+        grid.x += (job.B + device::SUMMED_STATES - 1) / device::SUMMED_STATES;
     }
     if (grid.x == 0) return;
-    grid.shared = std::max(2 * device::CHUNK * device::STRIDE, device::STATES_A_BLOCK * s.HP) * 4;
+    grid.shared = std::max(2 * device::CHUNK * device::STRIDE, device::SUMMED_STATES * s.HP) * 4;
     launch("the products of gradients", device::products_kernel, grid, a, stream);
     if (job.d_flat == nullptr) return;
     device::FinishArguments f = {net, job.first_network, job.networks, s.HP, job.K, job.parts, a.image, job.workspace};

@@ -13,9 +13,9 @@ struct PrologueArguments {
     cuda::PrologueJob job;
     Packed places;
     Slices slices;
-    int64_t chunks;  // of 16 bytes: all operands
-    int64_t floats;
-    int64_t operand_blocks, float_blocks, time_blocks, state_blocks;
+    int64_t chunks = 0;  // of 16 bytes: all operands
+    int64_t floats = 0;
+    int64_t operand_blocks = 0, float_blocks = 0, time_blocks = 0, state_blocks = 0;
 };
 
 // Column and first k of the 16 bytes number `chunk` of one block's layer: the inverse of operand_index.
@@ -129,7 +129,8 @@ private:
         for (int column = thread(); column < s.HP; column += THREADS) {
             float sum = 0;
             if (column < net.H) {
-                const float* weight = job.flat + net.first + static_cast<int64_t>(column) * net.stride + net.time_column;
+                const float* of_column = job.flat + net.first + static_cast<int64_t>(column) * net.stride;
+                const float* weight = of_column + net.time_column;
                 sum = job.flat[net.first_bias + column];
                 for (int d = 0; d < D; ++d) sum = fmaf(weight[d], features[d], sum);
             }

@@ -16,8 +16,8 @@ DQL_DEVICE float pessimistic(const float* q, int64_t R, int n, int N) {
     return first != first || first < second ? first : second;
 }
 
-// The running sum over the lanes before and up to this one, built from the only shuffle there is: at each turn the lanes
-// of the upper half of a group of 2 d add the sum of the lower half.
+// The running sum over the lanes before and up to this one, built from the only shuffle there is: at each turn the
+// lanes of the upper half of a group of 2 d add the sum of the lower half.
 DQL_DEVICE float running_sum(float value, float& total) {
     float sum = value;
     total = value;
@@ -30,7 +30,8 @@ DQL_DEVICE float running_sum(float value, float& total) {
     return sum;
 }
 
-// A warp a state. A critic that has become NaN makes the sum NaN: nothing is below it, and the first candidate is taken.
+// A warp a state. A critic that has become NaN makes the sum NaN: nothing is below it, and the first candidate is
+// taken.
 DQL_KERNEL(THREADS, 1) choose_kernel(DQL_ARGUMENT cuda::ChooseJob job) {
     const int64_t b = static_cast<int64_t>(block_x()) * WARPS + warp();
     if (b >= job.B) return;

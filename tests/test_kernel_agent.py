@@ -1,18 +1,17 @@
-"""Training with the backend "triton": chain and critics in kernels, everything else as ever."""
+"""Training with the backends whose kernels are a GPU's: chain and critics in kernels, everything else as ever."""
 
 import pytest
 import torch
 from cases import TOLERANCES, assert_close
+from cuda_cases import not_emulated
 
 import dql
-from dql.backends import EagerBackend
-from dql.triton_backend import TritonBackend
+from dql.backends import EagerBackend, registry
 from dql.values import q_values, value_and_other
 
 Tensor = torch.Tensor
 S, A, B, H = 5, 3, 24, 16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(TritonBackend().check() is not None, reason=str(TritonBackend().check()))
 CONFIG = {
     "hidden_dim": H,
     "num_hidden": 2,
@@ -25,6 +24,15 @@ CONFIG = {
 }
 
 
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request) -> str:
+    """Its kernels on the GPU, or interpreted or emulated where there is none."""
+    reason = not_emulated() if request.param == "cuda" and DEVICE == "cpu" else registry()[request.param].check()
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
 def make_batch(seed: int) -> dql.Batch:
     generator = torch.Generator().manual_seed(seed)
 
@@ -35,10 +43,10 @@ def make_batch(seed: int) -> dql.Batch:
 
 
 @pytest.mark.parametrize("max_q_backup", [False, True])
-def test_updates_are_those_of_eager(max_q_backup):
+def test_updates_are_those_of_eager(backend, max_q_backup):
     """Five updates, clipping and averages included; Adam turns a gradient of rounding size into a step of its own."""
     config = CONFIG | {"max_q_backup": max_q_backup, "grad_norm": 5.0}
-    agents = [dql.DiffusionQL(S, A, dql.Config(**config, backend=b), device=DEVICE) for b in ("triton", "eager")]
+    agents = [dql.DiffusionQL(S, A, dql.Config(**config, backend=b), device=DEVICE) for b in (backend, "eager")]
     for step in range(5):
         got, want = (agent.update(make_batch(step)) for agent in agents)
         for name in want:
@@ -48,8 +56,8 @@ def test_updates_are_those_of_eager(max_q_backup):
             assert_close(agents[0].tensors()[name], want, TOLERANCES["agent float32"], what=name)
 
 
-def test_behaviour_cloning_and_acting():
-    agents = [dql.DiffusionBC(S, A, dql.Config(**CONFIG, backend=b), device=DEVICE) for b in ("triton", "eager")]
+def test_behaviour_cloning_and_acting(backend):
+    agents = [dql.DiffusionBC(S, A, dql.Config(**CONFIG, backend=b), device=DEVICE) for b in (backend, "eager")]
     for agent in agents:
         agent.update(make_batch(0))
     states = make_batch(1).states
@@ -57,16 +65,16 @@ def test_behaviour_cloning_and_acting():
     assert_close(got, want, TOLERANCES["agent float32"], what="actions")
 
 
-def test_acting_chooses_the_same_candidate():
-    agents = [dql.DiffusionQL(S, A, dql.Config(**CONFIG, backend=b), device=DEVICE) for b in ("triton", "eager")]
+def test_acting_chooses_the_same_candidate(backend):
+    agents = [dql.DiffusionQL(S, A, dql.Config(**CONFIG, backend=b), device=DEVICE) for b in (backend, "eager")]
     states = make_batch(1).states
     got, want = (agent.act(states, seed=4) for agent in agents)
     same = (got - want).abs().amax(dim=1) < 1e-3  # a draw within rounding of a boundary may fall to the other side
     assert same.double().mean() > 0.9
 
 
-def test_a_run_goes_on_where_it_was_saved(tmp_path):
-    first = dql.DiffusionQL(S, A, dql.Config(**CONFIG, backend="triton"), device=DEVICE)
+def test_a_run_goes_on_where_it_was_saved(backend, tmp_path):
+    first = dql.DiffusionQL(S, A, dql.Config(**CONFIG, backend=backend), device=DEVICE)
     first.update(make_batch(0))
     first.save(tmp_path)
     second = dql.load(tmp_path, device=DEVICE)
@@ -77,7 +85,7 @@ def test_a_run_goes_on_where_it_was_saved(tmp_path):
 
 
 @pytest.mark.parametrize("candidates", [None, 4])
-def test_q_values(candidates):
+def test_q_values(backend, candidates):
     """The glue: shapes, every gradient, and what needs none."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -87,51 +95,51 @@ def test_q_values(candidates):
     weights = torch.randn_like(actions[..., 0])
     inputs = [states, actions, *critic.parameters()]
     results = []
-    for backend in (TritonBackend(), EagerBackend()):
-        q1, q2 = q_values(critic, states, actions, backend)
+    for each in (registry()[backend], EagerBackend()):
+        q1, q2 = q_values(critic, states, actions, each)
         assert q1.shape == q2.shape == actions.shape[:-1]
         gradients = torch.autograd.grad(((q1 + q2.square()) * weights).sum(), inputs)
         results.append([q1.detach(), q2.detach(), *gradients])
     for i, (got, want) in enumerate(zip(*results, strict=True)):
         assert_close(got, want, TOLERANCES["critic float32"], what=f"tensor {i}")
     with torch.no_grad():
-        assert not q_values(critic, states, actions, TritonBackend())[0].requires_grad
+        assert not q_values(critic, states, actions, registry()[backend])[0].requires_grad
 
 
 @pytest.mark.parametrize("i", [1, 2])
-def test_value_and_other(i):
+def test_value_and_other(backend, i):
     """The gradient reaches the actions through one critic, and no frozen parameter."""
     critic = dql.TwinCritic(S, A, H).to(DEVICE).requires_grad_(False)
     states, actions = make_batch(3).states, make_batch(3).actions.requires_grad_()
     results = []
-    for backend in (TritonBackend(), EagerBackend()):
-        q, other = value_and_other(critic, i, states, actions, backend)
+    for each in (registry()[backend], EagerBackend()):
+        q, other = value_and_other(critic, i, states, actions, each)
         assert not other.requires_grad
         results.append([q.detach(), other, *torch.autograd.grad(q.sum(), actions)])
     for got, want in zip(*results, strict=True):
         assert_close(got, want, TOLERANCES["critic float32"], what="values")
 
 
-def test_a_parameter_changed_before_backward_is_noticed():
+def test_a_parameter_changed_before_backward_is_noticed(backend):
     critic = dql.TwinCritic(S, A, H).to(DEVICE)
     batch = make_batch(3)
-    q, _ = q_values(critic, batch.states, batch.actions, TritonBackend())
+    q, _ = q_values(critic, batch.states, batch.actions, registry()[backend])
     with torch.no_grad():
         critic.q1_model[0].weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         q.sum().backward()
 
 
-def test_a_critic_beyond_the_kernels_is_computed_by_torch():
+def test_a_critic_beyond_the_kernels_is_computed_by_torch(backend):
     critic = dql.TwinCritic(S, A, 520).to(DEVICE)
     batch = make_batch(3)
-    got, want = q_values(critic, batch.states, batch.actions, TritonBackend()), critic(batch.states, batch.actions)
+    got, want = q_values(critic, batch.states, batch.actions, registry()[backend]), critic(batch.states, batch.actions)
     assert torch.equal(got[0], want[0])
 
 
-def test_noise_is_the_stream():
+def test_noise_is_the_stream(backend):
     like = torch.empty(0, device=DEVICE)
     for seed, K, rows, actions in ((0, 1, 1, 1), (2**64 - 1, 3, 70, 5), (2**63, 2, 3, 64)):
-        got = TritonBackend().normal(seed, K, rows, actions, like).cpu()
+        got = registry()[backend].normal(seed, K, rows, actions, like).cpu()
         torch.testing.assert_close(got, dql.noise.normal(seed, K, rows, actions), rtol=1e-6, atol=1e-6)
-    assert TritonBackend().normal(1, 1, 2, 3, like.double()).dtype is torch.float64
+    assert registry()[backend].normal(1, 1, 2, 3, like.double()).dtype is torch.float64
