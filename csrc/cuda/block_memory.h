@@ -32,10 +32,10 @@ struct BlockMemory {
     int h[2];      // [M][row_bytes]: the inputs of the next layer, in turn
     int weights;   // resident: operands, then floats; streamed: the rings of 8 warps
     int floats;
-    int sums;      // [8 warps][m_tiles][2][32 lanes][4] floats: results on their way between lanes or warps
+    int sums;      // [8 warps][m_tiles][2][32 lanes][4] floats: results on their way between lanes or warps, if any are
     int v;         // [M][narrow]: the input of the first layer
     int own;       // [3][M][narrow]: of the thread that updates a quad of the chain, between its steps
-    int parts;     // [min(pairs, 8)][M][narrow]: narrow results of n-pairs
+    int parts;     // [min(pairs, 8)][M][narrow]: narrow results of n-pairs; -1: they fit into the h that is not in use
     int peers;     // [C][M][narrow]: of the cluster's blocks
     int narrow, row_bytes;
     int64_t bytes;
@@ -68,10 +68,11 @@ struct BlockMemory {
         h[1] = take(static_cast<int64_t>(M) * row_bytes);
         weights = take(tiling.resident ? s.operand_bytes() : WARPS * RING_STAGES * STAGE_BYTES);
         floats = take(tiling.resident ? s.floats() * 4 : 0);
-        sums = take(WARPS * tiling.m_tiles * 1024);
+        const bool moved = tiling.precision == Precision::FP32 || Division(s.pairs(), s.groups).split > 1;
+        sums = take(moved ? WARPS * tiling.m_tiles * 1024 : 0);
         v = take(narrow_bytes);
         own = take(3 * narrow_bytes);
-        parts = take(slots * narrow_bytes);
+        parts = slots * narrow * 4 <= row_bytes ? -1 : take(slots * narrow_bytes);
         peers = take(tiling.cluster > 1 ? tiling.cluster * narrow_bytes : 0);
         bytes = at;
     }

@@ -295,7 +295,7 @@ private:
 
     // Sums of the last layer's columns, times the narrow weights, over one n-pair; a warp adds up its own pairs.
     DQL_DEVICE void narrow_part(const float (&z)[MT][2][4], int pair, int pass) {
-        float* part = floats_at(a.memory.parts) + pair % WARPS * (M * narrow);
+        float* part = parts() + pair % WARPS * (M * narrow);
         for (int o = 0; o < out; ++o) {
             const float4 w_o = load_floats(w_out + o * a.NS + column_of(pair));
             DQL_UNROLL
@@ -386,12 +386,16 @@ private:
         return sum;
     }
 
+    // The activations that will overwrite them are those of the next exchange, which no block begins before it has this
+    // one's narrow sums, or, alone, before the next step's first barrier.
+    DQL_DEVICE float* parts() const { return floats_at(a.memory.parts >= 0 ? a.memory.parts : a.memory.h[turn & 1]); }
+
     DQL_DEVICE int slots() const { return a.division.pairs < WARPS ? a.division.pairs : WARPS; }
 
     DQL_DEVICE void send_sums() {
         float* mine = floats_at(a.memory.peers) + rank * M * narrow;
         for (int quad = first_quad(); quad < all_quads(); quad += THREADS) {
-            const float4 sum = sum_of(floats_at(a.memory.parts), slots(), quad);
+            const float4 sum = sum_of(parts(), slots(), quad);
             const uint4 bits = make_uint4(as_bits(sum.x), as_bits(sum.y), as_bits(sum.z), as_bits(sum.w));
             for (int i = 0; i < blocks; ++i)
                 send16(mine + 4 * quad, bits, barriers + 3, (rank + i) & (blocks - 1));
@@ -469,7 +473,7 @@ private:
             if (thread() == 0) barrier_expect(barriers + 3, static_cast<uint32_t>(blocks * M * narrow * 4));
         }
         ++sums_turn;
-        const float* from = floats_at(exchanged ? a.memory.peers : a.memory.parts);
+        const float* from = exchanged ? floats_at(a.memory.peers) : parts();
         for (int quad = first_quad(); quad < all_quads(); quad += THREADS) {
             const float4 four = sum_of(from, exchanged ? blocks : slots(), quad);
             const float sum[4] = {four.x, four.y, four.z, four.w};

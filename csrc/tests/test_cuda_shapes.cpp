@@ -145,8 +145,9 @@ void shared_memory_is_divided() {
                 CHECK_EQ(memory.row_bytes % 128, 64);  // two rows of eight lanes' 16 bytes fall into different banks
                 CHECK(memory.row_bytes >= s.HP * s.element);
                 for (const int offset : {memory.h[0], memory.h[1], memory.weights, memory.floats, memory.sums, memory.v,
-                                         memory.own, memory.parts, memory.peers})
+                                         memory.own, memory.peers})
                     CHECK_EQ(offset % 128, 0);
+                const int slots = s.pairs() < WARPS ? s.pairs() : WARPS, parts = slots * M * memory.narrow * 4;
                 if (s.wide) {
                     CHECK_EQ(memory.h[0] % 1024, 0);
                     CHECK_EQ(memory.weights % 1024, 0);
@@ -157,8 +158,15 @@ void shared_memory_is_divided() {
                     CHECK(memory.h[1] - memory.h[0] >= M * memory.row_bytes);
                     CHECK(memory.weights - memory.h[1] >= M * memory.row_bytes);
                     if (tiling.resident) CHECK(memory.floats - memory.weights >= s.operand_bytes());
-                    CHECK(memory.v - memory.sums >= WARPS * tiling.m_tiles * 1024);
-                    CHECK(memory.parts - memory.own >= 3 * M * memory.narrow * 4);
+                    if (tiling.precision == Precision::FP32 || Division(s.pairs(), s.groups).split > 1)
+                        CHECK(memory.v - memory.sums >= WARPS * tiling.m_tiles * 1024);
+                    const int after_own = memory.parts >= 0 ? memory.parts : memory.peers;
+                    CHECK(after_own - memory.own >= 3 * M * memory.narrow * 4);
+                    if (memory.parts >= 0)
+                        CHECK(memory.peers - memory.parts >= parts);
+                    else
+                        CHECK(parts <= M * memory.row_bytes);
+                    CHECK(memory.bytes - memory.peers >= (tiling.cluster > 1 ? tiling.cluster : 0) * M * memory.narrow * 4);
                 }
             });
 }
