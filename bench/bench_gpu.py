@@ -6,12 +6,15 @@ captured as one CUDA graph, which a call feeds with its states and replays: forw
 ours, by hand for the others. Closeness to the published chain is checked before anything is timed.
 
 A gradient is that of every parameter for given d_actions: no loss is timed.
+
+Beside each of our device times stands what the problem costs at least (`bounds`), and the share of the time that is.
 """
 
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
+import bounds
 import device_time
 import numpy as np
 import pytest
@@ -19,14 +22,14 @@ import rivals
 import torch
 from device_time import Call, spread
 from rivals import FLOPS, A, H, LeanActor, PublishedAgent, S, T
-from table import GPU_TITLE, MATMUL_TITLE
+from table import COPY_TITLE, GPU_TITLE, MATMUL_TITLE
 from torch import Tensor
 
 import dql
 
 BATCH_SIZES, SHORT_BATCH_SIZES = (1, 16, 50, 256, 2500, 16384, 65536), (1, 256)
-GRAPHED_BATCH_SIZES = (1, 16, 50, 256, 2500)  # beyond, the host's part no longer shows
-OURS = [f"dql-triton-{precision}" for precision in device_time.PRODUCTS]
+GRAPHED_BATCH_SIZES = (1, 16, 50, 256)  # beyond, the host's part no longer shows
+OURS = [f"dql-{backend}-{precision}" for backend in ("triton", "cuda") for precision in device_time.PRODUCTS]
 CANDIDATES = 50
 CRITIC_FLOPS = 2 * 2 * ((S + A) * H + 2 * H * H + H)  # of a row, both networks
 CALL_SECONDS, MIN_ROUNDS, MAX_ROUNDS = 0.3, 10, 300
@@ -120,6 +123,7 @@ def measure(device: torch.device, benchmark: Any, record: Callable[..., None]) -
             return
         calls = list(benchmark.stats.stats.data)
         rate = flops / on_device.median
+        least = _bound(problem, B, precision, device) if contender.startswith("dql-") else None
         record(
             GPU_TITLE,
             problem=problem,
@@ -130,6 +134,9 @@ def measure(device: torch.device, benchmark: Any, record: Callable[..., None]) -
             tflops=rate / 1e12,
             of_matmul=rate / _matmul(precision, device)[0],
             rows_per_s=B / on_device.median,
+            bound_us=None if least is None else least.us,
+            share=None if least is None else least.us * 1e-6 / on_device.median,
+            bound_parts_us=None if least is None else least.parts,
             precision=precision,
             worst_error=error,
             device_method=on_device.method,
@@ -143,6 +150,31 @@ def measure(device: torch.device, benchmark: Any, record: Callable[..., None]) -
 
 
 _matmul = lru_cache(device_time.matmul_flops)  # (FLOP/s, times) of (precision, device)
+_copy = lru_cache(device_time.copy_bytes_per_second)  # (bytes/s, times) of (device)
+
+
+@lru_cache(maxsize=1)
+def _facts(device: torch.device) -> bounds.DeviceFacts | None:
+    properties, clock = torch.cuda.get_device_properties(device), device_time.highest_clock(device)
+    if clock is None:
+        return None
+    return bounds.DeviceFacts(
+        properties.multi_processor_count,
+        clock,
+        {precision: _matmul(precision, device)[0] for precision in device_time.PRODUCTS},
+        _copy(device)[0],
+        properties.L2_cache_size,
+    )
+
+
+def _bound(problem: str, B: int, precision: str, device: torch.device) -> bounds.Bound | None:
+    """None where the GPU's clock is not known."""
+    facts = _facts(device)
+    if facts is None:
+        return None
+    if problem.startswith(bounds.SELECT):
+        return bounds.bound(bounds.SELECT, CANDIDATES, precision, facts)
+    return bounds.bound(problem, B, precision, facts)
 
 
 def _precision(contender: str) -> str:
@@ -208,6 +240,18 @@ def test_matrix_product(precision: str, device: torch.device, benchmark: Any, re
     )
 
 
+def test_copy(device: torch.device, benchmark: Any, record: Callable[..., None]) -> None:
+    """What the bounds take device memory to deliver."""
+    rate, measured = benchmark.pedantic(_copy, args=(device,), rounds=1)
+    record(
+        COPY_TITLE,
+        gb_per_s=rate / 1e9,
+        us=[t * 1e6 for t in spread(measured.seconds)],
+        samples=len(measured.seconds),
+        method=measured.method,
+    )
+
+
 def test_forward(B: int, contender: str, measure: Measure, device: torch.device) -> None:
     states, noise, _ = rivals.problem(B, device)
     fed = states.clone()  # what a graph reads
@@ -229,7 +273,7 @@ def test_forward(B: int, contender: str, measure: Measure, device: torch.device)
             sampler = dql.GraphedSampler(_policy(device), B, backend=backend, precision=precision)
             return lambda: sampler.run(states)
 
-        measure("sample, forward", B, contender, chain, error, FLOPS * B, call)
+        measure(bounds.FORWARD, B, contender, chain, error, FLOPS * B, call)
 
 
 def test_forward_backward(B: int, contender: str, measure: Measure, device: torch.device) -> None:
@@ -250,7 +294,7 @@ def test_forward_backward(B: int, contender: str, measure: Measure, device: torc
         return gradients(chain(), parameters)
 
     call = (lambda: _replayed(body, fed, states)) if contender.endswith("+graph") else None
-    measure("sample, forward and backward", B, contender, body, error, 3 * FLOPS * B, call)
+    measure(bounds.BACKWARD, B, contender, body, error, 3 * FLOPS * B, call)
 
 
 @pytest.mark.parametrize("contender", ["published", *_with_graphs(["compile-lean"]), "dql-eager", *_with_graphs(OURS)])
@@ -290,7 +334,7 @@ def test_select(contender: str, measure: Measure, device: torch.device, request:
             error = rivals.check_selected(name, select(seed=0)[0], published, state, CANDIDATES, seed=0)
         call = (lambda: _replayed(body, fed, state)) if contender.endswith("+graph") else None
         flops = CANDIDATES * (FLOPS + CRITIC_FLOPS)
-        measure(f"select of {CANDIDATES}", 1, contender, body, error, flops, call, no_graph)
+        measure(f"{bounds.SELECT} of {CANDIDATES}", 1, contender, body, error, flops, call, no_graph)
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""One training update at batch 256, `DiffusionQL.update`: every backend beside the published code.
+"""One training update at batch 256, `DiffusionQL.update`: every backend beside the published code, in float32.
 
 The gradients are compared first: after the first update Adam's average is 0.1 times the clipped gradient, and unlike
 `.grad` the published code does not write to it afterwards.

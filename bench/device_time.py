@@ -1,4 +1,4 @@
-"""Device time of a call, apart from what the host spends on it, and what a matrix product reaches on that device.
+"""Device time of a call, apart from what the host spends on it, and what matrix products and copies reach there.
 
 A CUDA graph of a few calls is replayed between two events: launches cost next to nothing then, kernels follow each
 other as closely as the device can start them, and what remains is the device's own time. Code that makes the host
@@ -7,6 +7,7 @@ says which of the two it is. The caches stay warm: a policy's weights are in L2 
 """
 
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ SAMPLE_SECONDS = 2e-3  # of one sample at least, by several calls; events tick i
 MIN_SAMPLES, MAX_SAMPLES = 10, 200
 MAX_CALLS = 20  # in one graph
 MATMUL_SIZE = 4096
+COPY_BYTES = 1 << 30  # far more than any L2 cache
 PRODUCTS = ("fp32", "tf32", "bf16")
 
 Call = Callable[[], object]
@@ -153,3 +155,27 @@ def matmul_flops(precision: str, device: torch.device) -> tuple[float, DeviceTim
     finally:
         torch.set_float32_matmul_precision(before)
     return 2 * MATMUL_SIZE**3 / measured.median, measured
+
+
+def copy_bytes_per_second(device: torch.device) -> tuple[float, DeviceTime]:
+    """(bytes read and written a second by torch's copy of a large tensor, the times it comes from)."""
+    source = torch.zeros(COPY_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    measured = device_time(lambda: target.copy_(source))
+    return 2 * COPY_BYTES / measured.median, measured
+
+
+def highest_clock(device: torch.device) -> float | None:
+    """Of the multiprocessors, in Hz; None where neither nvidia-smi nor torch says."""
+    properties = torch.cuda.get_device_properties(device)
+    uuid = getattr(properties, "uuid", None)
+    chosen = [] if uuid is None else [f"--id=GPU-{uuid}"]
+    command = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits", *chosen]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True).stdout.split()
+    except OSError:
+        told = []
+    if told and told[0].isdecimal():
+        return float(told[0]) * 1e6
+    kilohertz = getattr(properties, "clock_rate", None)
+    return None if kilohertz is None else float(kilohertz) * 1e3

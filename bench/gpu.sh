@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU: installs, tests, benches, looks for bad memory accesses and races.
-#   bench/gpu.sh                    everything, in this order: install doctor tests bench sanitize kernels suite
-#   bench/gpu.sh tests bench        those parts alone; install always runs
-# Into $OUT (default bench/results/): a log of each part, kernels.json, and <date>-<gpu>.json with all times, the machine
-# and the versions. A part that fails or runs out of its time does not stop the others, but `bench` is left out while
+#   bench/gpu.sh                    everything: install doctor tests bench update sanitize races kernels suite
+#   bench/gpu.sh tests              those parts alone; install always runs. Of the longer parts one takes up to 8 minutes
+# Into $OUT (default bench/results/): a log of each part, kernels.json and cuda_build.json (registers and shared memory),
+# <date>-<gpu>.json with all times, the machine and the versions, <date>-<gpu>-update.json with those of training.
+# A part that fails or runs out of its time does not stop the others, but `bench` and `update` are left out while
 # `tests` is red; the last lines say how each went. Exits 3 where there is no GPU, 2 for an unknown part, 1 if any part failed.
 #
 # No network is needed: $PYTHON (default python3) already has what pyproject.toml's build-system, dependencies and
 # extra "test" name, torch with CUDA among them. `tests` and `bench` do with torch, triton, numpy, safetensors, pytest,
-# pytest-benchmark and hypothesis. pytest-xdist, where it is there, spreads the kernels' compilation over the cores.
+# pytest-benchmark and hypothesis. nvcc and a C++ compiler are needed too: without them install is red, and the backend
+# "cuda" is left out of the rest. DQL_CUDA_ARCHS names its architectures (80 and 90 by default). pytest-xdist, where it is
+# there, spreads the tests and the kernels' compilation over the cores.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
-all=(doctor tests bench sanitize kernels suite)
+all=(doctor tests bench update sanitize races kernels suite)
 chosen=("${@:-${all[@]}}")
 
 for name in "${chosen[@]}"; do
@@ -74,37 +77,48 @@ part() { # NAME SECONDS COMMAND...: its output goes to $out/NAME.log, the end of
     esac
     return "$code"
 }
-# Without a C++ compiler the backend "cpp" is left out, and nothing else.
-part install 180 "$python" -m pip install -e . --no-build-isolation --no-deps
+install=("$python" -m pip install -e . --no-build-isolation --no-deps)
+if ! DQL_REQUIRE_CUDA=1 part install 300 "${install[@]}"; then # which is red; the rest can do without
+    DQL_NO_CUDA=1 part install-without-cuda 180 "${install[@]}"
+fi
+if [ -f kernels/_cuda_build.json ]; then cp kernels/_cuda_build.json "$out/cuda_build.json"; fi
 if ! has dql.kernels; then
     echo "bench/gpu.sh: dql cannot be imported, see $out/install.log" >&2
     exit 1
 fi
+
+# What cannot run is skipped, not failed: it is said here at least.
+"$python" -c 'import dql; print(*(f"backend {name}: {reason}" for name, reason in dql.backends().items()), sep="\n")'
 
 # `dql doctor --json` and `dql kernels --json`, without the packages that only the command line needs
 if wanted doctor; then
     part doctor 60 "$python" -c 'import json, dql.doctor; print(json.dumps(dql.doctor.examine(), indent=1))'
 fi
 
-red=0
+red=0 # only of tests in this very run
 if wanted tests; then
-    part tests 480 "$python" -m pytest "${workers[@]}" tests/test_triton_gpu*.py tests/test_device.py || red=1
+    part tests 475 "$python" -m pytest "${workers[@]}" tests/test_gpu*.py tests/test_device.py || red=1
 fi
 
-if wanted bench; then
+timed() { # NAME SECONDS REPORT BENCH.py: not while tests is red
     if [ $red -ne 0 ]; then
-        went bench "not run: tests is red, and nothing is timed while it is"
-    else
-        part bench 420 "$python" -m pytest bench/bench_gpu.py bench/bench_update.py \
-            --benchmark-only --device cuda --bench-json "$report"
-        if [ -f "$report" ]; then
-            "$python" bench/table.py "$report" >>"$out/bench.log"
-            "$python" bench/table.py "$report" | grep -E '^\| (B|1|256|2,500|65,536) \|.*(triton|graph)' | cut -d '|' -f 2-6,9-10
-        fi
+        went "$1" "not run: tests is red, and nothing is timed while it is"
+        return
+    fi
+    part "$1" "$2" "$python" -m pytest "bench/$4" --benchmark-only --device cuda --bench-json "$3"
+    if [ -f "$3" ]; then "$python" bench/table.py "$3" >>"$out/$1.log"; fi
+}
+if wanted bench; then
+    timed bench 475 "$report" bench_gpu.py
+    if [ -f "$report" ]; then
+        "$python" bench/table.py "$report" | grep -E '^\| (B|1|256|2,500|65,536) \|.*(triton|cuda|graph)' | cut -d '|' -f 2-6,9-10,12
     fi
 fi
+if wanted update; then timed update 240 "${report%.json}-update.json" bench_update.py; fi
 
-if wanted sanitize; then part sanitize 500 "$python" bench/sanitize.py; fi
+# Two tools at a time, for what one call may take.
+if wanted sanitize; then part sanitize 475 "$python" bench/sanitize.py memcheck initcheck; fi
+if wanted races; then part races 475 "$python" bench/sanitize.py racecheck synccheck; fi
 
 if wanted kernels; then
     part kernels 240 "$python" -c '
@@ -117,8 +131,8 @@ sys.exit(code)' "$arch" "$out/kernels.json"
 fi
 
 if wanted suite; then
-    part suite 540 "$python" -m pytest "${workers[@]}" tests \
-        --ignore-glob='*/test_triton_gpu*.py' --ignore=tests/test_device.py --continue-on-collection-errors
+    part suite 475 "$python" -m pytest "${workers[@]}" tests \
+        --ignore-glob='*/test_gpu*.py' --ignore=tests/test_device.py --continue-on-collection-errors
 fi
 
 echo "== in short, logs in $out:"

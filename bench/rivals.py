@@ -141,8 +141,9 @@ def precision_of(contender: str) -> str:
 def contenders() -> list[str]:
     """Ours: every backend in float32, tf32 and bf16 on a GPU, and bf16 where this CPU multiplies it."""
     names = [f"dql-{name}" for name in dql.backends()]
-    if dql.backends().get("triton", "not in this version") is None:
-        names += ["dql-triton-tf32", "dql-triton-bf16"]
+    for backend in ("cuda", "triton"):
+        if dql.backends()[backend] is None:
+            names += [f"dql-{backend}-tf32", f"dql-{backend}-bf16"]
     return names + (["dql-cpp-bf16"] if native.unavailable() is None and native.has_bf16() else [])
 
 

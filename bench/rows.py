@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dql.kernels import native
+from dql.kernels import native, native_build
 
 CEILING_SECONDS = 0.05  # several hundred times the loop it takes the best of
 
@@ -181,10 +181,17 @@ def machine(device: torch.device, timer: object) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "cuda": torch.version.cuda,
+        "cuda_extension": _cuda_extension(),
         "numpy": np.__version__,
         "onnxruntime": _version("onnxruntime"),
         "openvino": _version("openvino"),
     }
+
+
+def _cuda_extension() -> dict[str, Any] | None:
+    """What compiled the CUDA kernels, and for which GPUs; None where there are none."""
+    facts = native_build.record(native_build.CUDA)
+    return {key: facts[key] for key in ("compiler", "architectures")} if facts and facts["built"] else None
 
 
 def _version(package: str) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 Row = dict[str, Any]
 GPU_TITLE = "device time and whole-call time on a GPU"
 MATMUL_TITLE = "matrix product 4096 x 4096 x 4096"
+COPY_TITLE = "copy of 1 GiB, read and written"
 
 
 def time(us: float) -> str:
@@ -76,24 +77,40 @@ def ceiling_table(rows: list[Row]) -> str:
 
 
 def gpu_table(rows: list[Row]) -> str:
-    """A table a problem: the device's time of the work, the host's of a call, and both against the graphed rival.
+    """A table a problem: the device's time of the work, the host's of a call, what the work costs at least, and both
+    times against the published chain in eager torch and against the graphed rival.
 
-    Times are medians, with the 10th and 90th percentile. The rival is the lean chain under torch.compile, replayed as a
-    CUDA graph, at the same B: the one in bf16 for what computes in bf16, where there is one, else the float32 one.
+    Times are medians, with the 10th and 90th percentile. The bound is `bounds.bound_us`, in brackets its share of the
+    device's time. The rival is the lean chain under torch.compile, replayed as a CUDA graph, at the same B: the one in
+    bf16 for what computes in bf16, where there is one, else the float32 one.
     """
     parts = []
     for problem in dict.fromkeys(row["problem"] for row in rows):
         group = [row for row in rows if row["problem"] == problem]
-        title = "device", "whole call", "million rows/s", "TFLOP/s", "of a matrix product"
-        lines = [["B", problem, *title, "times faster than compile + graph: device", "... whole call"]]
+        title = "device", "whole call", "million rows/s", "TFLOP/s", "of a matrix product", "bound (share)"
+        ratios = "published: device", "... whole call", "compile + graph: device", "... whole call"
+        lines = [["B", problem, *title, f"times faster than {ratios[0]}", ratios[1], f"than {ratios[2]}", ratios[3]]]
         for row in group:
-            rival = _graphed_rival(row, group)
-            ratios = [f"{_median(rival, key) / _median(row, key):.2f}x" if rival else "" for key in _TIMES]
             name = row["contender"] + {"graph": "", "profiler": " (kernels alone)"}[row["device_method"]]
             rates = f"{row['rows_per_s'] / 1e6:.3g}", f"{row['tflops']:.3g}", f"{100 * row['of_matmul']:.2g}%"
-            lines.append([f"{row['B']:,}", name, *(_spread(row[key]) for key in _TIMES), *rates, *ratios])
+            over = [*_ratios(row, _published(row, group)), *_ratios(row, _graphed_rival(row, group))]
+            lines.append([f"{row['B']:,}", name, *(_spread(row[key]) for key in _TIMES), *rates, _bound(row), *over])
         parts.append(_markdown(lines))
     return "\n\n".join(parts)
+
+
+def _ratios(row: Row, other: Row | None) -> list[str]:
+    return [f"{_median(other, key) / _median(row, key):.2f}x" if other else "" for key in _TIMES]
+
+
+def _bound(row: Row) -> str:
+    if row.get("bound_us") is None:  # of others, and in reports from before there were bounds
+        return ""
+    return f"{time(row['bound_us'])} ({100 * row['share']:.0f}%)"
+
+
+def _published(row: Row, group: list[Row]) -> Row | None:
+    return next((r for r in group if r["contender"] == "published" and r["B"] == row["B"]), None)
 
 
 _TIMES = ("device_us", "call_us")

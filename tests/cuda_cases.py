@@ -18,7 +18,7 @@ HEIGHTS = {"fp32": (1, 2), "tf32": (1, 2, 4), "bf16": (1, 2, 4)}  # m_tiles that
 
 @cache
 def not_emulated() -> str | None:
-    """Why the emulator does not run the kernels here, or None if it does. Compiles it, once, if that is not yet done."""
+    """Why the emulator does not run the kernels here, or None if it does. Compiles it first where that is not done."""
     if not cuda_native.emulating():
         if torch.cuda.is_available():
             return "a CUDA device is there, for the tests of a GPU; set DQL_CUDA_EMULATE=1 to emulate these"

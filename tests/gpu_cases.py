@@ -1,15 +1,26 @@
-"""What the tests of the backend "triton" on a GPU share."""
+"""What the tests of the backends "triton" and "cuda" on a GPU share."""
 
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from cases import Case, Problem, make_problem, run_problem
+from cases import (
+    TOLERANCES,
+    Case,
+    Problem,
+    assert_all_close,
+    expected,
+    make_problem,
+    named_gradients,
+    plain_chain,
+    run_problem,
+)
 from cpp_cases import make_policy, states_of
 
 import dql
@@ -19,11 +30,28 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or torch warns of
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device: torch.cuda.is_available() is False"
 )
+each_backend = pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))
+        for name, reason in dql.backends().items()
+        if name in ("triton", "cuda")
+    ],
+)
+needs_cuda = pytest.mark.skipif(dql.backends()["cuda"] is not None, reason=f"cuda: {dql.backends()['cuda']}")
 
 Tensor = torch.Tensor
 PRECISIONS = ["fp32", "tf32", "bf16"]
 SEED = 3
 SMOOTH = 1e5  # an action bound that nothing reaches: without clamps, rounding cannot cut a gradient off
+# Of whole tensors, relative to their norm. A chain in float64 with bf16 operands (`plain_chain`) has the same kind of
+# error as the kernels, which round in more places: their backward pass, Triton's last layer. tf32 has 3 bits more.
+REDUCED = {
+    # precision: (times that chain's error, plus)
+    "tf32": (1.0, 5e-3),
+    "bf16": (4.0, 3e-2),
+}
+REDUCED_ACTIONS = {"tf32": 1e-2, "bf16": TOLERANCES["bf16 in all"].rel}
 
 
 @contextlib.contextmanager
@@ -64,6 +92,35 @@ def norm_error(got: Tensor, want: Tensor) -> float:
     return difference / size if difference < math.inf and size > 0 else math.inf
 
 
+def check_fp32(case: Case, got: dict[str, Tensor], backend: str) -> None:
+    """Of few rows, one near an extremum decides on the error: the CPU's float32 is 5 times eager's in two cases."""
+    eager, want = run_on_gpu(case, "eager"), expected(case)
+    assert_all_close(got, want, TOLERANCES["float32"], case=case, backend=backend)
+    for name in want:
+        mine, other = norm_error(got[name], want[name]), norm_error(eager[name], want[name])
+        allowed = 10 * other + TOLERANCES["float32 yardstick"].rel
+        assert mine <= allowed, f"{name} in case {case}, {backend}: error {mine:.3g}, eager float32 has {other:.3g}"
+
+
+def check_reduced(case: Case, got: dict[str, Tensor], backend: str, precision: str) -> None:
+    """For a case without kinks: see `SMOOTH`."""
+    want, rounded = expected(case), rounded_operands(case)
+    factor, more = REDUCED[precision]
+    for name in want:
+        mine, other = norm_error(got[name], want[name]), norm_error(rounded[name], want[name])
+        assert mine <= factor * other + more, (
+            f"{name} in case {case}, {backend} in {precision}: error {mine:.3g}, with bf16 operands alone {other:.3g}"
+        )
+
+
+@cache
+def rounded_operands(case: Case) -> dict[str, Tensor]:
+    """The tensors of `expected`, with bf16 operands."""
+    problem = make_problem(case, torch.float64)
+    problem.states.requires_grad_(True)
+    return named_gradients(problem, plain_chain(problem, precision="bf16"), problem.states)
+
+
 def gpu_policy(**options: Any) -> dql.DiffusionPolicy:
     return make_policy(**options).to("cuda")
 
@@ -72,17 +129,30 @@ def gpu_states(B: int) -> Tensor:
     return states_of(B).to("cuda")
 
 
-def sample(states: Tensor, policy: dql.DiffusionPolicy, **options: Any) -> Tensor:
-    given: dict[str, Any] = {"backend": "triton", "seed": SEED} | options
-    return dql.sample(states, policy, **given)
+def sample(states: Tensor, policy: dql.DiffusionPolicy, backend: str, **options: Any) -> Tensor:
+    return dql.sample(states, policy, backend=backend, **({"seed": SEED} | options))
 
 
-def gradients(states: Tensor, policy: dql.DiffusionPolicy, **options: Any) -> list[Tensor]:
+def gradients(states: Tensor, policy: dql.DiffusionPolicy, backend: str, **options: Any) -> list[Tensor]:
     """The actions, and the gradient of the states and every parameter for a fixed loss."""
     inputs = states.detach().requires_grad_()
-    actions = sample(inputs, policy, **options)
-    weights = torch.linspace(-1, 1, actions.numel(), device="cuda").view_as(actions)
+    actions = sample(inputs, policy, backend, **options)
+    weights = torch.linspace(-1, 1, actions.numel(), device=actions.device).view_as(actions)
     return [actions.detach(), *torch.autograd.grad(actions, [inputs, *policy.denoiser.parameters()], weights)]
+
+
+def captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """(a graph of the call, what it returned: the memory that each replay writes), as a user would capture it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph, result
 
 
 def same_bits(got: list[Tensor], want: list[Tensor]) -> bool:

@@ -63,7 +63,7 @@ def test_bf16(case):
 
 @pytest.mark.parametrize("case", CASES[::4], ids=str)
 def test_tf32(case):
-    """Operands have 10 bits of fraction, three more than bf16's: errors are an eighth, clamps cut gradients likewise."""
+    """Operands have 10 bits of fraction, three more than bf16's: errors are an eighth."""
     got, bf16, want = run(case, "cuda", precision="tf32"), run(case, "cuda", precision="bf16"), expected(case)
     assert rms_error(got["actions"], want["actions"]) <= TOLERANCES["bf16 in all"].rel / 8
     if case.H >= 48 and case.K > 1:
@@ -98,7 +98,7 @@ def test_any_tiling_gives_the_same(case, tiling):
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 @pytest.mark.parametrize("case", TILED, ids=str)
 def test_any_tiling_rounds_alike(case, precision):
-    """The same operands are rounded everywhere; only sums are added up in another order, which flips a few roundings."""
+    """The same operands are rounded; only sums are added up in another order, which flips a few roundings."""
     case = replace(case, max_action=SMOOTH)
     found = []
     for tiling in tilings(precision):

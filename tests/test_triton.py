@@ -1,5 +1,5 @@
 """The backend "triton" in Triton's interpreter, on the CPU: its actions and gradients against the transcription, on
-every path through the kernels. What needs a GPU is in `test_triton_gpu`, callers' concerns are in `test_triton_calls`.
+every path through the kernels. What needs a GPU is in `test_gpu`, callers' concerns are in `test_triton_calls`.
 
 The interpreter multiplies float32 exactly, whatever precision a product asks for: what tf32 loses only a GPU shows.
 bf16 operands are rounded by hand there (see `dql.kernels.launch`), as a GPU rounds them; but the action's part of the

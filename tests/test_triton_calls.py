@@ -1,6 +1,6 @@
 """The backend "triton" as a caller meets it, in Triton's interpreter: seeds, batches, strides, gradients, changes
 between calls, what it refuses. Whether its numbers are right is in `test_triton`; a GPU's side in
-`test_triton_gpu_calls`.
+`test_gpu_calls`.
 """
 
 import copy

@@ -211,7 +211,7 @@ def _compile(tools: Any, jobs: list[tuple[Path, list[str], str]], temp: Path) ->
 def _link(tools: Any, compiler: Any, command: list[str], target: Path, temp: Path, name: str) -> None:
     script = temp / "exports.map"
     script.write_text(f"{{ global: PyInit_{name}; local: *; }};\n")
-    new = temp / target.name
+    new = temp / f"{os.getpid()}-{target.name}"  # tests of several processes may build at a time
     command = [*command, "-o", str(new), f"-Wl,--version-script={script}", "-Wl,--gc-sections"]
     command += [*tools.flags("CXXFLAGS"), *tools.flags("LDFLAGS")]
     status, output = tools.call([*command, "-static-libstdc++", "-static-libgcc"])
@@ -231,8 +231,10 @@ _USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 
 
 def resources(output: str) -> list[dict[str, Any]]:
-    """What ptxas said of each kernel and architecture: kernel, arch, registers, stack, spill_stores, spill_loads, shared
-    (bytes, but for the dynamic shared memory, which is asked for at launch)."""
+    """What ptxas said of each kernel and arch: registers, stack, spill_stores, spill_loads, shared (bytes).
+
+    Shared memory that is asked for at launch is not in it.
+    """
     rows: list[dict[str, Any]] = []
     for line in output.splitlines():
         if entry := _ENTRY.search(line):

@@ -38,9 +38,7 @@ struct Operands {
     DQL_DEVICE static void load(float (&v)[4], const Type& x) {
         v[0] = as_float(x.x), v[1] = as_float(x.y), v[2] = as_float(x.z), v[3] = as_float(x.w);
     }
-    DQL_DEVICE static void send(char* to, const Type& value, Barrier* barrier, int rank) {
-        send16(to, value, barrier, rank);
-    }
+    DQL_DEVICE static void send(Peer peer, int to, const Type& value, int barrier) { send16(peer, to, value, barrier); }
 };
 template <>
 struct Operands<Precision::BF16> {
@@ -50,9 +48,7 @@ struct Operands<Precision::BF16> {
         v[0] = as_float(x.x << 16), v[1] = as_float(x.x & 0xffff0000u);
         v[2] = as_float(x.y << 16), v[3] = as_float(x.y & 0xffff0000u);
     }
-    DQL_DEVICE static void send(char* to, const Type& value, Barrier* barrier, int rank) {
-        send8(to, value, barrier, rank);
-    }
+    DQL_DEVICE static void send(Peer peer, int to, const Type& value, int barrier) { send8(peer, to, value, barrier); }
 };
 
 // What a kernel with resident weights has in place of the stream.
@@ -91,6 +87,10 @@ public:
         idle = a.division.pair(w, 0) >= a.division.pairs;
         const int range = w % a.division.split;
         halves = idle ? 0 : a.division.split == 1 ? 3 : range < 2 ? 1 << range : 0;
+        if constexpr (RESIDENT) {
+            DQL_UNROLL
+            for (int i = 0; i < MAX_CLUSTER; ++i) peers[i] = peer((rank + i) & (blocks - 1));
+        }
     }
 
     DQL_DEVICE void run() {
@@ -155,12 +155,14 @@ private:
 
     // Hands four columns of a row to every block, as the input of the next layer.
     DQL_DEVICE void hand_on(int row, int column, const Operand& value) {
-        char* to = memory + a.memory.h[turn & 1] + row * a.memory.row_bytes + (rank * a.NS + column) * ELEMENT;
+        const int to = a.memory.h[turn & 1] + row * a.memory.row_bytes + (rank * a.NS + column) * ELEMENT;
         if (RESIDENT && blocks > 1) {
-            for (int i = 0; i < blocks; ++i)
-                Operands<P>::send(to, value, barriers + 1 + (turn & 1), (rank + i) & (blocks - 1));
+            const int barrier = a.memory.barriers + 8 * (1 + (turn & 1));
+            DQL_UNROLL
+            for (int i = 0; i < MAX_CLUSTER; ++i)
+                if (i < blocks) Operands<P>::send(peers[i], to, value, barrier);
         } else {
-            *reinterpret_cast<Operand*>(to) = value;
+            *reinterpret_cast<Operand*>(memory + to) = value;
         }
     }
 
@@ -195,9 +197,9 @@ private:
         float4 time, state[MT][2];
     };
 
-    DQL_DEVICE void load_base(Base& base, int pair) const {
+    DQL_DEVICE void load_base(Base& base, int pair, int step) const {
         const int column = rank * a.NS + column_of(pair);
-        if (!critic) base.time = load_floats(a.time_table + static_cast<int64_t>(k) * a.HP + column);
+        if (!critic) base.time = load_floats(a.time_table + static_cast<int64_t>(step) * a.HP + column);
         const float* part = a.state_part + (a.first_network + network) * a.B * a.HP + column;
         DQL_UNROLL
         for (int m = 0; m < MT; ++m)
@@ -251,7 +253,7 @@ private:
     }
 
     // From the narrow input to the first layer's slice.
-    DQL_DEVICE void first_layer(Base& base) {
+    DQL_DEVICE void first_layer() {
         const int layer = BACKWARD ? a.net.L - 1 : 0;
         for (int pass = 0; pass < a.division.passes; ++pass) {
             const int pair = a.division.pair(w, pass);
@@ -261,7 +263,7 @@ private:
             if constexpr (BACKWARD) {
                 load_slopes(slope, layer, pair);
             } else if (pass > 0) {
-                load_base(base, pair);
+                load_base(base, pair, k);
             }
             DQL_UNROLL
             for (int m = 0; m < MT; ++m)
@@ -358,12 +360,8 @@ private:
     DQL_DEVICE bool sums_wanted() const { return !BACKWARD || (critic ? a.d_actions != nullptr : k > 0); }
 
     DQL_DEVICE void step(Stream& stream) {
-        Base base = {};
-        if constexpr (!BACKWARD) {
-            if (!idle) load_base(base, a.division.pair(w, 0));
-        }
         sync_block();  // v is written
-        first_layer(base);
+        first_layer();
         for (int i = 1; i < a.net.L; ++i) hidden_layer(stream, BACKWARD ? a.net.L - 1 - i : i, i == a.net.L - 1);
         if (!sums_wanted()) return;
         sync_block();  // the parts are written
@@ -393,12 +391,13 @@ private:
     DQL_DEVICE int slots() const { return a.division.pairs < WARPS ? a.division.pairs : WARPS; }
 
     DQL_DEVICE void send_sums() {
-        float* mine = floats_at(a.memory.peers) + rank * M * narrow;
+        const int mine = a.memory.peers + rank * M * narrow * 4;
         for (int quad = first_quad(); quad < all_quads(); quad += THREADS) {
             const float4 sum = sum_of(parts(), slots(), quad);
             const uint4 bits = make_uint4(as_bits(sum.x), as_bits(sum.y), as_bits(sum.z), as_bits(sum.w));
-            for (int i = 0; i < blocks; ++i)
-                send16(mine + 4 * quad, bits, barriers + 3, (rank + i) & (blocks - 1));
+            DQL_UNROLL
+            for (int i = 0; i < MAX_CLUSTER; ++i)
+                if (i < blocks) send16(peers[i], mine + 16 * quad, bits, a.memory.barriers + 8 * 3);
         }
     }
 
@@ -436,6 +435,14 @@ private:
             }
         }
         k = BACKWARD ? a.K - 1 : 0;
+        load_ahead(0);
+    }
+
+    // What the first layer of a step needs, while something else is waited for.
+    DQL_DEVICE void load_ahead(int step) {
+        if constexpr (!BACKWARD) {
+            if (!idle && step < a.K) load_base(base, a.division.pair(w, 0), step);
+        }
     }
 
     // d_eps of step j from d_x behind it.
@@ -468,6 +475,8 @@ private:
                 put(own_place(1, quad), noise);
             }
         }
+        load_ahead(k + 1);
+        const Step step(critic ? nullptr : a.steps + k * STEP_STRIDE);
         if (exchanged && first_quad() < all_quads()) {
             barrier_wait(barriers + 3, sums_turn & 1);
             if (thread() == 0) barrier_expect(barriers + 3, static_cast<uint32_t>(blocks * M * narrow * 4));
@@ -478,13 +487,13 @@ private:
             const float4 four = sum_of(from, exchanged ? blocks : slots(), quad);
             const float sum[4] = {four.x, four.y, four.z, four.w};
             if constexpr (BACKWARD)
-                update_backward(sum, quad);
+                update_backward(step, sum, quad);
             else
-                update_forward(sum, quad, draws);
+                update_forward(step, sum, quad, draws);
         }
     }
 
-    DQL_DEVICE void update_forward(const float (&sum)[4], int quad, bool draws) {
+    DQL_DEVICE void update_forward(const Step& step, const float (&sum)[4], int quad, bool draws) {
         const int row = quad / quads(), q = quad % quads(), A = a.net.X;
         const int64_t at = row0 + row;
         if (critic) {
@@ -496,7 +505,7 @@ private:
         get(x, v + 4 * quad);
         get(x0_before, own_place(0, quad));
         if (draws) get(noise, own_place(1, quad));
-        const Updated updated = chain_step(a, k, sum, x, x0_before, noise, q);
+        const Updated updated = chain_step(a, step, k, sum, x, x0_before, noise, q);
         put(own_place(0, quad), updated.x0);
         put(v + 4 * quad, updated.next);
         const bool last = k + 1 == a.K;
@@ -510,14 +519,13 @@ private:
         if (last && at < a.R) write_actions(a, at, q, updated.next);
     }
 
-    DQL_DEVICE void update_backward(const float (&sum)[4], int quad) {
+    DQL_DEVICE void update_backward(const Step& step, const float (&sum)[4], int quad) {
         const int row = quad / quads(), q = quad % quads(), A = a.net.X;
         const int64_t at = row0 + row;
         if (critic) {
             if (rank == 0 && at < a.R) write(a.d_actions + (network * a.R + at) * A, sum, q, A);
             return;
         }
-        const Step step(a.steps + k * STEP_STRIDE);
         float d_x[4], d_raw[4];
         get(d_x, own_place(0, quad));
         get(d_raw, own_place(2, quad));
@@ -533,10 +541,12 @@ private:
     int w, g, t;  // of this lane: warp, row and quarter of fragments
     int narrow, in, out;
     bool critic, idle;
+    Peer peers[RESIDENT ? MAX_CLUSTER : 1];  // the cluster's blocks, this one first: not all send to the same at once
     int halves;  // bit 0: this warp finishes rows g of its m-tiles; bit 1: rows g + 8
     const float *floats, *w_in, *w_out;
     Barrier* barriers;
     float *v, *own;
+    Base base = {};  // of the step's first pass over the pairs
     int turn = 0, sums_turn = 0, k = 0;
     int64_t row0 = 0;
 };

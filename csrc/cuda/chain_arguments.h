@@ -42,9 +42,10 @@ struct ChainArguments {
 
 struct Step {
     float a, b, c0, cx, cp, s;
-    DQL_DEVICE explicit Step(const float* row) {
-        const float4 first = load_floats(row);
-        a = first.x, b = first.y, c0 = first.z, cx = first.w, cp = row[4], s = row[5];
+    DQL_DEVICE explicit Step(const float* row) {  // or null, of critics
+        const float4 first = row != nullptr ? load_floats(row) : make_float4(0, 0, 0, 0);
+        a = first.x, b = first.y, c0 = first.z, cx = first.w;
+        cp = row != nullptr ? row[4] : 0, s = row != nullptr ? row[5] : 0;
     }
 };
 
@@ -90,9 +91,8 @@ struct Updated {
 };
 
 // x0 = clamp(a x - b eps), x' = c0 x0 + cx x + cp x0_before + s noise: kernels/reference.py. `sums` is eps without bias.
-DQL_DEVICE Updated chain_step(const ChainArguments& a, int k, const float (&sums)[4], const float (&x)[4],
-                              const float (&x0_before)[4], const float (&noise)[4], int quad) {
-    const Step step(a.steps + k * STEP_STRIDE);
+DQL_DEVICE Updated chain_step(const ChainArguments& a, const Step& step, int k, const float (&sums)[4],
+                              const float (&x)[4], const float (&x0_before)[4], const float (&noise)[4], int quad) {
     float bias[4] = {0, 0, 0, 0};
     read(bias, a.flat + a.net.out_bias, quad, a.net.O);
     Updated u;

@@ -20,6 +20,7 @@
 #define DQL_ARGUMENT const __grid_constant__  // of a kernel
 #define DQL_UNROLL _Pragma("unroll")
 #define DQL_UNROLL_BY_2 _Pragma("unroll 2")
+#define DQL_UNROLL_BY_8 _Pragma("unroll 8")
 #define DQL_NO_UNROLL _Pragma("unroll 1")
 
 namespace dql {
@@ -142,27 +143,33 @@ DQL_DEVICE void sync_cluster() {
                 : "memory");
 }
 
-DQL_DEVICE uint32_t address_at(const void* mine, int rank) {
-    uint32_t address = 0;
+// Where the shared memory of block `rank` of the cluster starts, for other blocks' stores.
+struct Peer {
+    uint32_t start;
+};
+DQL_DEVICE Peer peer(int rank) {
+    Peer found = {0};
     if constexpr (HAS_CLUSTERS)
-        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(mine)), "r"(rank));
-    return address;
+        asm("mapa.shared::cluster.u32 %0, %1, %2;"
+            : "=r"(found.start)
+            : "r"(shared_address(shared_memory())), "r"(rank));
+    return found;
 }
 
-// Writes to the place in block `rank` that `mine` is in this block, and counts there on what `barrier` is here.
-DQL_DEVICE void send8(void* mine, uint2 value, Barrier* barrier, int rank) {
+// Writes to byte `to` of the peer's shared memory, and counts on its barrier at byte `barrier`.
+DQL_DEVICE void send8(Peer peer, int to, uint2 value, int barrier) {
     if constexpr (HAS_CLUSTERS)
         asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
-                         address_at(mine, rank)),
-                     "r"(value.x), "r"(value.y), "r"(address_at(barrier, rank))
+                         peer.start + to),
+                     "r"(value.x), "r"(value.y), "r"(peer.start + barrier)
                      : "memory");
 }
-DQL_DEVICE void send16(void* mine, uint4 value, Barrier* barrier, int rank) {
+DQL_DEVICE void send16(Peer peer, int to, uint4 value, int barrier) {
     if constexpr (HAS_CLUSTERS)
         asm volatile(
             "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                address_at(mine, rank)),
-            "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(address_at(barrier, rank))
+                peer.start + to),
+            "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(peer.start + barrier)
             : "memory");
 }
 

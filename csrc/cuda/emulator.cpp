@@ -274,12 +274,10 @@ void check_inside(const void* at, int64_t bytes, int64_t unit, const char* what)
               " is not at a multiple of " + std::to_string(unit));
 }
 
-void send(void* mine, const uint32_t* value, uint32_t bytes, const void* barrier, int rank) {
-    if (rank < 0 || rank >= machine->cluster) wrong("there is no block " + std::to_string(rank) + " in the cluster");
-    check_inside(mine, bytes, bytes, "a store to another block");
+void send(int rank, int to, const uint32_t* value, uint32_t bytes, int barrier) {
+    check_inside(here.shared + to, bytes, bytes, "a store to another block");
     char* shared = machine->blocks[rank].shared;
-    Delivery d = {shared + (static_cast<char*>(mine) - here.shared), nullptr, {}, bytes,
-                  shared + (static_cast<const char*>(barrier) - here.shared), rank};
+    Delivery d = {shared + to, nullptr, {}, bytes, shared + barrier, rank};
     memcpy(d.value, value, bytes);
     state_of(d.barrier);
     machine->deliveries.push_back(d);
@@ -476,13 +474,17 @@ void bulk_copy(void* to, const void* from, uint32_t bytes, Barrier* barrier) {
     state_of(barrier);
     machine->deliveries.push_back({static_cast<char*>(to), static_cast<const char*>(from), {}, bytes, barrier, here.rank});
 }
-void send8(void* mine, uint2 value, Barrier* barrier, int rank) {
-    const uint32_t words[2] = {value.x, value.y};
-    send(mine, words, 8, barrier, rank);
+Peer peer(int rank) {
+    if (rank < 0 || rank >= machine->cluster) wrong("there is no block " + std::to_string(rank) + " in the cluster");
+    return {rank};
 }
-void send16(void* mine, uint4 value, Barrier* barrier, int rank) {
+void send8(Peer peer, int to, uint2 value, int barrier) {
+    const uint32_t words[2] = {value.x, value.y};
+    send(peer.rank, to, words, 8, barrier);
+}
+void send16(Peer peer, int to, uint4 value, int barrier) {
     const uint32_t words[4] = {value.x, value.y, value.z, value.w};
-    send(mine, words, 16, barrier, rank);
+    send(peer.rank, to, words, 16, barrier);
 }
 
 // ---- tensor cores: lane 4 g + t; a0 = (g, ..), a1 = (g + 8, ..), a2, a3 the same of the second half of k; b0, b1 ----

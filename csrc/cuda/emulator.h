@@ -22,6 +22,7 @@
 #define DQL_ARGUMENT const
 #define DQL_UNROLL
 #define DQL_UNROLL_BY_2
+#define DQL_UNROLL_BY_8
 #define DQL_NO_UNROLL
 
 struct uint2 {
@@ -97,8 +98,12 @@ void barrier_expect(Barrier* barrier, uint32_t bytes);
 void barrier_arrive(Barrier* barrier);
 void barrier_wait(Barrier* barrier, uint32_t parity);
 void bulk_copy(void* to, const void* from, uint32_t bytes, Barrier* barrier);
-void send8(void* mine, uint2 value, Barrier* barrier, int rank);
-void send16(void* mine, uint4 value, Barrier* barrier, int rank);
+struct Peer {
+    int rank;
+};
+Peer peer(int rank);
+void send8(Peer peer, int to, uint2 value, int barrier);
+void send16(Peer peer, int to, uint4 value, int barrier);
 
 inline void let_next_start() {}
 inline void wait_for_previous() {}

@@ -2,8 +2,8 @@
 //
 // `products`: every parameter's gradient is a product over rows, sum over rows of a[row][i] b[row][j] (a bias: b = 1).
 // A block has one tile of one product and one part of the rows, and writes into its part's image of the gradient: no
-// atomics, the same bits every time. The gradient of the states is some blocks more. `finish`: adds up the images, and
-// walks back through the time MLP, whose table's gradient is in the images too.
+// atomics, the same bits every time. The gradient of the states is some blocks more. The second launch,
+// gradient_sums.h, adds up the images.
 //
 // Weights of hidden layers go by the tensor cores in bf16 and tf32, as tf32: bf16 numbers are exact in it. Everything
 // else is small, and float32.
@@ -11,13 +11,14 @@
 
 #include "arithmetic.h"
 #include "chain_arguments.h"
+#include "gradient_sums.h"
 #include "launch.h"
 
 namespace dql {
 namespace device {
 
 constexpr int SIDE = 64, CHUNK = 32, STRIDE = SIDE + 8;  // a tile, rows at a time; eight lanes' four rows: all banks
-constexpr int MAX_PRODUCTS = 24, SUMMED_STATES = 8, TIME_COLUMNS = 16;
+constexpr int MAX_PRODUCTS = 24, SUMMED_STATES = 8;
 
 // One factor: its row r is min(r % period, limit - 1) / divisor of an array; a period or limit of 0 is none.
 struct Factor {
@@ -237,178 +238,6 @@ private:
 DQL_KERNEL(THREADS, 1) products_kernel(DQL_ARGUMENT ProductsArguments arguments) {
     Products(arguments).run(block_y(), blocks_y());
 }
-
-// ---- the second launch ----
-
-struct FinishArguments {
-    Mlp net;
-    int first_network, networks, HP, K, parts;
-    int64_t image;
-    const float* images;
-    const float* flat = nullptr;
-    const float* embedding = nullptr;
-    float* d_flat = nullptr;
-    int64_t add_blocks = 0, column_blocks = 0;  // then one block for the time MLP
-};
-
-class Finish {
-public:
-    DQL_DEVICE explicit Finish(const FinishArguments& arguments)
-        : a(arguments), net(a.net), hidden(reinterpret_cast<float*>(shared_memory())) {
-        slope = hidden + 2 * net.D;
-        features = slope + 2 * net.D;
-        scratch = features + net.D;
-    }
-
-    DQL_DEVICE void run() {
-        if (block_x() < a.add_blocks)
-            add(static_cast<int64_t>(block_x()) * THREADS + thread());
-        else if (block_x() < a.add_blocks + a.column_blocks)
-            first_layer(static_cast<int>(block_x() - a.add_blocks) * TIME_COLUMNS);
-        else
-            time_mlp();
-    }
-
-private:
-    DQL_DEVICE float sum_of(int64_t at) const {
-        float sum = a.images[at];
-        for (int part = 1; part < a.parts; ++part) sum += a.images[part * a.image + at];
-        return sum;
-    }
-
-    // What the products wrote; zero in the layout's gaps; left to others where the time MLP is behind it.
-    DQL_DEVICE void add(int64_t i) {
-        if (i >= net.size) return;
-        const bool second = net.networks > 1 && i >= lowest() + net.apart;
-        const int network = second ? 1 : 0;
-        const bool ran = network >= a.first_network && network < a.first_network + a.networks;
-        const int64_t at = i - (second ? net.apart : 0);
-        bool written = false;
-        if (net.D > 0 && (inside(at, net.time_w1, int64_t{2} * net.D * net.D) || inside(at, net.time_b1, 2 * net.D) ||
-                          inside(at, net.time_w3, int64_t{2} * net.D * net.D) || inside(at, net.time_b3, net.D) ||
-                          inside(at, net.first_bias, net.H)))
-            return;
-        if (inside(at, net.first, static_cast<int64_t>(net.H) * net.stride)) {
-            const int column = static_cast<int>((at - net.first) % net.stride);
-            if (net.D > 0 && column >= net.time_column && column < net.time_column + net.D) return;
-            written = true;
-        }
-        written = written || (net.D == 0 && inside(at, net.first_bias, net.H)) ||
-                  inside(at, net.out, static_cast<int64_t>(net.O) * net.H) || inside(at, net.out_bias, net.O);
-        for (int layer = 0; layer < net.L - 1; ++layer)
-            written = written || inside(at, net.hidden[layer], static_cast<int64_t>(net.H) * net.H) ||
-                      inside(at, net.hidden_bias[layer], net.H);
-        a.d_flat[i] = written && ran ? sum_of(i) : 0;
-    }
-
-    DQL_DEVICE static bool inside(int64_t i, int64_t first, int64_t size) { return i >= first && i < first + size; }
-    DQL_DEVICE int64_t lowest() const { return net.first; }  // of a critic's tensors the first is the first
-
-    DQL_DEVICE float d_table(int k, int column) const {
-        return sum_of(net.size + static_cast<int64_t>(k) * a.HP + column);
-    }
-
-    // The time MLP at step k into shared memory.
-    DQL_DEVICE void time_forward(int k) {
-        const int D = net.D;
-        const float* embedding = a.embedding + static_cast<int64_t>(k) * D;
-        sync_block();
-        for (int i = thread(); i < 2 * D; i += THREADS) {
-            float z = a.flat[net.time_b1 + i];
-            for (int d = 0; d < D; ++d) z = fmaf(a.flat[net.time_w1 + i * D + d], embedding[d], z);
-            const Activated both = activate_with_slope(z, net.activation);
-            hidden[i] = both.h, slope[i] = both.slope;
-        }
-        sync_block();
-        for (int i = thread(); i < D; i += THREADS) {
-            float z = a.flat[net.time_b3 + i];
-            for (int d = 0; d < 2 * D; ++d) z = fmaf(a.flat[net.time_w3 + i * 2 * D + d], hidden[d], z);
-            features[i] = z;
-        }
-        sync_block();
-    }
-
-    // The first layer's time columns and its bias, TIME_COLUMNS rows of the weight.
-    DQL_DEVICE void first_layer(int first) {
-        const int D = net.D;
-        float sums[TIME_COLUMNS * MAX_NARROW / THREADS];
-        DQL_UNROLL
-        for (float& sum : sums) sum = 0;
-        float bias = 0;
-        for (int k = 0; k < a.K; ++k) {
-            time_forward(k);
-            if (thread() < TIME_COLUMNS) {
-                const float d = first + thread() < net.H ? d_table(k, first + thread()) : 0;
-                scratch[thread()] = d;
-                bias += d;
-            }
-            sync_block();
-            DQL_UNROLL
-            for (int n = 0; n < TIME_COLUMNS * MAX_NARROW / THREADS; ++n) {
-                const int i = thread() + n * THREADS;
-                if (i < TIME_COLUMNS * D) sums[n] = fmaf(scratch[i / D], features[i % D], sums[n]);
-            }
-        }
-        DQL_UNROLL
-        for (int n = 0; n < TIME_COLUMNS * MAX_NARROW / THREADS; ++n) {
-            const int i = thread() + n * THREADS, row = first + i / D;
-            if (i < TIME_COLUMNS * D && row < net.H)
-                a.d_flat[net.first + static_cast<int64_t>(row) * net.stride + net.time_column + i % D] = sums[n];
-        }
-        if (thread() < TIME_COLUMNS && first + thread() < net.H) a.d_flat[net.first_bias + first + thread()] = bias;
-    }
-
-    DQL_DEVICE void time_mlp() {
-        const int D = net.D;
-        float *partial = scratch, *d_features = partial + THREADS, *d_z = d_features + D;  // [THREADS], [D], [2 D]
-        float *d_w1 = d_z + 2 * D, *d_w3 = d_w1 + 2 * D * D, *d_b1 = d_w3 + 2 * D * D, *d_b3 = d_b1 + 2 * D;
-        for (int i = thread(); i < 4 * D * D + 3 * D; i += THREADS) d_w1[i] = 0;
-        const int lanes = THREADS / D;  // threads for each feature
-        for (int k = 0; k < a.K; ++k) {
-            time_forward(k);
-            const int d = thread() % D, of = thread() / D;
-            float sum = 0;
-            if (of < lanes)
-                for (int row = of; row < net.H; row += lanes)
-                    sum = fmaf(d_table(k, row),
-                               a.flat[net.first + static_cast<int64_t>(row) * net.stride + net.time_column + d], sum);
-            partial[thread()] = sum;
-            sync_block();
-            if (thread() < D) {
-                sum = 0;
-                for (int i = 0; i < lanes; ++i) sum += partial[i * D + thread()];
-                d_features[thread()] = sum;
-                d_b3[thread()] += sum;
-            }
-            sync_block();
-            for (int i = thread(); i < 2 * D; i += THREADS) {
-                float back = 0;
-                for (int j = 0; j < D; ++j) back = fmaf(d_features[j], a.flat[net.time_w3 + j * 2 * D + i], back);
-                d_z[i] = back * slope[i];
-                d_b1[i] += back * slope[i];
-            }
-            sync_block();
-            const float* embedding = a.embedding + static_cast<int64_t>(k) * D;
-            for (int i = thread(); i < 2 * D * D; i += THREADS) {
-                d_w3[i] = fmaf(d_features[i / (2 * D)], hidden[i % (2 * D)], d_w3[i]);
-                d_w1[i] = fmaf(d_z[i / D], embedding[i % D], d_w1[i]);
-            }
-        }
-        sync_block();
-        for (int i = thread(); i < 2 * D * D; i += THREADS) {
-            a.d_flat[net.time_w1 + i] = d_w1[i];
-            a.d_flat[net.time_w3 + i] = d_w3[i];
-        }
-        for (int i = thread(); i < 2 * D; i += THREADS) a.d_flat[net.time_b1 + i] = d_b1[i];
-        for (int i = thread(); i < D; i += THREADS) a.d_flat[net.time_b3 + i] = d_b3[i];
-    }
-
-    const FinishArguments& a;
-    const Mlp& net;
-    float *hidden, *slope, *features, *scratch;
-};
-
-DQL_KERNEL(THREADS, 1) finish_kernel(DQL_ARGUMENT FinishArguments arguments) { Finish(arguments).run(); }
 
 }  // namespace device
 

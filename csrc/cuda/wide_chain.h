@@ -266,6 +266,7 @@ private:
     }
 
     DQL_DEVICE void update() {
+        const Step step(a.steps + k * STEP_STRIDE);
         for (int quad = lane(); quad < 4 * narrow; quad += 32) {
             const int row = quad / (narrow / 4), q = quad % (narrow / 4);
             float sum[4], x[4], x0_before[4], noise[4] = {0, 0, 0, 0};
@@ -274,7 +275,7 @@ private:
             get(x0_before, narrow_at(own, row) + 4 * q);
             const bool last = k + 1 == a.K;
             if (!last) draw(a, noise, row0 + row, q, k + 1);
-            const Updated updated = chain_step(a, k, sum, x, x0_before, noise, q);
+            const Updated updated = chain_step(a, step, k, sum, x, x0_before, noise, q);
             put(narrow_at(own, row) + 4 * q, updated.x0);
             put(narrow_at(v, row) + 4 * q, updated.next);
             if (last && row0 + row < a.R) write_actions(a, row0 + row, q, updated.next);

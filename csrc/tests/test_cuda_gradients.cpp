@@ -48,23 +48,15 @@ public:
           saved_places_(net_, c.tiling, c.networks, RP_, c.K),
           back_places_(net_, c.tiling, c.networks, RP_, c.K),
           saved_(saved_places_.end, static_cast<char>(0xff)),
-          back_(back_places_.end, static_cast<char>(0xff)) {
-        for (int64_t row = 0; row < int64_t{c.networks} * net_.L * c.K * RP_; ++row)
-            for (int column = 0; column < net_.H; ++column) {
-                const bool real = row % RP_ < R_;
-                const std::vector<float> both = random_floats(2);
-                put(saved_.data() + saved_places_.h, row * s_.HP + column, rounded(both[0], c.tiling.precision),
-                    c.tiling.precision);
-                put(back_.data() + back_places_.d_z, row * s_.HP + column,
-                    real ? rounded(both[1], c.tiling.precision) : 0, c.tiling.precision);
-            }
-        if (net_.D == 0) return;
-        const std::vector<float> xs = random_floats(c.K * RP_ * net_.X);
-        std::vector<float> d_out = random_floats(c.K * RP_ * net_.O);
-        for (int64_t i = 0; i < c.K * RP_ * net_.O; ++i)
-            if (i / net_.O % RP_ >= R_) d_out[i] = 0;
-        memcpy(saved_.data() + saved_places_.xs, xs.data(), xs.size() * 4);
-        memcpy(back_.data() + back_places_.d_out, d_out.data(), d_out.size() * 4);
+          back_(back_places_.end, static_cast<char>(0xff)),
+          expected_(net_.size),
+          expected_states_(c.B * net_.S) {
+        fill();
+        for (int network = 0; network < c.networks; ++network) {
+            layers(network);
+            back_to_states(network);
+        }
+        if (net_.D > 0) time_mlp();
     }
 
     void check(bool parameters, bool of_states) {
@@ -88,30 +80,42 @@ public:
             cuda::gradients(job, nullptr);
         };
         run();
-        if (parameters) {
-            expected_.assign(net_.size, Sum());
-            for (int network = 0; network < c_.networks; ++network) layers(network);
-            if (net_.D > 0) time_mlp();
-            for (int64_t i = 0; i < net_.size; ++i)
-                CHECK_NEAR(d_flat[i], expected_[i].value, TOLERANCE * expected_[i].size);
-        }
-        if (of_states) {
-            expected_.assign(c_.B * net_.S, Sum());
-            for (int network = 0; network < c_.networks; ++network) back_to_states(network);
-            for (int64_t i = 0; i < c_.B * net_.S; ++i)
-                CHECK_NEAR(d_states[i], expected_[i].value, TOLERANCE * expected_[i].size);
-        }
-        // The same bits, in whatever order the blocks' threads run.
+        for (size_t i = 0; i < d_flat.size(); ++i)
+            CHECK_NEAR(d_flat[i], expected_[i].value, TOLERANCE * expected_[i].size);
+        for (size_t i = 0; i < d_states.size(); ++i)
+            CHECK_NEAR(d_states[i], expected_states_[i].value, TOLERANCE * expected_states_[i].size);
+        if (!parameters || !of_states) return;
+        // The same bits, in whatever order the threads of a block run.
         const std::vector<float> d_flat_before = d_flat, d_states_before = d_states;
         std::fill(workspace.begin(), workspace.end(), NOT_A_NUMBER);
         emulator::seed(generator());
         run();
-        CHECK(d_flat.empty() || memcmp(d_flat.data(), d_flat_before.data(), d_flat.size() * 4) == 0);
-        CHECK(d_states.empty() || memcmp(d_states.data(), d_states_before.data(), d_states.size() * 4) == 0);
+        CHECK(memcmp(d_flat.data(), d_flat_before.data(), d_flat.size() * 4) == 0);
+        CHECK(memcmp(d_states.data(), d_states_before.data(), d_states.size() * 4) == 0);
     }
 
 private:
     static constexpr double TOLERANCE = 4e-6;  // of the terms' magnitudes: sums of float32
+
+    void fill() {
+        const Precision precision = c_.tiling.precision;
+        std::normal_distribution<float> normal;
+        for (int64_t row = 0; row < int64_t{c_.networks} * net_.L * c_.K * RP_; ++row)
+            for (int column = 0; column < net_.H; ++column) {
+                const bool real = row % RP_ < R_;
+                const float h = rounded(normal(generator), precision);
+                const float d_z = real ? rounded(normal(generator), precision) : 0;
+                put(saved_.data() + saved_places_.h, row * s_.HP + column, h, precision);
+                put(back_.data() + back_places_.d_z, row * s_.HP + column, d_z, precision);
+            }
+        if (net_.D == 0) return;
+        const std::vector<float> xs = random_floats(c_.K * RP_ * net_.X);
+        std::vector<float> d_out = random_floats(c_.K * RP_ * net_.O);
+        for (int64_t i = 0; i < c_.K * RP_ * net_.O; ++i)
+            if (i / net_.O % RP_ >= R_) d_out[i] = 0;
+        memcpy(saved_.data() + saved_places_.xs, xs.data(), xs.size() * 4);
+        memcpy(back_.data() + back_places_.d_out, d_out.data(), d_out.size() * 4);
+    }
 
     double operand(const char* from, int network, int layer, int64_t row, int column) const {
         const int64_t at = ((int64_t{network} * net_.L + layer) * c_.K * RP_ + row) * s_.HP + column;
@@ -209,7 +213,7 @@ private:
             for (int i = 0; r < R_ && i < net_.H; ++i) {
                 const double d_zi = d_z(network, 0, row, i);
                 for (int j = 0; j < net_.S; ++j)
-                    expected_[r / c_.N * net_.S + j].add(d_zi * weight[int64_t{i} * net_.stride + j]);
+                    expected_states_[r / c_.N * net_.S + j].add(d_zi * weight[int64_t{i} * net_.stride + j]);
             }
         }
     }
@@ -222,7 +226,7 @@ private:
     const SavedPlaces saved_places_;
     const BackwardPlaces back_places_;
     std::vector<char> saved_, back_;
-    std::vector<Sum> expected_;
+    std::vector<Sum> expected_, expected_states_;
 };
 
 void check_all(const Case& c) {
@@ -265,10 +269,10 @@ void of_critics() {
 void of_wide_networks() {
     for (const Precision precision : {Precision::FP32, Precision::TF32, Precision::BF16}) {
         check_all({{11, 6, 16, 200, 2}, {precision, 4, 1, true}, 9, 1, 2, 0, 0, 1, 2});
-        check_all({{11, 3, 0, 200, 4}, {precision, 2, 1, true}, 5, 3, 1, 0, 0, 2, 3});
+        check_all({{11, 3, 0, 200, 2}, {precision, 2, 1, true}, 5, 3, 1, 0, 0, 2, 3});
     }
     check_all({{70, 64, 64, 40, 2}, {Precision::BF16, 1, 1, false}, 3, 3, 2, 0, 0, 1, 2});
-    check_all({{11, 6, 16, 256, 2}, {Precision::BF16, 1, WIDE_M_TILES, false}, 70, 2, 1, 0, 0, 1, 3});
+    check_all({{11, 6, 16, 256, 2}, {Precision::BF16, 1, WIDE_M_TILES, false}, 43, 3, 1, 0, 0, 1, 3});
 }
 
 }  // namespace

@@ -1,9 +1,9 @@
-"""The backend "triton" as callers on a GPU meet it: torch.compile, CUDA graphs, streams, threads, GraphedSampler.
+"""The backends "triton" and "cuda" as callers on a GPU meet them: torch.compile, CUDA graphs, GraphedSampler, streams,
+threads, a second GPU.
 
-It skips without a GPU; see `test_triton_gpu`.
+It skips without a GPU; see `test_gpu`.
 """
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,6 +13,8 @@ from cpp_cases import A, make_critic
 from gpu_cases import (
     PRECISIONS,
     SEED,
+    captured,
+    each_backend,
     gpu_policy,
     gpu_states,
     gradients,
@@ -24,7 +26,7 @@ from gpu_cases import (
 
 import dql
 
-pytestmark = needs_gpu
+pytestmark = [needs_gpu, each_backend]
 
 Tensor = torch.Tensor
 
@@ -35,11 +37,11 @@ def _poisoned():
         yield
 
 
-def test_inside_torch_compile():
+def test_inside_torch_compile(backend):
     policy, states = gpu_policy(), gpu_states(37)
 
     def doubled(states: Tensor) -> Tensor:
-        return dql.sample(states * 2, policy, backend="triton", seed=SEED) + 1
+        return dql.sample(states * 2, policy, backend=backend, seed=SEED) + 1
 
     compiled = torch.compile(doubled)
     results = []
@@ -52,24 +54,10 @@ def test_inside_torch_compile():
         assert torch.equal(compiled(states), doubled(states))
 
 
-def captured(call: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
-    """(a graph of the call, what it returned: the memory that each replay writes), as a user would capture it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
-    return graph, result
-
-
-def test_replays_without_a_seed_draw_anew():
+def test_replays_without_a_seed_draw_anew(backend):
     policy, states = gpu_policy(), gpu_states(50)
     with torch.no_grad():
-        graph, actions = captured(lambda: sample(states, policy, seed=None))
+        graph, actions = captured(lambda: sample(states, policy, backend, seed=None))
 
     def replays(n: int) -> list[Tensor]:
         results = []
@@ -90,10 +78,10 @@ def test_replays_without_a_seed_draw_anew():
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_replays_with_a_seed_repeat_and_see_changes(precision):
+def test_replays_with_a_seed_repeat_and_see_changes(precision, backend):
     policy, states = gpu_policy(), gpu_states(50)
     with torch.no_grad():
-        graph, actions = captured(lambda: sample(states, policy, precision=precision))
+        graph, actions = captured(lambda: sample(states, policy, backend, precision=precision))
         for change in (lambda: None, lambda: policy.denoiser.flat.mul_(1.1), states.neg_):
             change()
             replays = []
@@ -101,23 +89,23 @@ def test_replays_with_a_seed_repeat_and_see_changes(precision):
                 actions.fill_(float("nan"))
                 graph.replay()
                 replays.append(actions.clone())
-            want = sample(states, policy, precision=precision)
+            want = sample(states, policy, backend, precision=precision)
             assert same_bits(replays, [want, want])
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_gradients_in_a_graph(precision):
+def test_gradients_in_a_graph(precision, backend):
     policy, states = gpu_policy(), gpu_states(50)
-    graph, got = captured(lambda: gradients(states, policy, precision=precision))
+    graph, got = captured(lambda: gradients(states, policy, backend, precision=precision))
     with torch.no_grad():
         policy.denoiser.flat.mul_(1.1)
     graph.replay()
-    assert same_bits(got, gradients(states, policy, precision=precision))
+    assert same_bits(got, gradients(states, policy, backend, precision=precision))
 
 
-def test_select_in_a_graph():
+def test_select_in_a_graph(backend):
     policy, critic, states = gpu_policy(), make_critic().to("cuda"), gpu_states(50)
-    graph, chosen = captured(lambda: dql.select(states, policy, critic, backend="triton"))
+    graph, chosen = captured(lambda: dql.select(states, policy, critic, backend=backend))
     torch.cuda.manual_seed(1)
     results = []
     for _ in range(2):
@@ -129,26 +117,26 @@ def test_select_in_a_graph():
     assert torch.equal(chosen, results[0])
 
 
-def test_a_side_stream_waits_for_no_other():
+def test_a_side_stream_waits_for_no_other(backend):
     """The work goes to the current stream, after what is queued there, while another stream is busy."""
     policy, states = gpu_policy(), gpu_states(256)
-    want = gradients(states, policy)
+    want = gradients(states, policy, backend)
     late, side = torch.zeros_like(states), torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
-        gradients(late, policy)  # compiled, loaded, allocated
+        gradients(late, policy, backend)  # compiled, loaded, allocated
     side.synchronize()
     torch.cuda._sleep(3_000_000_000)  # clocks: over a second
     with torch.cuda.stream(side):
         torch.cuda._sleep(50_000_000)
         late.copy_(states)
-        got = [tensor.cpu() for tensor in gradients(late, policy)]
+        got = [tensor.cpu() for tensor in gradients(late, policy, backend)]
     assert not torch.cuda.default_stream().query(), "it waited for the default stream"
     assert same_bits(got, [tensor.cpu() for tensor in want])
     torch.cuda.synchronize()
 
 
-def test_two_threads():
+def test_two_threads(backend):
     """From the first call on: both compile, one of them a policy that the other uses too."""
     shared, own = gpu_policy(hidden_dim=80), [gpu_policy(seed=s, hidden_dim=80) for s in (1, 2)]
     states = gpu_states(37)
@@ -159,7 +147,7 @@ def test_two_threads():
         with torch.cuda.stream(torch.cuda.Stream()):
             for i in range(30):
                 for policy in (shared, own[thread]):
-                    results += gradients(states, policy, seed=100 * thread + i)
+                    results += gradients(states, policy, backend, seed=100 * thread + i)
             torch.cuda.current_stream().synchronize()
         return results
 
@@ -169,16 +157,33 @@ def test_two_threads():
         assert same_bits(together[thread], work(thread))
 
 
-def test_steady_calls_allocate_nothing_from_the_device():
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU")
+def test_a_second_gpu(backend):
+    """Not the current one: work and memory go where the policy is."""
+    policy, states = gpu_policy(), gpu_states(37)
+    want = [tensor.cpu() for tensor in gradients(states, policy, backend)]
+    policy, states = policy.to("cuda:1"), states.to("cuda:1")
+    got = gradients(states, policy, backend)
+    assert {tensor.device for tensor in got} == {torch.device("cuda:1")}
+    assert torch.cuda.current_device() == 0
+    for g, w in zip(got, want, strict=True):
+        assert_close(g, w, TOLERANCES["float32"], what="a tensor", backend=backend)  # it may be another model
+    with torch.no_grad(), torch.cuda.device(1):
+        graph, actions = captured(lambda: sample(states, policy, backend))
+        graph.replay()
+    assert_close(actions, want[0], TOLERANCES["float32"], what="a replay's actions", backend=backend)
+
+
+def test_steady_calls_allocate_nothing_from_the_device(backend):
     policy, critic, states = gpu_policy(), make_critic().to("cuda"), gpu_states(256)
-    sampler = dql.GraphedSampler(policy, 256, backend="triton")
+    sampler = dql.GraphedSampler(policy, 256, backend=backend)
 
     def calls(n: int) -> int:
         for _ in range(n):
             with torch.no_grad():
-                sample(states, policy)
-            gradients(states, policy)
-            dql.select(states, policy, critic, backend="triton")
+                sample(states, policy, backend)
+            gradients(states, policy, backend)
+            dql.select(states, policy, critic, backend=backend)
             sampler.run(states)
         torch.cuda.synchronize()
         return torch.cuda.memory_stats()["segment.all.allocated"]
@@ -192,9 +197,9 @@ def test_steady_calls_allocate_nothing_from_the_device():
 
 @pytest.mark.parametrize("N", [None, 7])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_graphed_sampler(precision, N):
+def test_graphed_sampler(precision, N, backend):
     policy, states = gpu_policy(), gpu_states(16)
-    sampler = dql.GraphedSampler(policy, 16, num_candidates=N, backend="triton", precision=precision)
+    sampler = dql.GraphedSampler(policy, 16, num_candidates=N, backend=backend, precision=precision)
 
     def runs(n: int, states: Tensor = states) -> list[Tensor]:
         return [sampler.run(states).clone() for _ in range(n)]
@@ -219,13 +224,13 @@ def test_graphed_sampler(precision, N):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_graphed_sampler_is_right(precision):
+def test_graphed_sampler_is_right(precision, backend):
     """If the denoiser predicts x0 from the state alone, the last step's x0 is the action, whatever was drawn."""
     policy, states = gpu_policy(predict_epsilon=False), gpu_states(16)
     with torch.no_grad():
         dict(policy.denoiser.named_parameters())["mid_layer.0.weight"][:, :A] = 0
-        want = sample(states, policy, backend="eager")
-    sampler = dql.GraphedSampler(policy, 16, backend="triton", precision=precision)
+        want = sample(states, policy, "eager")
+    sampler = dql.GraphedSampler(policy, 16, backend=backend, precision=precision)
     tolerance = TOLERANCES["float32"] if precision == "fp32" else Tolerance(3e-2, 0.0, "8 bits of an operand")
     for _ in range(2):
-        assert_close(sampler.run(states), want, tolerance, what="actions", backend=f"triton, {precision}")
+        assert_close(sampler.run(states), want, tolerance, what="actions", backend=f"{backend}, {precision}")
