@@ -251,10 +251,14 @@ class BuildNative(build_ext):
         kept = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
         return Path(kept if self.editable_mode else self.build_temp)
 
+    def _workers(self) -> int:
+        return self.parallel if isinstance(self.parallel, int) else _cores()
+
     def _build_cuda(self, target: Path, facts: dict[str, Any]) -> None:
         builder = _cuda_builder()
         include = sysconfig.get_paths()["include"]
-        builder.build(_tools(CUDA), include, self._objects() / "cuda", target, facts)
+        tools = _tools(CUDA, self._workers(), bool(self.force))
+        builder.build(tools, include, self._objects() / "cuda", target, facts)
 
     def _build(self, target: Path, facts: dict[str, Any]) -> None:
         """Compiles and links `target`; fills in compiler, variants and left_out on the way.
@@ -277,7 +281,7 @@ class BuildNative(build_ext):
             )
         temp = self._objects()
         temp.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(self.parallel if isinstance(self.parallel, int) else _cores()) as pool:
+        with ThreadPoolExecutor(self._workers()) as pool:
             refusals = dict(zip(VARIANTS, pool.map(compiler.refuses, VARIANTS), strict=True))
             variants = [name for name, refusal in refusals.items() if refusal is None]
             facts["left_out"] = {name: refusal for name, refusal in refusals.items() if refusal is not None}
@@ -375,7 +379,7 @@ def _cuda_builder() -> ModuleType:
     return _loaded("dql_cuda_build", path)
 
 
-def _tools(extension: Any) -> SimpleNamespace:
+def _tools(extension: Any, workers: int, force: bool = False) -> SimpleNamespace:
     """What csrc/cuda/build.py needs of this file."""
     return SimpleNamespace(
         NotBuilt=NotBuilt,
@@ -383,7 +387,8 @@ def _tools(extension: Any) -> SimpleNamespace:
         call=_call,
         first_error=_first_error,
         flags=_flags,
-        cores=_cores,
+        workers=workers,
+        force=force,
         failed=lambda version, where, output, log: _failed(version, where, output, log, extension),
         check_import=lambda path, name, compiler: _check_import(path, name, compiler.version, extension),
     )
@@ -412,12 +417,12 @@ class BuildCudaEmulator(Command):
         try:
             builder = _cuda_builder()
             builder.build_emulated(
-                _tools(extension), sysconfig.get_paths()["include"], temp, Path("kernels", extension.file)
+                _tools(extension, _cores()), sysconfig.get_paths()["include"], temp, Path("kernels", extension.file)
             )
         except NotBuilt as error:
-            raise CompileError(
-                f"the emulated CUDA kernels were not built: {error.cause}; {error.remedy}\n{error.log}"
-            ) from None
+            print(error.log)
+            remedy = "its whole output is above" if error.log else error.remedy
+            raise CompileError(f"the emulated CUDA kernels were not built: {error.cause}; {remedy}") from None
 
 
 def _is_set(name: str) -> bool:

@@ -428,7 +428,7 @@ def doctor(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> int:
     Args:
         as_json: Print JSON.
     """
-    from dql.doctor import examine, extension_rows
+    from dql.doctor import cuda_extension_rows, examine, extension_rows
 
     facts = examine()
     if as_json:
@@ -445,7 +445,8 @@ def doctor(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> int:
     table.add_row("cpu features", " ".join(cpu["features"]))
     table.add_row("gpu", gpu.get("reason") or "; ".join(f"{d['name']} (sm_{d['capability']})" for d in gpu["devices"]))
     table.add_row("compilers", "; ".join(f"{k}: {v or 'not found'}" for k, v in facts["compilers"].items()))
-    for name, text in extension_rows(facts["extension"]).items():
+    rows = extension_rows(facts["extension"]) | cuda_extension_rows(facts["cuda_extension"])
+    for name, text in rows.items():
         table.add_row(name, text)
     for name, folder in facts["folders"].items():
         table.add_row(name, folder)

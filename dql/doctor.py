@@ -31,6 +31,7 @@ def examine() -> dict[str, Any]:
         "gpu": _gpu(),
         "compilers": {name: _compiler(name) for name in ("g++", "nvcc")},
         "extension": _extension(),
+        "cuda_extension": _cuda_extension(),
         "folders": _folders(),
         "backends": backends(),
     }
@@ -106,16 +107,42 @@ def extension_rows(facts: dict[str, Any]) -> dict[str, str]:
     """`examine()["extension"]` as lines of a table: title -> text."""
     if not facts["built"]:
         return {"extension": facts["reason"]}
-    seconds = f" in {facts['seconds']} s" if facts["seconds"] is not None else ""
-    rows = {"extension": f"built by {facts['compiler'] or 'an unknown compiler'}{seconds}"}
-    if facts["outdated"]:
-        rows["extension"] += f", but {facts['outdated']}"
+    rows = {"extension": _built_by(facts) + _but(facts)}
     used = next((name for name in native_build.VARIANTS if facts["runs"].get(name, "absent") is None), None)
     for name in native_build.VARIANTS:
         left_out = (facts["left_out"] or {}).get(name)
         reason = f"it was not built: {left_out}" if left_out else facts["runs"].get(name, "it was not built")
         rows[f"variant {name}"] = "used" if name == used else "available" if reason is None else reason
     return rows
+
+
+def _cuda_extension() -> dict[str, Any]:
+    """How `dql.kernels._cuda` was built, and why it cannot be loaded (or None); the backend tells of GPUs."""
+    record = native_build.record(native_build.CUDA) or {}
+    keys = ("compiler", "seconds", "architectures")
+    facts = {key: record.get(key) for key in keys} | {"built": False, "reason": None, "outdated": None}
+    try:
+        importlib.import_module("dql.kernels._cuda")
+    except ImportError as error:
+        return facts | {"reason": native_build.reason(error, native_build.CUDA)}
+    return facts | {"built": True, "outdated": native_build.outdated(native_build.CUDA)}
+
+
+def cuda_extension_rows(facts: dict[str, Any]) -> dict[str, str]:
+    """`examine()["cuda_extension"]` as a line of a table: title -> text."""
+    if not facts["built"]:
+        return {"cuda extension": facts["reason"]}
+    names = ", ".join(f"sm_{name}" for name in facts["architectures"] or [])
+    return {"cuda extension": _built_by(facts) + (f" for {names}" if names else "") + _but(facts)}
+
+
+def _built_by(facts: dict[str, Any]) -> str:
+    seconds = f" in {facts['seconds']} s" if facts["seconds"] is not None else ""
+    return f"built by {facts['compiler'] or 'an unknown compiler'}{seconds}"
+
+
+def _but(facts: dict[str, Any]) -> str:
+    return f", but {facts['outdated']}" if facts["outdated"] else ""
 
 
 def _folders() -> dict[str, str]:

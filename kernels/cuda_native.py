@@ -94,11 +94,12 @@ def cannot_run(ordinal: int) -> str | None:
     told = load(False).cannot_run(ordinal)
     if told is None:
         return None
-    built = (native_build.record(CUDA) or {}).get("architectures") or ["?"]
-    names = ", ".join(f"sm_{name}" for name in built)
+    built = (native_build.record(CUDA) or {}).get("architectures") or []
+    names = ", ".join(f"sm_{name}" for name in built) or "unknown GPUs"
+    wanted = ";".join([*built, str(capability)])
     return (
         f"the extension was built for {names} and this GPU is sm_{capability} ({told}); "
-        f"run DQL_CUDA_ARCHS={capability} pip install -e . again"
+        f"set DQL_CUDA_ARCHS='{wanted}' and {native_build.again()}"
     )
 
 

@@ -48,6 +48,11 @@ def remedy(in_place: bool) -> str:
     return "install dql again with pip install --force-reinstall --no-deps --no-cache-dir"
 
 
+def again() -> str:
+    """`remedy` for this copy of dql."""
+    return remedy(_is_checkout())
+
+
 def fingerprint(csrc: Path, of: Extension = NATIVE) -> str:
     """A digest of every file that the extension is compiled from, by name and content; its tests are left out."""
     digest = hashlib.sha256()
@@ -87,14 +92,14 @@ def reason(error: ImportError | None = None, of: Extension = NATIVE) -> str:
         error: what the import raised, used where the record says that the extension was built.
         of: which.
     """
-    facts, again = record(of), remedy(_is_checkout())
+    facts = record(of)
     if facts is None:
-        return f"it was not built: this copy of dql holds no record of a build; {again}"
+        return f"it was not built: this copy of dql holds no record of a build; {again()}"
     if not facts["built"]:
         return str(facts["reason"])
     if not (_HERE / of.file).exists():
-        return f"it was built, but its file {of.file} is no longer in {_HERE}; {again}"
-    return f"it was built, but Python cannot load it ({_one_line(error)}); {again}"
+        return f"it was built, but its file {of.file} is no longer in {_HERE}; {again()}"
+    return f"it was built, but Python cannot load it ({_one_line(error)}); {again()}"
 
 
 def outdated(of: Extension = NATIVE) -> str | None:

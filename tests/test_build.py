@@ -1,7 +1,6 @@
 """The build of `dql.kernels._native` (setup.py), for real: what a missing or failing compiler leaves, and what a good
 one makes. A small csrc/ of our own stands in for the real one wherever only the build's behaviour is in question."""
 
-import importlib.util
 import json
 import os
 import platform
@@ -11,15 +10,12 @@ import shutil
 import stat
 import subprocess
 import sys
-from importlib.metadata import version
-from pathlib import Path
-from types import ModuleType
 
 import pytest
+from build_cases import Project, clean_environment, compiler, load, needs_compiler, symbols
 
 from dql.doctor import extension_rows
 
-ROOT = Path(__file__).parents[1]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 VARIANTS = ["avx512bf16", "avx512", "avx2", "generic"] if X86 else ["generic"]
 NO_COMPILER = (
@@ -59,84 +55,28 @@ extern "C" const char* NAME(DQL_VARIANT)() { return TEXT(DQL_VARIANT); }
 """
 
 
-def compiler() -> str | None:
-    return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
-
-
-needs_compiler = pytest.mark.skipif(
-    compiler() is None, reason="no C++ compiler was found; install one (on Debian or Ubuntu: apt install g++)"
-)
-
-
 @pytest.fixture(scope="module")
 def tools(tmp_path_factory) -> dict[str, str]:
-    """The environment of a build: nothing that the caller's own build was told, and a setuptools that is new enough."""
-    told = ("CXX", "CXXFLAGS", "LDFLAGS", "DQL_REQUIRE_NATIVE", "DQL_NO_NATIVE", "PYTHONPATH")
-    clean = {name: value for name, value in os.environ.items() if name not in told}
-    if importlib.util.find_spec("setuptools") is None or int(version("setuptools").split(".")[0]) < 77:
-        folder = tmp_path_factory.mktemp("tools")
-        install = [sys.executable, "-m", "pip", "install", "-q", "--target", str(folder), "setuptools>=77"]
-        subprocess.run(install, check=True)
-        clean["PYTHONPATH"] = str(folder)
-    return clean
-
-
-class Project:
-    """A copy of the project in a folder of its own."""
-
-    def __init__(self, folder: Path, tools: dict[str, str]) -> None:
-        self.folder, self.tools = folder, tools
-        self.kernels, self.csrc = folder / "kernels", folder / "csrc"
-        self.extension = self.kernels / "_native.abi3.so"
-        ignore = shutil.ignore_patterns("_native*", "__pycache__")
-        for name in ("dql", "kernels"):
-            shutil.copytree(ROOT / name, folder / name, ignore=ignore)
-        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-            shutil.copy(ROOT / name, folder)
-
-    def with_small_sources(self) -> "Project":
-        self.csrc.mkdir()
-        (self.csrc / "module.cpp").write_text(MODULE)
-        (self.csrc / "names.h").write_text(HEADER)
-        (self.csrc / "variant.cpp").write_text(VARIANT)
-        return self
-
-    def call(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, *arguments]
-        environment = self.tools | environment
-        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
-
-    def build(self, **environment: str) -> dict:
-        """Builds in place, which must not fail, and reads the record."""
-        done = self.call("setup.py", "build_ext", "--inplace", **environment)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return json.loads((self.kernels / "_native_build.json").read_text())
-
-    def objects(self) -> dict[str, int]:
-        """The objects with their times."""
-        return {path.name: path.stat().st_mtime_ns for path in self.folder.glob("build/temp.*/*.o")}
-
-    def names(self) -> str:
-        """What the small extension says."""
-        return load(self.extension, "_native").names()
+    return clean_environment(tmp_path_factory.mktemp("tools")) | {"DQL_NO_CUDA": "1"}
 
 
 @pytest.fixture
 def project(tmp_path, tools) -> Project:
-    (tmp_path / "project").mkdir()
-    return Project(tmp_path / "project", tools).with_small_sources()
+    project = Project(tmp_path / "project", tools, "_native")
+    project.csrc.mkdir()
+    (project.csrc / "module.cpp").write_text(MODULE)
+    (project.csrc / "names.h").write_text(HEADER)
+    (project.csrc / "variant.cpp").write_text(VARIANT)
+    return project
 
 
-def load(path: Path, name: str) -> ModuleType:
-    """The module in a file, without the package that it belongs to."""
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def names(project: Project) -> str:
+    """What the small extension says."""
+    return load(project.extension, "_native").names()
 
 
 def reason(project: Project, *error: ImportError) -> str:
-    return load(project.kernels / "native_build.py", "native_build").reason(*error)
+    return project.native_build().reason(*error)
 
 
 # Where dql is also installed editable, its finder would supply the extension that this install lacks.
@@ -241,7 +181,7 @@ def test_a_failed_compile_takes_the_old_extension_away_and_quotes_the_error(proj
     assert facts["built"] is True
     assert facts["reason"] is None
     assert facts["variants"] == VARIANTS
-    assert set(project.names().split()) == set(VARIANTS)
+    assert set(names(project).split()) == set(VARIANTS)
 
     (project.csrc / "module.cpp").write_text(MODULE + "int broken( {\n")
     facts = project.build()
@@ -250,7 +190,7 @@ def test_a_failed_compile_takes_the_old_extension_away_and_quotes_the_error(proj
     assert "failed on csrc/module.cpp with: csrc/module.cpp:" in facts["reason"]
     assert facts["reason"].endswith(" and run pip install -e . again")
     assert facts["reason"] == reason(project)
-    assert "int broken(" in (project.kernels / "_native_build.log").read_text()
+    assert "int broken(" in project.log().read_text()
     assert "\n" not in facts["reason"]
     assert not list(project.folder.glob("build/lib*/**/*.so"))
 
@@ -261,7 +201,7 @@ def test_a_failed_compile_takes_the_old_extension_away_and_quotes_the_error(proj
     (project.csrc / "variant.cpp").write_text(VARIANT)
     assert project.build()["built"] is True
     assert project.extension.exists()
-    assert not (project.kernels / "_native_build.log").exists()
+    assert not project.log().exists()
 
 
 @needs_compiler
@@ -289,7 +229,7 @@ def test_a_compiler_that_lacks_an_instruction_set_leaves_its_variant_out(project
     facts = project.build(CXX=shlex.quote(str(old)))
     assert facts["variants"] == ["avx512", "avx2", "generic"]
     assert "unrecognized command-line option" in facts["left_out"]["avx512bf16"]
-    assert project.names() == "generic avx2 avx512"
+    assert names(project) == "generic avx2 avx512"
 
 
 @needs_compiler
@@ -321,7 +261,7 @@ def test_only_what_changed_is_compiled_again(project):
 def test_the_reasons(project):
     assert "holds no record of a build; run pip install -e . again" in reason(project)
     project.build()
-    module = load(project.kernels / "native_build.py", "native_build")
+    module = project.native_build()
     assert module.outdated() is None
     said = module.reason(ImportError("libstdc++.so.6: version `GLIBCXX_9' not found\n(required by …)"))
     assert said == (
@@ -343,39 +283,21 @@ def test_the_reasons(project):
 @pytest.fixture(scope="module")
 def real(tmp_path_factory, tools) -> Project:
     """The real extension, from the checkout's own objects as far as they are up to date."""
-    folder = tmp_path_factory.mktemp("real")
-    project = Project(folder, tools)
-    shutil.copytree(ROOT / "csrc", project.csrc)
-    for temp in (ROOT / "build").glob("temp.*"):
-        shutil.copytree(temp, folder / "build" / temp.name, ignore=shutil.ignore_patterns("*.tmp"))
+    project = Project(tmp_path_factory.mktemp("real"), tools, "_native").with_real_sources()
     project.build(DQL_REQUIRE_NATIVE="1")
     return project
 
 
-@pytest.fixture(scope="module")
-def nm() -> str:
-    found = shutil.which("nm")
-    if found is None:
-        pytest.skip("nm was not found; install it (on Debian or Ubuntu: apt install binutils)")
-    return found
-
-
-def symbols(nm: str, *arguments: str) -> list[tuple[str, str]]:
-    """(type, name) of every symbol that a file defines."""
-    output = subprocess.run([nm, *arguments, "--defined-only"], capture_output=True, text=True, check=True).stdout
-    return [(line.split()[-2], line.split()[-1]) for line in output.splitlines() if len(line.split()) >= 2]
-
-
 @needs_compiler
 def test_every_variant_is_built(real):
-    facts = json.loads((real.kernels / "_native_build.json").read_text())
+    facts = real.record()
     assert facts["built"] is True
     assert sorted([*facts["variants"], *facts["left_out"]]) == sorted(["avx512bf16", "avx512", "avx2", "generic"])
     assert "generic" in facts["variants"]
 
 
 @needs_compiler
-def test_a_variant_shares_no_function_with_the_others(real, nm):
+def test_a_variant_shares_no_function_with_the_others(real):
     """Of a weak function (inline, a template) that several objects define, the linker keeps one for everybody. If that
     is the AVX-512 one, a CPU without AVX-512 stops there. So a variant's own carry its namespace in their names."""
     objects = [path for path in real.folder.glob("build/temp.*/variant-*.o") if "-generic-" not in path.name]
@@ -383,13 +305,13 @@ def test_a_variant_shares_no_function_with_the_others(real, nm):
     for path in objects:
         variant = path.name.split("-")[1]
         own = f"3dql{len(variant)}{variant}"  # dql::avx512, mangled
-        shared = [name for kind, name in symbols(nm, str(path)) if kind in "WVuC" and own not in name]
+        shared = [name for kind, name in symbols(str(path)) if kind in "WVuC" and own not in name]
         assert not shared, f"{path.name} defines what others may too; make it static or of dql::{variant}: {shared}"
 
 
 @needs_compiler
-def test_nothing_but_the_module_is_exported(real, nm):
-    assert [name for _, name in symbols(nm, "-D", str(real.extension))] == ["PyInit__native"]
+def test_nothing_but_the_module_is_exported(real):
+    assert [name for _, name in symbols("-D", str(real.extension))] == ["PyInit__native"]
 
 
 @needs_compiler

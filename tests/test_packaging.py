@@ -19,7 +19,10 @@ import dql
 
 ROOT = Path(__file__).parents[1]
 IGNORED = (".*", "venv", "env", "build", "dist", "runs", "*.egg-info", "__pycache__")
-LEFT_BEHIND = ("_native.abi3.so", "_native_build.json", "_native_build.log")
+LEFT_BEHIND = tuple(
+    f"{name}{end}" for name in ("_native", "_cuda") for end in (".abi3.so", "_build.json", "_build.log")
+)
+LEFT_BEHIND += ("_cuda_emulated.abi3.so",)
 
 
 def run(*command: str, cwd: Path, **environment: str) -> str:
@@ -49,6 +52,7 @@ def dist(tmp_path_factory) -> Path:
         str(folder / "dist"),
         ".",
         cwd=folder / "sources",
+        DQL_NO_CUDA="1",  # minutes of nvcc: tests/test_cuda_build.py
     )
     return folder / "dist"
 
@@ -86,7 +90,7 @@ def test_the_wheel_holds_dql_and_nothing_else(wheel):
     assert not wanted - names, f"missing: {sorted(wanted - names)}"
     assert {"dql/kernels/__init__.py", "dql/kernels/reference.py", "dql/behaviours/hopper-0.npz"} <= names
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "bench/", "csrc/"))]
-    assert not [name for name in names if name.endswith((".cpp", ".h", ".o"))]
+    assert not [name for name in names if name.endswith((".cpp", ".h", ".cu", ".o"))]
     assert not [name for name in names if "__pycache__" in name]
     assert any(name.startswith(f"{info}/") and name.endswith("LICENSE") for name in names)
 
@@ -100,6 +104,12 @@ def test_the_wheel_holds_the_extension_for_every_later_python(wheel):
     assert ("dql/kernels/_native_build.log" in names) == bool(not record["built"] and record["compiler"])
     if shutil.which("g++"):
         assert record["built"], record["reason"]
+    assert "dql/kernels/_cuda.abi3.so" not in names
+    with zipfile.ZipFile(wheel) as archive:
+        said = json.loads(archive.read("dql/kernels/_cuda_build.json"))["reason"]
+    assert said.startswith(
+        "it was not built: DQL_NO_CUDA was set when dql was installed; unset it and install dql again"
+    )
     platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
     assert tags == [f"cp311-abi3-{platform}"]
     assert wheel.name.endswith(f"-cp311-abi3-{platform}.whl")
@@ -122,9 +132,9 @@ def test_the_wheel_describes_itself(wheel):
 def test_the_sdist_holds_all_that_building_needs(sdist):
     wanted = {"pyproject.toml", "setup.py", "README.md", "LICENSE", "dql/__init__.py"}
     wanted |= sources("kernels", "*.py") | sources("dql", "*.py") | sources("dql/behaviours", "*.npz")
-    wanted |= {name for name in sources("csrc", "**/*") if name.endswith((".cpp", ".h"))}
+    wanted |= {name for name in sources("csrc", "**/*") if name.endswith((".cpp", ".h", ".cu", ".py"))}
     assert not wanted - sdist, f"missing: {sorted(wanted - sdist)}"
-    assert "csrc/variant.cpp" in sdist
+    assert {"csrc/variant.cpp", "csrc/cuda/build.py", "csrc/cuda/prologue.cu"} <= sdist
     assert any(name.startswith("csrc/tests/") for name in sdist)
     assert not [name for name in sdist if "__pycache__" in name or name.endswith(LEFT_BEHIND)]
 

@@ -329,6 +329,10 @@ private:
             if (pass == 0) h = receive();
             if (nothing && a.division.split == 1) break;
             float z[MT][2][4];
+            float4 bias = make_float4(0, 0, 0, 0);
+            if constexpr (!BACKWARD) {
+                if (!nothing) bias = load_floats(floats + (a.net.X + a.net.O + layer - 1) * a.NS + column_of(pair));
+            }
             if constexpr (RESIDENT) {
                 const int tile_bytes = a.groups * FRAGMENT_BYTES;
                 ResidentWeights weights = {
@@ -342,8 +346,6 @@ private:
             }
             if (halves == 0) break;
             if constexpr (!BACKWARD) {
-                const float4 bias =
-                    load_floats(floats + (a.net.X + a.net.O + layer - 1) * a.NS + column_of(pair));
                 DQL_UNROLL
                 for (int m = 0; m < MT; ++m)
                     DQL_UNROLL
@@ -362,6 +364,11 @@ private:
     DQL_DEVICE void step(Stream& stream) {
         sync_block();  // v is written
         first_layer();
+        if (draws() && others_draw() && halves == 0 && !idle) {
+            const int spare = a.division.split - 2;  // warps of each pair
+            const int nth = w / a.division.split * spare + w % a.division.split - 2;
+            draw_next(nth * 32 + lane(), a.division.pairs * spare * 32);
+        }
         for (int i = 1; i < a.net.L; ++i) hidden_layer(stream, BACKWARD ? a.net.L - 1 - i : i, i == a.net.L - 1);
         if (!sums_wanted()) return;
         sync_block();  // the parts are written
@@ -401,7 +408,7 @@ private:
         }
     }
 
-    // In this thread's places: 0: x0 of the step before, or d_x; 1: noise, or the gradient carried to x0; 2: d_raw.
+    // Of a quad: 0: x0 of the step before, or d_x; 1: noise, or the gradient carried to x0; 2: d_raw.
     DQL_DEVICE float* own_place(int which, int quad) const { return own + which * M * narrow + 4 * quad; }
     // The narrow input of the tile's first step.
     DQL_DEVICE void begin() {
@@ -465,16 +472,23 @@ private:
         if (rank == 0) write(a.d_out + at, d_eps, q, a.net.X);
     }
 
+    // After this step the chain takes noise: not after the last, where the posterior variance is 0.
+    DQL_DEVICE bool draws() const { return !BACKWARD && !critic && k + 1 < a.K; }
+
+    // Where pairs are split in four or eight, the warps that finish no rows draw it, long before it is needed.
+    DQL_DEVICE bool others_draw() const { return a.division.split > 2; }
+
+    DQL_DEVICE void draw_next(int first, int threads) {
+        for (int quad = first; quad < all_quads(); quad += threads) {
+            float noise[4] = {0, 0, 0, 0};
+            draw(a, noise, row0 + quad / quads(), quad % quads(), k + 1);
+            put(own_place(1, quad), noise);
+        }
+    }
+
     DQL_DEVICE void update() {
         const bool exchanged = RESIDENT && blocks > 1;
-        const bool draws = !BACKWARD && !critic && k + 1 < a.K;  // the posterior variance of the last step is 0
-        if (draws) {  // while the sums are under way
-            for (int quad = first_quad(); quad < all_quads(); quad += THREADS) {
-                float noise[4] = {0, 0, 0, 0};
-                draw(a, noise, row0 + quad / quads(), quad % quads(), k + 1);
-                put(own_place(1, quad), noise);
-            }
-        }
+        if (draws() && !others_draw()) draw_next(thread(), THREADS);  // while the sums are under way
         load_ahead(k + 1);
         const Step step(critic ? nullptr : a.steps + k * STEP_STRIDE);
         if (exchanged && first_quad() < all_quads()) {
@@ -489,11 +503,11 @@ private:
             if constexpr (BACKWARD)
                 update_backward(step, sum, quad);
             else
-                update_forward(step, sum, quad, draws);
+                update_forward(step, sum, quad);
         }
     }
 
-    DQL_DEVICE void update_forward(const Step& step, const float (&sum)[4], int quad, bool draws) {
+    DQL_DEVICE void update_forward(const Step& step, const float (&sum)[4], int quad) {
         const int row = quad / quads(), q = quad % quads(), A = a.net.X;
         const int64_t at = row0 + row;
         if (critic) {
@@ -504,7 +518,7 @@ private:
         float x[4], x0_before[4], noise[4] = {0, 0, 0, 0};
         get(x, v + 4 * quad);
         get(x0_before, own_place(0, quad));
-        if (draws) get(noise, own_place(1, quad));
+        if (draws()) get(noise, own_place(1, quad));
         const Updated updated = chain_step(a, step, k, sum, x, x0_before, noise, q);
         put(own_place(0, quad), updated.x0);
         put(v + 4 * quad, updated.next);
