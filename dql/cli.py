@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -358,6 +358,7 @@ def kernels(
     arch: str = "sm_80,sm_90,sm_100",
     only: str = "*",
     jobs: int | None = None,
+    backend: Literal["triton", "cuda"] = "triton",
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> int:
     """Compile every Triton kernel, without a GPU; print registers, spills, shared memory, occupancy, instructions.
@@ -366,10 +367,14 @@ def kernels(
         arch: Architectures, joined by commas: sm_80, sm_86, sm_89, sm_90, sm_100, sm_120.
         only: Globs, separated by commas, of which a kernel's label must match one, e.g. "chain_fwd bf16*".
         jobs: Compile in this many processes; by default one a core.
+        backend: With cuda print, for the architectures that the extension was built for, what ptxas told then.
         as_json: Print JSON.
     """
+    from dql.kernel_table import cuda_kernels
     from dql.kernel_table import kernels as run_kernels
 
+    if backend == "cuda":
+        return cuda_kernels(only=only, as_json=as_json)
     return run_kernels(arch, only=only, jobs=jobs, as_json=as_json)
 
 

@@ -1,4 +1,4 @@
-"""`dql kernels`: what the compiler made of every Triton kernel, as a table or as JSON."""
+"""`dql kernels`: what the compiler made of every kernel, Triton's or CUDA C++'s, as a table or as JSON."""
 
 import importlib.util
 import json
@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dql.kernels.aot import ARCHITECTURES, Examined, architecture, examine_all, fits
+from dql.kernels import native_build
+from dql.kernels.aot import ARCHITECTURES, Examined, architecture, examine_all, fits, matches
 
 _COLUMNS = (
     "kernel",
@@ -64,6 +65,39 @@ def kernels(arch: str, *, only: str = "*", jobs: int | None = None, as_json: boo
     else:
         _print(found, architectures)
     return 1 if any(_failure(e) for e in found) else 0
+
+
+def cuda_kernels(*, only: str = "*", as_json: bool = False) -> int:
+    """Prints what ptxas told of the CUDA kernels when the extension was built; gives the exit code, 1 if one spills.
+
+    Args:
+        only: globs, separated by commas, of which a kernel's name must match one.
+        as_json: print a JSON list.
+
+    Raises:
+        ImportError: the extension was not built.
+        ValueError: no such kernel.
+    """
+    record = native_build.record(native_build.CUDA) or {}
+    if not record.get("built"):
+        raise ImportError(f"the CUDA extension cannot be used: {native_build.reason(of=native_build.CUDA)}")
+    rows = [row for row in record["resources"] if matches(row["kernel"], only)]
+    if not rows:
+        known = sorted({row["kernel"] for row in record["resources"]})
+        raise ValueError(f"no kernel's name matches {only!r}; there are {len(known)}, such as {known[:3]}")
+    rows.sort(key=lambda row: (row["arch"], row["kernel"]))
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        console = Console()
+        table = Table(title=f"by {record['compiler']}; shared memory is asked for at launch", title_justify="left")
+        columns = ("kernel", "arch", "registers", "stack", "spill_stores", "spill_loads")
+        for column in columns:
+            table.add_column(column.replace("_", " "), justify="left" if column == "kernel" else "right")
+        for row in rows:
+            table.add_row(*(str(row[column]) for column in columns), style="red" if row["spill_stores"] else None)
+        console.print(table)
+    return 1 if any(row["spill_stores"] for row in rows) else 0
 
 
 def as_dict(examined: Examined) -> dict[str, Any]:

@@ -309,7 +309,7 @@ def examine_all(
     """
     with compile_pool(jobs) as pool:
         labels = [(arch, label) for arch in architectures for label in pool.submit(_labels, listing, arch).result()]
-        chosen = [(arch, label) for arch, label in labels if _matches(label, only)]
+        chosen = [(arch, label) for arch, label in labels if matches(label, only)]
         if not chosen:
             known = sorted({label for _, label in labels})
             raise ValueError(f"no kernel's label matches {only!r}; there are {len(known)}, such as {known[:3]}")
@@ -322,7 +322,8 @@ def examine_all(
         return done
 
 
-def _matches(label: str, only: str) -> bool:
+def matches(label: str, only: str) -> bool:
+    """Whether one of the globs, joined by commas, fits the label."""
     return any(fnmatchcase(label, glob.strip()) for glob in only.split(","))
 
 

@@ -4,7 +4,6 @@ through the kernels. What needs a GPU is in `test_gpu`, callers' concerns are in
 The emulator runs the kernels' own source; tensor cores multiply there as the PTX manual says that they do.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -38,17 +37,12 @@ ROUNDING = "bf16"  # of cases.plain_chain: the first and the last layer are floa
 
 
 @pytest.fixture(autouse=True)
-def _poisoned(monkeypatch):
-    """What the kernels are handed to write to is full of NaN."""
-
-    def floats(self, *shape):
-        return torch.full(shape, math.nan)
-
-    def memory(self, count):
-        return torch.full((count,), 255, dtype=torch.uint8)
-
-    monkeypatch.setattr(cuda_chain.Launcher, "floats", floats)
-    monkeypatch.setattr(cuda_chain.Launcher, "bytes", memory)
+def _poisoned():
+    """torch fills what it allocates, as its deterministic mode does, and every bit pattern of it is a NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all() and torch.empty(8, dtype=torch.uint8).view(torch.float32).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -134,7 +128,7 @@ def test_128_rows_are_for_sampling_alone():
 
 @pytest.mark.parametrize("tiling", [Tiling(8, 1, True), Tiling(1, 1, False)], ids=str)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_same_bits_in_any_order(tiling, precision, monkeypatch):
+def test_the_same_bits_in_any_order(tiling, precision):
     """Of threads and of bytes' arrivals, which the emulator shuffles anew at each run: nothing is a race."""
     with cuda_plan.forced(tiling):
         first, *others = (run(TILED[0], "cuda", precision=precision) for _ in range(3))

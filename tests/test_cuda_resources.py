@@ -2,6 +2,7 @@
 built, instructions as the disassembler shows them, and that the tilings that are chosen fit."""
 
 import importlib.util
+import json
 import re
 import subprocess
 from collections import Counter
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from cuda_cases import HEIGHTS, not_emulated
 
+from dql.kernel_table import cuda_kernels
 from dql.kernels import aot, cuda_native, cuda_plan, native_build
 from dql.kernels.cuda_plan import WIDE, Problem, Tiling
 from dql.kernels.layout import CriticSpec, DenoiserSpec
@@ -186,3 +188,25 @@ def test_a_network_that_does_not_fit_says_so(gpu):
             cuda_plan.choose(problem, 0)
     else:
         assert said is None
+
+
+# `dql kernels --backend cuda`
+
+
+@built
+def test_the_table_and_what_it_refuses(capsys):
+    assert cuda_kernels(only="chain bf16 m1*,choose", as_json=True) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["kernel"].split()[0] for row in rows} == {"chain", "choose"}
+    assert all(row in RECORD["resources"] for row in rows)
+    assert cuda_kernels(only="wide_chain 256") == 0
+    assert "90a" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"no kernel's name matches 'nonsense'; there are \d+, such as \["):
+        cuda_kernels(only="nonsense")
+
+
+def test_the_table_without_the_extension(monkeypatch):
+    sentence = "it was not built: nvcc was not found when dql was installed; install the CUDA toolkit"
+    monkeypatch.setattr(native_build, "record", lambda of: {"built": False, "reason": sentence})
+    with pytest.raises(ImportError, match=sentence):
+        cuda_kernels()
