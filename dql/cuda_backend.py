@@ -32,9 +32,20 @@ class CudaBackend(GpuBackend):
             return reason
         from dql.kernels import cuda_plan
 
+        ordinal = chain.flat.device.index or 0
+        if chain.flat.is_cuda and (reason := cuda_native.cannot_run(ordinal)) is not None:
+            return reason  # of another GPU than the current one
         rows = len(chain.states) * chain.candidates
         problem = cuda_plan.Problem(chain.spec, chain.precision, rows, chain.table.num_steps, 1, False)
-        return cuda_plan.misfit(problem, chain.flat.device.index or 0)
+        return cuda_plan.misfit(problem, ordinal)
+
+    def takes(self, critic: TwinCritic, precision: str) -> bool:
+        if not super().takes(critic, precision):
+            return False
+        from dql.kernels import cuda_plan
+
+        problem = cuda_plan.Problem(critic.spec, precision, 1, 1, 2, True)  # whether it fits is not the rows' business
+        return cuda_plan.misfit(problem, critic.buffer.device.index or 0) is None
 
     def make_chain_runner(self, chain: Chain, table: Tensor, embedding: Tensor) -> Any:
         from dql.kernels.cuda_chain import ChainRunner

@@ -103,14 +103,14 @@ class GpuBackend(Backend):
             return self.run_normal(seed, K, B, A, like.device)  # one launch; in torch it is two hundred
 
     def critic(self, critic: TwinCritic) -> Any | None:
-        if limits.too_large(critic.spec) is not None or critic.buffer.dtype is not torch.float32:
-            return None
-        if not (critic.buffer.is_cpu if self.stands_in() else critic.buffer.is_cuda):
+        buffer = critic.buffer
+        there = buffer.is_cpu if self.stands_in() else buffer.is_cuda
+        if not there or buffer.dtype is not torch.float32 or not self.takes(critic, "fp32"):
             return None
         return self.critic_runner(critic, "fp32")
 
     def select(self, chain: Chain, critic: TwinCritic, draw_seed: int | Tensor) -> Tensor | None:
-        if limits.too_large(critic.spec) is not None:
+        if not self.takes(critic, chain.precision):
             return None  # the chain runs here, this critic in torch
         noise = None if chain.noise is None else chain.noise.contiguous()
         with on_device_of(chain.flat):
@@ -125,6 +125,10 @@ class GpuBackend(Backend):
                 chain.seed,
                 draw_seed,
             )
+
+    def takes(self, critic: TwinCritic, precision: str) -> bool:
+        """Whether the kernels run critics of these sizes."""
+        return limits.too_large(critic.spec) is None
 
     def chain_runner(self, chain: Chain) -> Any:
         """What runs such chains, kept with the step table."""

@@ -47,10 +47,7 @@ class Launcher:
 
     @property
     def place(self) -> tuple[int, int]:
-        """(device, torch's current stream there), as every launch takes them."""
-        if self.device.type != "cuda":
-            return 0, 0
-        return self.ordinal, torch._C._cuda_getCurrentRawStream(self.ordinal)
+        return place_on(self.device)
 
     def tiling(self, rows: int, steps: int, networks: int, saving: bool) -> Tiling:
         return choose(Problem(self.spec, self.precision, rows, steps, networks, saving), self.ordinal)
@@ -199,6 +196,13 @@ class ChainPlan:
         return ChainSaved(packed, saved, self.tiling) if saved is not None else None
 
 
+def place_on(device: torch.device) -> tuple[int, int]:
+    """(device, torch's current stream there), as every launch takes them; of a tensor's device, which has an index."""
+    if device.type != "cuda":
+        return 0, 0
+    return device.index, torch._C._cuda_getCurrentRawStream(device.index)
+
+
 def address(tensor: Tensor | None) -> int:
     """Of its memory; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
@@ -212,9 +216,6 @@ def seed_arguments(seed: int | Tensor) -> tuple[int, int]:
 def normal(seed: int | Tensor, K: int, R: int, A: int, device: torch.device) -> Tensor:
     """Standard normals [K, R, A], element (k, row, dim) of the seed's stream."""
     out = torch.empty(K, R, A, dtype=torch.float32, device=device)
-    place = (
-        (0, 0) if device.type != "cuda" else (out.device.index, torch._C._cuda_getCurrentRawStream(out.device.index))
-    )
     if out.numel():
-        cuda_native.module().noise(*seed_arguments(seed), K, R, A, out.data_ptr(), *place)
+        cuda_native.module().noise(*seed_arguments(seed), K, R, A, out.data_ptr(), *place_on(out.device))
     return out

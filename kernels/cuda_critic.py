@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .cuda_chain import ChainRunner, Launcher, address, seed_arguments
+from . import cuda_native
+from .cuda_chain import ChainRunner, Launcher, address, place_on, seed_arguments
 from .cuda_plan import Tiling
 from .layout import CriticSpec
 
@@ -157,9 +158,27 @@ def select(
     """
     actions, _ = chain.forward(flat, states, candidates, noise, seed, save=False)
     q, _ = critic.forward(critic_flat, states, actions, candidates, (0, 1), save=False)
-    B, A = len(states), chain.spec.action_dim
-    chosen = chain.floats(B, A)
-    chain.module.choose(
-        q.data_ptr(), actions.data_ptr(), *seed_arguments(draw_seed), B, candidates, A, chosen.data_ptr(), *chain.place
-    )
+    return choose(q, actions, candidates, draw_seed)
+
+
+def choose(q: Tensor, actions: Tensor, candidates: int, draw_seed: int | Tensor) -> Tensor:
+    """Draws a candidate a state from softmax(min(Q_1, Q_2)): the first whose cumulative probability exceeds
+    `dql.noise.uniform(draw_seed)`; of a critic that has become NaN, the first.
+
+    Args:
+        q: [2, R], contiguous, row b * N + n being candidate n of state b.
+        actions: [R, A], contiguous.
+        candidates: N.
+        draw_seed: 0 .. 2^64 - 1, or an int64 tensor [1] on the device, read when the kernel runs.
+
+    Returns:
+        [B, A].
+    """
+    R, A = actions.shape
+    B = R // candidates
+    chosen = torch.empty(B, A, dtype=torch.float32, device=actions.device)
+    cuda_native.module().choose(
+        q.data_ptr(), actions.data_ptr(), *seed_arguments(draw_seed), B, candidates, A, chosen.data_ptr(),
+        *place_on(chosen.device),
+    )  # fmt: skip
     return chosen

@@ -18,7 +18,7 @@ columns. Many rows want few: what a cluster exchanges grows with its size, what 
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from . import cuda_native
@@ -83,7 +83,7 @@ def forced(tiling: Tiling) -> Iterator[None]:
     try:
         yield
     finally:
-        _forced.remove(tiling)
+        del _forced[len(_forced) - 1 - _forced[::-1].index(tiling)]  # the innermost of those that are equal
 
 
 def choose(problem: Problem, ordinal: int) -> Tiling:
@@ -107,16 +107,18 @@ def misfit(problem: Problem, ordinal: int) -> str | None:
         return None
     capability, _, shared, _ = cuda_native.facts(ordinal, emulated)
     least = min(shared_bytes(problem, tiling, emulated) for tiling in _possible(problem, capability, False))
+    in_bf16 = replace(problem, precision="bf16")
+    remedy = "precision='bf16' or " if _chosen(_rounded(in_bf16), ordinal, emulated) is not None else ""
     return (
         f"a network of these sizes needs {least // 1024} KB of shared memory in {problem.precision}, and a block of "
-        f"this GPU has {shared // 1024} KB; use precision='bf16' or backend='triton'"
+        f"this GPU has {shared // 1024} KB; use {remedy}backend='triton'"
     )
 
 
 def _rounded(problem: Problem) -> Problem:
     """With rows that all tilings cut alike, so that few problems are looked at."""
     rows = max(1, -(-problem.rows // 16)) * 16
-    return Problem(problem.spec, problem.precision, rows, problem.steps, problem.networks, problem.saving)
+    return replace(problem, rows=rows)
 
 
 def _possible(problem: Problem, capability: int, wide: bool) -> list[Tiling]:

@@ -20,6 +20,9 @@ if not torch.cuda.is_available():
     # Likewise the CUDA kernels: in an emulator, which tests/cuda_cases.py compiles.
     os.environ.setdefault("DQL_CUDA_EMULATE", "1")
 
+# They hold tests that several files import: a failed assertion there is to show its values too.
+pytest.register_assert_rewrite("kernel_calls", "kernel_critic")
+
 DATASET = "dql/pendulum/mixed-v0"
 
 

@@ -175,15 +175,17 @@ def test_on_an_h200_few_rows_are_spread_and_many_are_not(monkeypatch):
 
 
 @needs_sizes
-def test_a_network_that_does_not_fit_says_so(gpu):
-    problem = Problem(DenoiserSpec(60, 64, 512, 4), "fp32", 1, 5, 1, False)
+@pytest.mark.parametrize(("action_dim", "remedy"), [(9, "precision='bf16' or "), (64, "")])
+def test_a_network_that_does_not_fit_says_so(gpu, action_dim, remedy):
+    """bf16 is offered only where it would fit."""
+    problem = Problem(DenoiserSpec(60, action_dim, 512, 4), "fp32", 1, 5, 1, False)
     said = cuda_plan.misfit(problem, 0)
     if GPUS[gpu][2] < 160 * 1024:
-        assert re.fullmatch(
+        expected = (
             r"a network of these sizes needs \d+ KB of shared memory in fp32, and a block of this GPU has 99 KB; "
-            r"use precision='bf16' or backend='triton'",
-            said,
+            rf"use {remedy}backend='triton'"
         )
+        assert re.fullmatch(expected, said)
         with pytest.raises(ValueError, match="shared memory in fp32"):
             cuda_plan.choose(problem, 0)
     else:

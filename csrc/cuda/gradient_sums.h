@@ -4,6 +4,7 @@
 
 #include "arithmetic.h"
 #include "launch.h"
+#include "small_layer.h"
 
 namespace dql {
 namespace device {
@@ -42,6 +43,7 @@ public:
 private:
     DQL_DEVICE float sum_of(int64_t at) const {
         float sum = a.images[at];
+        DQL_UNROLL_BY_8
         for (int part = 1; part < a.parts; ++part) sum += a.images[part * a.image + at];
         return sum;
     }
@@ -83,19 +85,13 @@ private:
         const int D = net.D;
         const float* embedding = a.embedding + static_cast<int64_t>(k) * D;
         sync_block();
+        small_layer(hidden, a.flat + net.time_w1, D, 1, a.flat + net.time_b1, embedding, 2 * D, D);
         for (int i = thread(); i < 2 * D; i += THREADS) {
-            float z = a.flat[net.time_b1 + i];
-            for (int d = 0; d < D; ++d) z = fmaf(a.flat[net.time_w1 + i * D + d], embedding[d], z);
-            const Activated both = activate_with_slope(z, net.activation);
+            const Activated both = activate_with_slope(hidden[i], net.activation);
             hidden[i] = both.h, slope[i] = both.slope;
         }
         sync_block();
-        for (int i = thread(); i < D; i += THREADS) {
-            float z = a.flat[net.time_b3 + i];
-            for (int d = 0; d < 2 * D; ++d) z = fmaf(a.flat[net.time_w3 + i * 2 * D + d], hidden[d], z);
-            features[i] = z;
-        }
-        sync_block();
+        small_layer(features, a.flat + net.time_w3, 2 * D, 1, a.flat + net.time_b3, hidden, D, 2 * D);
     }
 
     // The first layer's time columns and its bias, TIME_COLUMNS rows of the weight.
@@ -132,16 +128,20 @@ private:
         const int D = net.D;
         float *partial = scratch, *d_features = partial + THREADS, *d_z = d_features + D;  // [THREADS], [D], [2 D]
         float *d_w1 = d_z + 2 * D, *d_w3 = d_w1 + 2 * D * D, *d_b1 = d_w3 + 2 * D * D, *d_b3 = d_b1 + 2 * D;
+        float* d_row = d_b3 + D;  // [H]: of the table
         for (int i = thread(); i < 4 * D * D + 3 * D; i += THREADS) d_w1[i] = 0;
         const int lanes = THREADS / D;  // threads for each feature
         for (int k = 0; k < a.K; ++k) {
+            for (int row = thread(); row < net.H; row += THREADS) d_row[row] = d_table(k, row);
             time_forward(k);
             const int d = thread() % D, of = thread() / D;
             float sum = 0;
-            if (of < lanes)
+            if (of < lanes) {
+                DQL_UNROLL_BY_8
                 for (int row = of; row < net.H; row += lanes)
-                    sum = fmaf(d_table(k, row),
+                    sum = fmaf(d_row[row],
                                a.flat[net.first + static_cast<int64_t>(row) * net.stride + net.time_column + d], sum);
+            }
             partial[thread()] = sum;
             sync_block();
             if (thread() < D) {
@@ -151,11 +151,10 @@ private:
                 d_b3[thread()] += sum;
             }
             sync_block();
+            small_layer(d_z, a.flat + net.time_w3, 1, 2 * D, nullptr, d_features, 2 * D, D);
             for (int i = thread(); i < 2 * D; i += THREADS) {
-                float back = 0;
-                for (int j = 0; j < D; ++j) back = fmaf(d_features[j], a.flat[net.time_w3 + j * 2 * D + i], back);
-                d_z[i] = back * slope[i];
-                d_b1[i] += back * slope[i];
+                d_z[i] *= slope[i];
+                d_b1[i] += d_z[i];
             }
             sync_block();
             const float* embedding = a.embedding + static_cast<int64_t>(k) * D;

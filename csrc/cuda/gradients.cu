@@ -211,22 +211,33 @@ private:
             for (int i = thread(); i < SUMMED_STATES * a.HP; i += THREADS) {
                 const int64_t b = first + i / a.HP;
                 float sum = 0;
-                if (b < a.B)
-                    for (int k = 0; k < a.K; ++k)
-                        for (int n = 0; n < a.N; ++n)
-                            sum += operand_at(d_z, (k * a.RP + b * a.N + n) * a.HP + i % a.HP, a.bf16);
+                if (b < a.B) {
+                    DQL_UNROLL_BY_8
+                    for (int row = 0; row < a.K * a.N; ++row)
+                        sum += operand_at(d_z, (row / a.N * a.RP + b * a.N + row % a.N) * a.HP + i % a.HP, a.bf16);
+                }
                 sums[i] = sum;
             }
             sync_block();
             const float* weight = a.w_states + network * a.w_apart;
-            for (int i = thread(); i < SUMMED_STATES * a.S; i += THREADS) {
-                const int64_t b = first + i / a.S;
-                if (b >= a.B) continue;
-                const float *d = sums + i / a.S * a.HP, *column = weight + i % a.S;
+            // Eight lanes share an output: the weights of one state column lie far apart.
+            const int outputs = SUMMED_STATES * a.S;
+            for (int start = 0; start < outputs; start += THREADS / 8) {
+                const int i = start + thread() / 8;
+                const bool real = i < outputs && first + i / a.S < a.B;
                 float sum = 0;
-                for (int o = 0; o < a.H; ++o) sum = fmaf(d[o], column[static_cast<int64_t>(o) * a.stride], sum);
-                float* out = a.d_states + b * a.S + i % a.S;
-                *out = network == 0 ? sum : *out + sum;
+                if (real) {
+                    const float* d = sums + i / a.S * a.HP;
+                    DQL_UNROLL_BY_8
+                    for (int o = thread() % 8; o < a.H; o += 8)
+                        sum = fmaf(d[o], weight[static_cast<int64_t>(o) * a.stride + i % a.S], sum);
+                }
+                DQL_UNROLL
+                for (int mask = 1; mask < 8; mask *= 2) sum += shuffle_xor(sum, mask);
+                if (real && thread() % 8 == 0) {
+                    float* out = a.d_states + first * a.S + i;
+                    *out = network == 0 ? sum : *out + sum;
+                }
             }
         }
     }
@@ -348,7 +359,7 @@ void gradients(const GradientJob& job, Stream stream) {
     f.column_blocks = net.D > 0 ? (net.H + device::TIME_COLUMNS - 1) / device::TIME_COLUMNS : 0;
     Grid finish;
     finish.x = f.add_blocks + f.column_blocks + (net.D > 0 ? 1 : 0);
-    finish.shared = (12 * net.D + 4 * net.D * net.D + THREADS) * 4;
+    finish.shared = (12 * net.D + 4 * net.D * net.D + THREADS + net.H) * 4;
     launch("the sums of gradients", device::finish_kernel, finish, f, stream);
 }
 

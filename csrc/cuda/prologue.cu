@@ -2,6 +2,7 @@
 // Packed). Everything depends on parameters and states alone, nothing on another part: each block does one piece.
 #include "arithmetic.h"
 #include "launch.h"
+#include "small_layer.h"
 
 namespace dql {
 namespace device {
@@ -107,33 +108,16 @@ private:
         reinterpret_cast<float*>(job.packed + a.places.floats)[i] = number;
     }
 
-    // out[i] = bias[i] + sum over d of weight[i][d] in[d], for i < outputs. Eight lanes share a sum, so that all of the
-    // weight is on its way at once: a step's row is a chain of three such products, and nothing else hides their latency.
-    DQL_DEVICE void small_layer(float* out, const float* weight, const float* bias, const float* in, int outputs,
-                                int inputs) const {
-        for (int first = 0; first < outputs; first += THREADS / 8) {
-            const int i = first + thread() / 8;
-            float sum = 0;
-            if (i < outputs) {
-                DQL_UNROLL_BY_8
-                for (int d = thread() % 8; d < inputs; d += 8) sum = fmaf(weight[i * inputs + d], in[d], sum);
-            }
-            for (int mask = 1; mask < 8; mask *= 2) sum += shuffle_xor(sum, mask);
-            if (i < outputs && thread() % 8 == 0) out[i] = bias[i] + sum;
-        }
-        sync_block();
-    }
-
     // One step's row of the table.
     DQL_DEVICE void time(int k) {
         float* hidden = reinterpret_cast<float*>(shared_memory());  // [2 D]
         float* features = hidden + 2 * MAX_NARROW;                  // [D]
         const int D = net.D;
         const float* embedding = job.embedding + static_cast<int64_t>(k) * D;
-        small_layer(hidden, job.flat + net.time_w1, job.flat + net.time_b1, embedding, 2 * D, D);
+        small_layer(hidden, job.flat + net.time_w1, D, 1, job.flat + net.time_b1, embedding, 2 * D, D);
         for (int i = thread(); i < 2 * D; i += THREADS) hidden[i] = activate(hidden[i], net.activation);
         sync_block();
-        small_layer(features, job.flat + net.time_w3, job.flat + net.time_b3, hidden, D, 2 * D);
+        small_layer(features, job.flat + net.time_w3, 2 * D, 1, job.flat + net.time_b3, hidden, D, 2 * D);
         float* row = reinterpret_cast<float*>(job.packed + a.places.time_table) + static_cast<int64_t>(k) * s.HP;
         for (int column = thread(); column < s.HP; column += THREADS) {
             float sum = 0;

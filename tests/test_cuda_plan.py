@@ -1,0 +1,106 @@
+"""The written model that chooses how a problem is cut for the CUDA kernels, and what overrules it. Which tilings fit
+which GPU is in `test_cuda_resources`."""
+
+import itertools
+import time
+from dataclasses import replace
+
+import pytest
+from cuda_cases import skip_without_emulator, tilings
+
+from dql.kernels import cuda_native, cuda_plan
+from dql.kernels.cuda_plan import WIDE, Problem, Tiling, choose, cycles, forced
+from dql.kernels.layout import CriticSpec, DenoiserSpec
+
+skip_without_emulator()
+
+H200 = (90, 132, 227 * 1024, True)
+A100 = (80, 108, 163 * 1024, False)
+PUBLISHED = Problem(DenoiserSpec(17, 6), "bf16", 256, 5, 1, False)  # of the paper's HalfCheetah
+WAYS = {"saving": {"saving": True}, "critics": {"spec": CriticSpec(17, 6), "steps": 1, "networks": 2}}
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """The GPU that plans are made for from now on; its facts are all that a plan asks of it."""
+
+    def set_facts(facts: tuple[int, int, int, bool]) -> None:
+        monkeypatch.setattr(cuda_native, "facts", lambda ordinal, emulated: facts)
+        cuda_plan._chosen.cache_clear()
+
+    yield set_facts
+    cuda_plan._chosen.cache_clear()
+
+
+@pytest.mark.parametrize("precision", cuda_native.PRECISIONS)
+@pytest.mark.parametrize("way", [{}, *WAYS.values()], ids=["forward", *WAYS])
+def test_the_least_cycles_of_those_that_fit(on, precision, way):
+    on(H200)
+    for rows in (1, 16, 17, 256, 1000, 4096, 1 << 20):
+        problem = replace(PUBLISHED, precision=precision, rows=rows, **way)
+        fitting = [t for t in tilings(precision) if cuda_plan.shared_bytes(problem, t) <= H200[2]]
+        if problem == replace(PUBLISHED, rows=rows):
+            fitting.append(Tiling(1, WIDE, False))
+        chosen = choose(problem, 0)
+        assert chosen in fitting
+        rounded = replace(problem, rows=-(-rows // 16) * 16)
+        assert cycles(rounded, chosen, H200[1]) == min(cycles(rounded, t, H200[1]) for t in fitting)
+
+
+def test_before_hopper_weights_are_streamed(on):
+    on(A100)
+    for precision, rows in itertools.product(cuda_native.PRECISIONS, (1, 256, 65536)):
+        chosen = choose(replace(PUBLISHED, precision=precision, rows=rows), 0)
+        assert (chosen.cluster, chosen.resident) == (1, False) and chosen.m_tiles != WIDE
+
+
+def test_128_rows_are_for_sampling_in_bf16(on):
+    """A forward pass of a denoiser that saves nothing, on the one GPU whose tensor cores it speaks to."""
+    on(H200)
+    many = replace(PUBLISHED, rows=1 << 20)
+    assert choose(many, 0).m_tiles == WIDE
+    others = [replace(many, **way) for way in WAYS.values()]
+    others += [replace(many, precision="tf32"), replace(many, spec=DenoiserSpec(17, 6, 272))]
+    assert all(choose(problem, 0).m_tiles != WIDE for problem in others)
+    on((100, 148, 227 * 1024, False))
+    assert choose(many, 0).m_tiles != WIDE
+
+
+def test_rows_that_all_tilings_cut_alike_share_a_plan(on):
+    on(H200)
+    for rows in (0, 1, 7, 16):
+        choose(replace(PUBLISHED, rows=rows), 0)
+    assert cuda_plan._chosen.cache_info().misses == 1
+    choose(replace(PUBLISHED, rows=17), 0)
+    assert cuda_plan._chosen.cache_info().misses == 2
+
+
+def test_a_plan_that_was_made_costs_little(on):
+    """It is asked for by every call. The bound allows for a machine that is busy."""
+    on(H200)
+    choose(PUBLISHED, 0)
+    start = time.perf_counter()
+    for _ in range(100):
+        choose(PUBLISHED, 0)
+    assert (time.perf_counter() - start) / 100 < 1e-3
+
+
+def test_forced_tilings_nest():
+    first, second = Tiling(1, 1, False), Tiling(2, 1, True)
+    usual = choose(PUBLISHED, 0)
+    with forced(first):
+        with forced(second):
+            with forced(Tiling(1, 1, False)):
+                assert choose(PUBLISHED, 0) == first
+            assert choose(PUBLISHED, 0) == second
+        assert choose(PUBLISHED, 0) == first
+        with pytest.raises(KeyError), forced(second):
+            raise KeyError
+        assert choose(PUBLISHED, 0) == first
+    assert choose(PUBLISHED, 0) == usual
+
+
+def test_a_tiling_in_the_extensions_words():
+    assert Tiling(4, 2, True).numbers("tf32") == (1, 4, 2, 1)
+    assert Tiling(1, WIDE, False).numbers("bf16") == (2, 1, 8, 0)
+    assert Tiling(1, 4, False).rows == 64
