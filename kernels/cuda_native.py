@@ -105,9 +105,13 @@ def cannot_run(ordinal: int) -> str | None:
 
 @lru_cache(maxsize=8)
 def facts(ordinal: int, emulated: bool) -> tuple[int, int, int, bool]:
-    """(compute capability, multiprocessors, bytes of shared memory a block, whether tiles of 128 rows can run)."""
+    """(compute capability, multiprocessors, bytes of shared memory a block, whether tiles of 128 rows can run).
+
+    The capability is that of the code which runs there, if that was compiled for less than the device has.
+    """
     capability, multiprocessors, shared = load(emulated).device(ordinal)
-    return capability, multiprocessors, shared, load(emulated).can_run_wide(ordinal)
+    compiled = load(emulated).compiled_for(ordinal)
+    return min(capability, compiled), multiprocessors, shared, load(emulated).can_run_wide(ordinal)
 
 
 @lru_cache(maxsize=256)

@@ -136,9 +136,16 @@ def _possible(problem: Problem, capability: int, wide: bool) -> list[Tiling]:
 def _chosen(problem: Problem, ordinal: int, emulated: bool) -> Tiling | None:
     capability, multiprocessors, shared, wide = cuda_native.facts(ordinal, emulated)
     fitting = [t for t in _possible(problem, capability, wide) if shared_bytes(problem, t, emulated) <= shared]
-    if not fitting:
-        return None
-    return min(fitting, key=lambda t: (cycles(problem, t, multiprocessors), t.cluster, t.m_tiles))
+    fitting.sort(key=lambda t: (cycles(problem, t, multiprocessors), t.cluster, t.m_tiles))
+    return next((t for t in fitting if _placed(problem, t, ordinal, emulated)), None)
+
+
+def _placed(problem: Problem, tiling: Tiling, ordinal: int, emulated: bool) -> bool:
+    """Whether the device, or the share of it that this process has, takes a cluster of such blocks at all."""
+    if tiling.cluster == 1:
+        return True
+    mlp = cuda_native.mlp(problem.spec, emulated)
+    return int(cuda_native.load(emulated).max_clusters(ordinal, mlp, *tiling.numbers(problem.precision), 0)) > 0
 
 
 def shared_bytes(problem: Problem, tiling: Tiling, emulated: bool | None = None) -> int:

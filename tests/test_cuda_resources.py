@@ -212,3 +212,36 @@ def test_the_table_without_the_extension(monkeypatch):
     monkeypatch.setattr(native_build, "record", lambda of: {"built": False, "reason": sentence})
     with pytest.raises(ImportError, match=sentence):
         cuda_kernels()
+
+
+@needs_sizes
+def test_code_that_stands_in_for_a_newer_gpus_has_no_clusters(monkeypatch):
+    """DQL_CUDA_ARCHS=80 on an H200: the driver compiles the PTX of 80, in which the resident kernels are empty."""
+
+    class Stand:
+        device = staticmethod(lambda ordinal: (90, 132, 227 * 1024))
+        compiled_for = staticmethod(lambda ordinal: 80)
+        can_run_wide = staticmethod(lambda ordinal: False)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_native, "load", lambda emulated: Stand)
+        cuda_native.facts.cache_clear()
+        found = cuda_native.facts(0, True)
+    cuda_native.facts.cache_clear()
+    assert found == (80, 132, 227 * 1024, False)
+    monkeypatch.setattr(cuda_native, "facts", lambda ordinal, emulated: found)
+    cuda_plan._chosen.cache_clear()
+    chosen = cuda_plan.choose(Problem(SPECS[0], "bf16", 256, 5, 1, False), 0)
+    cuda_plan._chosen.cache_clear()
+    assert chosen.resident is False
+
+
+@needs_sizes
+def test_a_device_that_places_no_cluster_gets_none(monkeypatch):
+    """As a share of a GPU may (MIG, MPS)."""
+    monkeypatch.setattr(cuda_native, "facts", lambda ordinal, emulated: GPUS["H200"])
+    monkeypatch.setattr(cuda_plan, "_placed", lambda problem, tiling, ordinal, emulated: tiling.cluster == 1)
+    cuda_plan._chosen.cache_clear()
+    chosen = cuda_plan.choose(Problem(SPECS[0], "bf16", 256, 5, 1, False), 0)
+    cuda_plan._chosen.cache_clear()
+    assert chosen.cluster == 1

@@ -69,7 +69,7 @@ int max_clusters(int ordinal, const Mlp& net, const Tiling& tiling, bool backwar
     check(cudaGetDevice(&before), "cudaGetDevice");
     check(cudaSetDevice(ordinal), "cudaSetDevice");
     try {
-        allow_shared(kernel, bytes, "the chain");
+        allow_shared(reinterpret_cast<const void*>(kernel), bytes, "the chain");
         if (tiling.cluster > 1) {
             cudaLaunchAttribute attribute = {};
             attribute.id = cudaLaunchAttributeClusterDimension;

@@ -74,6 +74,8 @@ public:
           w(warp()),
           g(lane() / 4),
           t(lane() % 4),
+          first_pair(a.division.pair(w, 0)),
+          share(a.division, w, a.groups),
           narrow(a.memory.narrow),
           in(BACKWARD ? a.net.O : a.net.X),
           out(BACKWARD ? a.net.X : a.net.O),
@@ -84,9 +86,8 @@ public:
           own(floats_at(a.memory.own)) {
         w_in = floats + (BACKWARD ? a.net.X * a.NS : 0);
         w_out = floats + (BACKWARD ? 0 : a.net.X * a.NS);
-        idle = a.division.pair(w, 0) >= a.division.pairs;
-        const int range = w % a.division.split;
-        halves = idle ? 0 : a.division.split == 1 ? 3 : range < 2 ? 1 << range : 0;
+        idle = first_pair >= a.division.pairs;
+        halves = idle ? 0 : share.split == 1 ? 3 : share.range < 2 ? 1 << share.range : 0;
         if constexpr (RESIDENT) {
             DQL_UNROLL
             for (int i = 0; i < MAX_CLUSTER; ++i) peers[i] = peer((rank + i) & (blocks - 1));
@@ -206,7 +207,8 @@ private:
             DQL_UNROLL
             for (int half = 0; half < 2; ++half) {
                 const int64_t row = row0 + row_of(m, half);
-                const int state = static_cast<int>(row < a.R ? row : a.R - 1) / a.N;
+                int state = static_cast<int>(row < a.R ? row : a.R - 1);
+                if (a.N > 1) state /= a.N;
                 if (halves >> half & 1) base.state[m][half] = load_floats(part + static_cast<int64_t>(state) * a.HP);
             }
     }
@@ -256,7 +258,7 @@ private:
     DQL_DEVICE void first_layer() {
         const int layer = BACKWARD ? a.net.L - 1 : 0;
         for (int pass = 0; pass < a.division.passes; ++pass) {
-            const int pair = a.division.pair(w, pass);
+            const int pair = first_pair + WARPS * pass;
             if (pair >= a.division.pairs || halves == 0) break;
             float z[MT][2][4];
             Operand slope[MT][2];
@@ -320,7 +322,7 @@ private:
         const int matrix = BACKWARD ? layer : layer - 1;
         const char* h = nullptr;
         for (int pass = 0; pass < a.division.passes; ++pass) {
-            const int pair = a.division.pair(w, pass);
+            const int pair = first_pair + WARPS * pass;
             const bool nothing = pair >= a.division.pairs;
             Operand slope[MT][2];
             if constexpr (BACKWARD) {
@@ -338,11 +340,9 @@ private:
                 ResidentWeights weights = {
                     memory + a.memory.weights + (matrix * a.division.pairs + pair) * 2 * tile_bytes + lane() * 16,
                     tile_bytes};
-                product<P, MT>(z, floats_at(a.memory.sums), h, a.memory.row_bytes, weights, a.division, w,
-                               a.groups, nothing);
+                product<P, MT>(z, floats_at(a.memory.sums), h, a.memory.row_bytes, weights, share, w, nothing);
             } else {
-                product<P, MT>(z, floats_at(a.memory.sums), h, a.memory.row_bytes, stream, a.division, w,
-                               a.groups, nothing);
+                product<P, MT>(z, floats_at(a.memory.sums), h, a.memory.row_bytes, stream, share, w, nothing);
             }
             if (halves == 0) break;
             if constexpr (!BACKWARD) {
@@ -448,7 +448,7 @@ private:
     // What the first layer of a step needs, while something else is waited for.
     DQL_DEVICE void load_ahead(int step) {
         if constexpr (!BACKWARD) {
-            if (!idle && step < a.K) load_base(base, a.division.pair(w, 0), step);
+            if (!idle && step < a.K) load_base(base, first_pair, step);
         }
     }
 
@@ -491,6 +491,8 @@ private:
         if (draws() && !others_draw()) draw_next(thread(), THREADS);  // while the sums are under way
         load_ahead(k + 1);
         const Step step(critic ? nullptr : a.steps + k * STEP_STRIDE);
+        float bias[4] = {0, 0, 0, 0};  // of the first quad; whatever comes from device memory is asked for before the wait
+        if (!BACKWARD && first_quad() < all_quads()) read_bias(bias, first_quad());
         if (exchanged && first_quad() < all_quads()) {
             barrier_wait(barriers + 3, sums_turn & 1);
             if (thread() == 0) barrier_expect(barriers + 3, static_cast<uint32_t>(blocks * M * narrow * 4));
@@ -500,26 +502,30 @@ private:
         for (int quad = first_quad(); quad < all_quads(); quad += THREADS) {
             const float4 four = sum_of(from, exchanged ? blocks : slots(), quad);
             const float sum[4] = {four.x, four.y, four.z, four.w};
+            if (!BACKWARD && quad != first_quad()) read_bias(bias, quad);
             if constexpr (BACKWARD)
                 update_backward(step, sum, quad);
             else
-                update_forward(step, sum, quad);
+                update_forward(step, sum, quad, bias);
         }
     }
 
-    DQL_DEVICE void update_forward(const Step& step, const float (&sum)[4], int quad) {
+    DQL_DEVICE void read_bias(float (&bias)[4], int quad) const {
+        read(bias, a.flat + a.net.out_bias + (a.first_network + network) * a.net.apart, quad % quads(), a.net.O);
+    }
+
+    DQL_DEVICE void update_forward(const Step& step, const float (&sum)[4], int quad, const float (&bias)[4]) {
         const int row = quad / quads(), q = quad % quads(), A = a.net.X;
         const int64_t at = row0 + row;
         if (critic) {
-            const float bias = a.flat[a.net.out_bias + (a.first_network + network) * a.net.apart];
-            if (q == 0 && rank == 0 && at < a.R) a.out[network * a.R + at] = sum[0] + bias;
+            if (q == 0 && rank == 0 && at < a.R) a.out[network * a.R + at] = sum[0] + bias[0];
             return;
         }
         float x[4], x0_before[4], noise[4] = {0, 0, 0, 0};
         get(x, v + 4 * quad);
         get(x0_before, own_place(0, quad));
         if (draws()) get(noise, own_place(1, quad));
-        const Updated updated = chain_step(a, step, k, sum, x, x0_before, noise, q);
+        const Updated updated = chain_step(a, step, k, sum, bias, x, x0_before, noise);
         put(own_place(0, quad), updated.x0);
         put(v + 4 * quad, updated.next);
         const bool last = k + 1 == a.K;
@@ -553,6 +559,8 @@ private:
     char* memory;
     int blocks, rank, network;
     int w, g, t;  // of this lane: warp, row and quarter of fragments
+    int first_pair;
+    Share share;
     int narrow, in, out;
     bool critic, idle;
     Peer peers[RESIDENT ? MAX_CLUSTER : 1];  // the cluster's blocks, this one first: not all send to the same at once

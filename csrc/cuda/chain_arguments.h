@@ -92,9 +92,8 @@ struct Updated {
 
 // x0 = clamp(a x - b eps), x' = c0 x0 + cx x + cp x0_before + s noise: kernels/reference.py. `sums` is eps without bias.
 DQL_DEVICE Updated chain_step(const ChainArguments& a, const Step& step, int k, const float (&sums)[4],
-                              const float (&x)[4], const float (&x0_before)[4], const float (&noise)[4], int quad) {
-    float bias[4] = {0, 0, 0, 0};
-    read(bias, a.flat + a.net.out_bias, quad, a.net.O);
+                              const float (&bias)[4], const float (&x)[4], const float (&x0_before)[4],
+                              const float (&noise)[4]) {
     Updated u;
     DQL_UNROLL
     for (int i = 0; i < 4; ++i) {

@@ -1,7 +1,10 @@
 // One way to launch a kernel, on the GPU or in the emulator.
 #pragma once
 
+#include <mutex>
+#include <set>
 #include <string>
+#include <utility>
 
 #include "device.h"
 #include "host.h"
@@ -27,18 +30,25 @@ inline void check(cudaError_t status, const std::string& call) {
     throw CudaError(call + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")");
 }
 
-// More than 48 KB of shared memory must be asked for, once a kernel and device.
-template <class Job>
-void allow_shared(void (*kernel)(Job), int64_t bytes, const char* name) {
+// More than 48 KB of shared memory must be asked for: once for each kernel and device, and then all that a block may
+// have, so that threads with networks of different sizes do not take it from each other.
+inline void allow_shared(const void* kernel, int64_t bytes, const char* name) {
     if (bytes <= 48 * 1024) return;
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(bytes)),
+    static std::mutex mutex;
+    static std::set<std::pair<const void*, int>> done;
+    int ordinal = 0, most = 0;
+    check(cudaGetDevice(&ordinal), "cudaGetDevice");
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (done.count({kernel, ordinal}) > 0) return;
+    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal), "cudaDeviceGetAttribute");
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
           std::string("cudaFuncSetAttribute of ") + name);
+    done.insert({kernel, ordinal});
 }
 
 template <class Job>
 void launch(const char* name, void (*kernel)(Job), const Grid& grid, const Job& job, Stream stream) {
-    allow_shared(kernel, grid.shared, name);
+    allow_shared(reinterpret_cast<const void*>(kernel), grid.shared, name);
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
     config.blockDim = dim3(static_cast<unsigned>(grid.threads));

@@ -91,6 +91,13 @@ DQL_CUDA_FUNCTION(cannot_run) {
     });
 }
 
+DQL_CUDA_FUNCTION(compiled_for) {
+    return guarded([&] {
+        Reader args(items, count, 1, "compiled_for");
+        return PyLong_FromLong(cuda::compiled_for(args.number_of()));
+    });
+}
+
 DQL_CUDA_FUNCTION(can_run_wide) {
     return guarded([&] {
         Reader args(items, count, 1, "can_run_wide");
@@ -288,6 +295,7 @@ PyMethodDef methods[] = {
     DQL_ENTRY(versions, "-> (driver's or 0, runtime's), 13000 for 13.0"),
     DQL_ENTRY(device, "ordinal -> (compute capability, multiprocessors, bytes of shared memory a block)"),
     DQL_ENTRY(cannot_run, "ordinal -> None or why no kernel runs there"),
+    DQL_ENTRY(compiled_for, "ordinal -> compute capability that the code which runs there was compiled for"),
     DQL_ENTRY(can_run_wide, "ordinal -> bool: the kernel for 128 rows a tile"),
     DQL_ENTRY(mlp,
               "S, X, D, H, L, O, activation, networks, size of flat, apart, stride, x column, time column, state column, "

@@ -10,6 +10,16 @@ namespace device {
 
 DQL_DEVICE uint4 load16(const char* at) { return *reinterpret_cast<const uint4*>(at); }
 
+// A warp's part in every product: its k-groups, and which of the ranges they are. Divisions are done once.
+struct Share {
+    int first, last, range, split;
+    DQL_DEVICE Share(const Division& division, int w, int groups)
+        : first(division.first_group(w, groups)),
+          last(division.last_group(w, groups)),
+          range(w % division.split),
+          split(division.split) {}
+};
+
 // A pair's weights in shared memory for good.
 struct ResidentWeights {
     const char* at;  // this lane's 16 bytes of the first fragment
@@ -175,16 +185,16 @@ DQL_DEVICE void scalar_product(float* sums, const char* h, int row_bytes, Weight
 // warps meet.
 template <Precision P, int MT, class Weights>
 DQL_DEVICE void product(float (&z)[MT][2][4], float* all_sums, const char* h, int row_bytes, Weights& weights,
-                        const Division& division, int w, int groups, bool idle) {
+                        const Share& share, int w, bool idle) {
     float* sums = all_sums + w * MT * 256;
-    const int first = division.first_group(w, groups), last = division.last_group(w, groups);
+    const int first = share.first, last = share.last;
     if (!idle) {
         if constexpr (P == Precision::FP32)
             scalar_product<MT>(sums, h, row_bytes, weights, first, last);
         else
             tensor_product<P, MT>(z, h, row_bytes, weights, first, last);
     }
-    if (division.split == 1) {
+    if (share.split == 1) {
         if (P == Precision::FP32 && !idle) {
             sync_warp();
             DQL_UNROLL
@@ -209,13 +219,13 @@ DQL_DEVICE void product(float (&z)[MT][2][4], float* all_sums, const char* h, in
         }
     }
     sync_block();
-    const int range = w % division.split;
+    const int range = share.range;
     if (idle || range > 1) return;
     const float* of_pair = sums - range * MT * 256;
     DQL_UNROLL
     for (int m = 0; m < MT; ++m) {
         float4 sum = make_float4(0, 0, 0, 0);
-        for (int other = 0; other < division.split; ++other) {
+        for (int other = 0; other < share.split; ++other) {
             const float4 part = load_floats(of_pair + other * MT * 256 + ((m * 2 + range) * 32 + lane()) * 4);
             sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
         }

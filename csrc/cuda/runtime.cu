@@ -23,9 +23,8 @@ private:
 };
 
 // "", or CUDA's words for why this kernel has no code for the device.
-std::string no_code(int ordinal, ChainKernel kernel) {
+std::string no_code(int ordinal, ChainKernel kernel, cudaFuncAttributes& attributes) {
     const OnDevice here(ordinal);
-    cudaFuncAttributes attributes;
     const cudaError_t status = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
     if (status == cudaSuccess) return "";
     cudaGetLastError();
@@ -54,11 +53,19 @@ Device device(int ordinal) {
 }
 
 std::string cannot_run(int ordinal) {
-    return no_code(ordinal, chain_kernel_for<Precision::FP32>({Precision::FP32, 1, 1, false}, false));
+    cudaFuncAttributes unused;
+    return no_code(ordinal, chain_kernel_for<Precision::FP32>({Precision::FP32, 1, 1, false}, false), unused);
+}
+
+int compiled_for(int ordinal) {
+    cudaFuncAttributes attributes;
+    const ChainKernel kernel = chain_kernel_for<Precision::FP32>({Precision::FP32, 1, 1, true}, false);
+    return no_code(ordinal, kernel, attributes).empty() ? attributes.ptxVersion : 0;
 }
 
 bool can_run_wide(int ordinal) {
-    return device(ordinal).capability == 90 && no_code(ordinal, wide_chain_kernel_for(256)).empty();
+    cudaFuncAttributes unused;
+    return device(ordinal).capability == 90 && no_code(ordinal, wide_chain_kernel_for(256), unused).empty();
 }
 
 void use_device(int ordinal) { check(cudaSetDevice(ordinal), "cudaSetDevice"); }
@@ -70,6 +77,7 @@ int driver_version() { return 0; }
 int runtime_version() { return 0; }
 Device device(int) { return {EMULATED_CAPABILITY, 4, 227 * 1024}; }
 std::string cannot_run(int) { return ""; }
+int compiled_for(int) { return EMULATED_CAPABILITY; }
 bool can_run_wide(int) { return true; }
 void use_device(int) {}
 

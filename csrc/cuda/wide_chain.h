@@ -275,7 +275,9 @@ private:
             get(x0_before, narrow_at(own, row) + 4 * q);
             const bool last = k + 1 == a.K;
             if (!last) draw(a, noise, row0 + row, q, k + 1);
-            const Updated updated = chain_step(a, step, k, sum, x, x0_before, noise, q);
+            float bias[4] = {0, 0, 0, 0};
+            read(bias, a.flat + a.net.out_bias, q, a.net.O);
+            const Updated updated = chain_step(a, step, k, sum, bias, x, x0_before, noise);
             put(narrow_at(own, row) + 4 * q, updated.x0);
             put(narrow_at(v, row) + 4 * q, updated.next);
             if (last && row0 + row < a.R) write_actions(a, row0 + row, q, updated.next);
