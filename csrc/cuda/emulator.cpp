@@ -1,401 +1,185 @@
 #include "emulator.h"
 
 #include <stdlib.h>
-#include <sys/mman.h>
 
-#include <map>
-#include <sstream>
-#include <vector>
-
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
+#include "emulator_machine.h"
 
 namespace dql {
 namespace emulator {
 
-thread_local Here here;
+__thread Here here = {0, 0, 0, 0, 0, 0, 1, nullptr};
 
 namespace {
 
-constexpr size_t STACK = 64 * 1024;
-constexpr int64_t GUARD = 1024;  // bytes behind shared memory that nobody may write
-constexpr char POISON = static_cast<char>(0xff);
-
-[[noreturn]] void wrong(const std::string& what) {
-    std::ostringstream text;
-    text << "emulator: " << what << " (block " << here.block_x << ", " << here.block_y << ", thread " << here.thread << ")";
-    throw std::runtime_error(text.str());
-}
-
-struct Phase {  // of threads that meet
-    int count = 0, generation = 0;
-};
-
-struct BarrierState {
-    int arrivals = 0, pending = 0, phase = 0;
-    int64_t bytes = 0;
-    bool expected = false;
-};
-
-struct Product {  // of wgmma, not yet made
-    float* d;
-    int columns;
-    uint64_t a, b;
-    bool add;
-};
-
-struct Fiber {
-    Here where;
-    bool done = false;
-    std::function<bool()> ready;
-    const char* waits = "";
-    const void* waits_for = nullptr;
-#if defined(__x86_64__)
-    void* stack_pointer = nullptr;
-#else
-    ucontext_t context;
-#endif
-    struct Copy {
-        void* to;
-        const void* from;
-    };
-    std::vector<std::vector<Copy>> groups;  // closed, the oldest first; the last one is open
-    std::vector<std::vector<Product>> products;
-};
-
-struct Warp {
-    Phase phase;
-    Collective kind = Collective::NONE;
-    uint32_t in[32][6];
-};
-
-struct Block {
-    std::vector<char> memory;
-    char* shared = nullptr;
-    int64_t size = 0;
-    int finished = 0;
-    Phase all;
-    std::map<int, Phase> some;
-    std::vector<Warp> warps;
-    std::map<const void*, BarrierState> barriers;
-};
-
-struct Delivery {  // bytes on their way
-    char* to;
-    const char* from;  // null: `value`
-    uint32_t value[4];
-    uint32_t bytes;
-    const void* barrier;
-    int rank;
-};
-
-struct Machine {
-    const std::function<void()>* body = nullptr;
-    int cluster = 1, threads = 0;
-    std::vector<Block> blocks;
-    std::vector<Fiber> fibers;
-    Phase all;
-    std::vector<Delivery> deliveries;
-    Fiber* current = nullptr;
-    std::string error;
-#if defined(__x86_64__)
-    void* scheduler = nullptr;
-#else
-    ucontext_t scheduler;
-#endif
-};
-
-thread_local Machine* machine = nullptr;
-thread_local uint64_t random_state = 1;
-
-uint32_t drawn() {
-    random_state = random_state * 6364136223846793005ull + 1442695040888963407ull;
-    return static_cast<uint32_t>(random_state >> 33);
-}
-
-// Stacks stay mapped for the next run.
-class Stacks {
-public:
-    char* of(size_t fiber, size_t count) {
-        if (count > count_) {
-            if (memory_ != nullptr) munmap(memory_, count_ * STACK);
-            memory_ = static_cast<char*>(
-                mmap(nullptr, count * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-            if (memory_ == MAP_FAILED) throw std::bad_alloc();
-            count_ = count;
-        }
-        return memory_ + fiber * STACK;
-    }
-    ~Stacks() {
-        if (memory_ != nullptr) munmap(memory_, count_ * STACK);
-    }
-
-private:
-    char* memory_ = nullptr;
-    size_t count_ = 0;
-};
-thread_local Stacks stacks;
-
-// ---- switching ----
-
-#if defined(__x86_64__)
-extern "C" void dql_emulator_switch(void** from, void* to);
-asm(R"(
-.text
-.local dql_emulator_switch
-.type dql_emulator_switch, @function
-dql_emulator_switch:
-    pushq %rbp
-    pushq %rbx
-    pushq %r12
-    pushq %r13
-    pushq %r14
-    pushq %r15
-    movq %rsp, (%rdi)
-    movq %rsi, %rsp
-    popq %r15
-    popq %r14
-    popq %r13
-    popq %r12
-    popq %rbx
-    popq %rbp
-    ret
-)");
-
-void to_scheduler(Fiber& from) { dql_emulator_switch(&from.stack_pointer, machine->scheduler); }
-void to_fiber(Fiber& to) { dql_emulator_switch(&machine->scheduler, to.stack_pointer); }
-#else
-void to_scheduler(Fiber& from) { swapcontext(&from.context, &machine->scheduler); }
-void to_fiber(Fiber& to) { swapcontext(&machine->scheduler, &to.context); }
-#endif
-
 void entry() {
+    Machine& m = *machine;
+    arrived(m.scheduler);
+    Fiber& me = *m.current;
     try {
-        (*machine->body)();
-        for (const auto& group : machine->current->groups)
-            if (!group.empty()) wrong("a thread ended with copies under way that nobody waited for");
-        if (!machine->current->products.empty()) wrong("a thread ended with products under way that nobody waited for");
+        (*m.body)();
     } catch (const std::exception& error) {
-        machine->error = error.what();
+        m.error = error.what();
+    } catch (...) {
+        m.error = "emulator: a kernel threw something that is no std::exception";
     }
-    machine->current->done = true;
-    to_scheduler(*machine->current);
+    me.done = true;
+    go(me.context, m.scheduler);
     abort();  // nobody goes back to a fiber that is done
 }
 
-void start(Fiber& fiber, char* stack) {
-#if defined(__x86_64__)
-    auto* top = reinterpret_cast<uint64_t*>(stack + STACK);
-    *--top = 0;
-    *--top = reinterpret_cast<uint64_t>(&entry);
-    for (int i = 0; i < 6; ++i) *--top = 0;
-    fiber.stack_pointer = top;
-#else
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = stack;
-    fiber.context.uc_stack.ss_size = STACK;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, entry, 0);
-#endif
+void end_of_block(Machine& m, Block& block) {
+    for (const Delivery& d : m.deliveries)
+        if (&m.blocks[d.rank] == &block) wrong("a block ended while ", d.bytes, " bytes to it were under way");
+    for (const auto& barrier : block.barriers) check_not_overwritten(here.rank, barrier.first);
+    check_guards(block);
+    for (int w = 0; w < m.threads / 32; ++w)
+        if (w % 4 != 0 && block.warps[w].groups != block.warps[w - 1].groups)
+            wrong("warps of a warp group closed ", block.warps[w].groups, " and ", block.warps[w - 1].groups,
+                  " groups of wgmma");
 }
 
-template <class Ready>
-void wait_until(const char* what, const void* which, Ready ready) {
-    if (ready()) return;
-    Fiber& me = *machine->current;
-    me.ready = ready;
-    me.waits = what;
-    me.waits_for = which;
-    to_scheduler(me);
+void end_of_thread(Machine& m, Warp& warp, Fiber& fiber) {
+    Block& block = my_block();
+    if (!fiber.copies.empty()) wrong("a thread ended with copies under way that it did not wait for");
+    if (!fiber.products.empty() || !warp.products.empty())
+        wrong("a thread ended with wgmma under way that it did not wait for");
+    if (warp.arrived != 0) wrong("a lane ended while others of its warp wait in ", name_of(warp.kind));
+    if (block.all.warps != 0) wrong("a thread ended while others of its block wait in sync_block");
+    if (m.met != 0) wrong("a thread ended while others of its cluster wait in sync_cluster");
+    warp.ended |= 1u << (here.thread & 31);
+    warp.runnable &= ~warp.ended;
+    if (++block.ended == m.threads) end_of_block(m, block);
 }
 
-// ---- meeting ----
-
-Block& my_block() { return machine->blocks[here.rank]; }
-
-void meet(const char* what, Phase& phase, int total) {
-    const int mine = phase.generation;
-    if (++phase.count == total) {
-        phase.count = 0;
-        ++phase.generation;
-        return;
+// One turn of a warp: every lane that can, until it waits. Either end may be first: nothing orders them.
+void run_warp(Machine& m, Warp& warp) {
+    const bool backwards = drawn() % 2 != 0;
+    for (uint32_t lanes = warp.runnable; lanes != 0;) {
+        const int lane = backwards ? 31 - __builtin_clz(lanes) : __builtin_ctz(lanes);
+        lanes &= ~(1u << lane);
+        Fiber& fiber = warp.fibers[lane];
+        m.current = &fiber;
+        here = fiber.where;
+        go(m.scheduler, fiber.context);
+        if (!m.error.empty()) throw std::runtime_error(m.error);
+        if (fiber.done) end_of_thread(m, warp, fiber);
     }
-    wait_until(what, &phase, [&phase, mine] { return phase.generation != mine; });
+    m.current = nullptr;
 }
 
-Warp& my_warp(Collective kind) {
-    Warp& warp = my_block().warps[here.thread >> 5];
-    static const char* const names[] = {"none", "sync_warp", "shuffle_xor", "mma_bf16", "mma_tf32", "wgmma"};
-    if (warp.phase.count == 0)
-        warp.kind = kind;
-    else if (warp.kind != kind)
-        wrong(std::string("lanes of a warp meet in ") + names[static_cast<int>(warp.kind)] + " and in " +
-              names[static_cast<int>(kind)]);
-    return warp;
+// For a while nobody, one warp, one block, or all but one warp run only when nobody else can.
+void choose_lazy(Machine& m) {
+    const uint32_t kind = drawn() % 4;
+    const size_t one = drawn() % m.warps.size(), per_block = m.threads / 32;
+    for (size_t w = 0; w < m.warps.size(); ++w)
+        m.warps[w].lazy = (kind == 1 && w == one) || (kind == 2 && w / per_block == one / per_block) ||
+                          (kind == 3 && w != one);
 }
 
-// ---- barriers and deliveries ----
-
-BarrierState& state_of(const void* barrier) {
-    for (Block& block : machine->blocks) {
-        const auto found = block.barriers.find(barrier);
-        if (found != block.barriers.end()) return found->second;
+// Often the one that ran last: it gets ahead, and what it uses is in the cache.
+Warp* choose_warp(Machine& m, Warp* last) {
+    if (drawn() % 128 == 0) choose_lazy(m);
+    if (last != nullptr && last->runnable != 0 && !last->lazy && drawn() % 4 != 0) return last;
+    const size_t count = m.warps.size(), first = drawn() % count;
+    Warp* lazy = nullptr;
+    for (size_t n = 0; n < count; ++n) {
+        Warp& warp = m.warps[(first + n) % count];
+        if (warp.runnable == 0) continue;
+        if (!warp.lazy) return &warp;
+        if (lazy == nullptr) lazy = &warp;
     }
-    wrong("a barrier was never initialised");
+    return lazy;
 }
 
-void settle(BarrierState& state) {
-    if (state.pending > 0 || state.bytes != 0) return;
-    ++state.phase;
-    state.pending = state.arrivals;
-    state.expected = false;
+void begin_cluster(Machine& m, int64_t x, int64_t y, int64_t blocks_x, int64_t blocks_y, int64_t shared_bytes) {
+    const int per_block = m.threads / 32;
+    m.met = 0;
+    for (int rank = 0; rank < m.cluster; ++rank) {
+        Block& block = m.blocks[rank];
+        fill(block, shared_bytes);
+        block.ended = 0;
+        block.warps = &m.warps[rank * per_block];
+        block.barriers.clear();
+    }
+    for (size_t w = 0; w < m.warps.size(); ++w) {
+        Warp& warp = m.warps[w];
+        warp.fibers = &m.fibers[w * 32];
+        warp.runnable = ALL_LANES;
+        warp.arrived = warp.ended = 0;
+        warp.groups = 0;
+    }
+    for (size_t i = 0; i < m.fibers.size(); ++i) {
+        Fiber& fiber = m.fibers[i];
+        const int rank = static_cast<int>(i) / m.threads;
+        fiber.where = {static_cast<int>(i) % m.threads,
+                       static_cast<int>(x) + rank,
+                       static_cast<int>(y),
+                       static_cast<int>(blocks_x),
+                       static_cast<int>(blocks_y),
+                       rank,
+                       m.cluster,
+                       m.blocks[rank].shared};
+        fiber.done = fiber.fenced = false;
+        fiber.groups = 0;
+        prepare(fiber.context, stacks.at(i, m.fibers.size()), entry);
+    }
+    choose_lazy(m);
 }
 
-void deliver(size_t index) {
-    const Delivery d = machine->deliveries[index];
-    machine->deliveries[index] = machine->deliveries.back();
-    machine->deliveries.pop_back();
-    if (machine->blocks[d.rank].finished == machine->threads) wrong("bytes arrive at a block that has ended");
-    memcpy(d.to, d.from != nullptr ? d.from : reinterpret_cast<const char*>(d.value), d.bytes);
-    BarrierState& state = state_of(d.barrier);
-    state.bytes -= d.bytes;
-    settle(state);
-}
-
-void check_inside(const void* at, int64_t bytes, int64_t unit, const char* what) {
-    const Block& block = my_block();
-    const int64_t offset = static_cast<const char*>(at) - block.shared;
-    if (offset < 0 || offset + bytes > block.size)
-        wrong(std::string(what) + " goes to bytes " + std::to_string(offset) + " .. of " + std::to_string(block.size) +
-              " of shared memory");
-    if (offset % unit != 0 || bytes % unit != 0)
-        wrong(std::string(what) + " of " + std::to_string(bytes) + " bytes to offset " + std::to_string(offset) +
-              " is not at a multiple of " + std::to_string(unit));
-}
-
-void send(int rank, int to, const uint32_t* value, uint32_t bytes, int barrier) {
-    check_inside(here.shared + to, bytes, bytes, "a store to another block");
-    char* shared = machine->blocks[rank].shared;
-    Delivery d = {shared + to, nullptr, {}, bytes, shared + barrier, rank};
-    memcpy(d.value, value, bytes);
-    state_of(d.barrier);
-    machine->deliveries.push_back(d);
-}
-
-// ---- a cluster ----
-
-std::string stuck() {
-    std::ostringstream text;
-    text << "emulator: nobody can go on:";
-    std::map<std::string, int> groups;
-    for (const Fiber& fiber : machine->fibers) {
-        if (fiber.done) continue;
-        std::ostringstream one;
-        one << " block " << fiber.where.block_x << " warp " << fiber.where.thread / 32 << " waits in " << fiber.waits;
-        for (const Block& block : machine->blocks) {
-            const auto found = block.barriers.find(fiber.waits_for);
-            if (found != block.barriers.end())
-                one << " at byte " << static_cast<const char*>(fiber.waits_for) - block.shared << ", phase "
-                    << found->second.phase << ", arrivals missing " << found->second.pending << ", bytes missing "
-                    << found->second.bytes;
+void run_cluster(Machine& m) {
+    const auto running = [&] {
+        for (const Block& block : m.blocks)
+            if (block.ended < m.threads) return true;
+        return false;
+    };
+    for (Warp* warp = nullptr; true;) {
+        warp = choose_warp(m, warp);
+        if (warp != nullptr) {
+            run_warp(m, *warp);
+            if (order_now == Order::RANDOM && !m.deliveries.empty() && drawn() % 16 == 0)
+                land_one(drawn() % m.deliveries.size());
+        } else if (!running()) {
+            return;
+        } else if (m.deliveries.empty()) {
+            throw std::runtime_error(stuck(m));
+        } else {
+            land_some();
         }
-        ++groups[one.str()];
     }
-    int shown = 0;
-    for (const auto& group : groups)
-        if (++shown <= 12) text << group.first << " (" << group.second << " threads);";
-    return text.str();
-}
-
-void run_cluster(Machine& m, int64_t x, int64_t y, int64_t blocks_x, int64_t blocks_y, int64_t shared_bytes) {
-    const size_t count = static_cast<size_t>(m.cluster) * m.threads;
-    m.blocks = std::vector<Block>(m.cluster);
-    m.fibers = std::vector<Fiber>(count);
-    m.all = Phase();
-    for (Block& block : m.blocks) {
-        block.memory.assign(shared_bytes + GUARD + 1024, POISON);
-        block.shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(block.memory.data()) + 1023) & ~uintptr_t{1023});
-        block.size = shared_bytes;
-        block.warps.resize(m.threads / 32);
-    }
-    for (size_t i = 0; i < count; ++i) {
-        Here& where = m.fibers[i].where;
-        where.thread = static_cast<int>(i) % m.threads;
-        where.rank = static_cast<int>(i) / m.threads;
-        where.block_x = static_cast<int>(x) + where.rank, where.block_y = static_cast<int>(y);
-        where.blocks_x = static_cast<int>(blocks_x), where.blocks_y = static_cast<int>(blocks_y);
-        where.cluster = m.cluster;
-        where.shared = m.blocks[where.rank].shared;
-        m.fibers[i].groups.resize(1);
-        start(m.fibers[i], stacks.of(i, count));
-    }
-    size_t left = count;
-    const size_t warps = count / 32;
-    while (left > 0) {
-        bool moved = false;
-        const size_t first = drawn() % warps, step = drawn() % 2 != 0 ? 1 : warps - 1;
-        for (size_t n = 0; n < warps; ++n) {
-            const size_t warp = (first + n * step) % warps;
-            if (m.cluster * m.threads > 64 && drawn() % 4 == 0) continue;  // it sleeps for a while
-            for (size_t lane = 0; lane < 32; ++lane) {
-                Fiber& fiber = m.fibers[warp * 32 + lane];
-                if (fiber.done) continue;
-                if (fiber.ready) {
-                    if (!fiber.ready()) continue;
-                    fiber.ready = nullptr;
-                }
-                moved = true;
-                m.current = &fiber;
-                here = fiber.where;
-                to_fiber(fiber);
-                if (!m.error.empty()) throw std::runtime_error(m.error);
-                if (fiber.done) {
-                    --left;
-                    ++m.blocks[fiber.where.rank].finished;
-                }
-            }
-            if (!m.deliveries.empty() && drawn() % 16 == 0) deliver(drawn() % m.deliveries.size());
-        }
-        if (moved) continue;
-        bool possible = !m.deliveries.empty();
-        for (const Fiber& fiber : m.fibers) possible = possible || (!fiber.done && (!fiber.ready || fiber.ready()));
-        if (!possible && left > 0) throw std::runtime_error(stuck());
-        for (size_t n = m.deliveries.empty() ? 0 : 1 + drawn() % m.deliveries.size(); n > 0; --n)
-            deliver(drawn() % m.deliveries.size());
-    }
-    if (!m.deliveries.empty()) throw std::runtime_error("emulator: a cluster ended with bytes under way");
-    for (const Block& block : m.blocks)
-        for (int64_t i = 0; i < GUARD; ++i)
-            if (block.shared[block.size + i] != POISON)
-                throw std::runtime_error("emulator: a byte behind the block's shared memory was written, " +
-                                         std::to_string(i) + " behind its end");
 }
 
 }  // namespace
 
 void seed(uint64_t value) { random_state = value * 2 + 1; }
+void order(Order value) { order_now = value; }
 
 void run(const std::function<void()>& body, int64_t blocks_x, int64_t blocks_y, int cluster, int threads,
          int64_t shared_bytes) {
-    if (threads % 32 != 0 || threads < 32 || threads > 1024 || cluster < 1 || blocks_x % cluster != 0)
-        throw std::runtime_error("emulator: a grid of such a shape cannot be launched");
+    if (machine != nullptr) throw std::runtime_error("emulator: a kernel cannot launch another");
+    if (threads % 32 != 0 || threads < 32 || threads > 1024 || cluster < 1 || cluster > 8 || blocks_x % cluster != 0 ||
+        blocks_x < 1 || blocks_y < 1 || shared_bytes < 0)
+        throw std::runtime_error(text_of("emulator: no grid has ", blocks_x, " x ", blocks_y, " blocks in clusters of ",
+                                         cluster, ", ", threads, " threads and ", shared_bytes,
+                                         " bytes of shared memory"));
+    struct Restored {
+        ~Restored() {
+            machine = nullptr;
+            here = {0, 0, 0, 0, 0, 0, 1, nullptr};
+        }
+    };
     Machine m;
     m.body = &body;
     m.cluster = cluster, m.threads = threads;
-    Machine* const before = machine;
-    const Here here_before = here;
+    m.blocks.resize(cluster);
+    m.warps.resize(cluster * threads / 32);
+    m.fibers.resize(cluster * threads);
+    const Restored restored;
     machine = &m;
-    try {
-        for (int64_t y = 0; y < blocks_y; ++y)
-            for (int64_t x = 0; x < blocks_x; x += cluster) run_cluster(m, x, y, blocks_x, blocks_y, shared_bytes);
-    } catch (...) {
-        machine = before;
-        here = here_before;
-        throw;
-    }
-    machine = before;
-    here = here_before;
+    for (int64_t y = 0; y < blocks_y; ++y)
+        for (int64_t x = 0; x < blocks_x; x += cluster) {
+            begin_cluster(m, x, y, blocks_x, blocks_y, shared_bytes);
+            run_cluster(m);
+        }
 }
 
 }  // namespace emulator
@@ -405,169 +189,216 @@ namespace device {
 using namespace emulator;
 
 void sync_block() {
-    if (my_block().finished > 0) wrong("sync_block after a thread of the block has ended");
-    meet("sync_block", my_block().all, machine->threads);
+    if (my_block().ended > 0) wrong("sync_block after a thread of the block has ended");
+    if (!last_of_warp(Collective::BLOCK) || !met(my_block().all, machine->threads)) sleep_in("sync_block");
 }
+
 void sync_some(int which, int threads) {
-    if (which < 1 || which > 15 || threads % 32 != 0) wrong("sync_some: barriers are 1 .. 15, threads whole warps");
-    meet("sync_some", my_block().some[which], threads);
+    if (which < 1 || which > 15 || threads % 32 != 0 || threads < 32 || threads > machine->threads)
+        wrong("sync_some(", which, ", ", threads, "): barriers are 1 .. 15, threads whole warps of the block");
+    Meeting& meeting = my_block().some[which];
+    if (meeting.threads == 0) meeting.threads = threads;
+    if (meeting.threads != threads)
+        wrong("sync_some(", which, ") of ", threads, " threads, but others meet there with ", meeting.threads);
+    if (!last_of_warp(Collective::SOME, which) || !met(meeting, threads))
+        sleep_in("sync_some", which, threads);
 }
-void sync_warp() { meet("sync_warp", my_warp(Collective::SYNC).phase, 32); }
+
+void sync_warp() {
+    together(Collective::WARP, [] {});
+}
+
 void sync_cluster() {
     for (const Block& block : machine->blocks)
-        if (block.finished > 0) wrong("sync_cluster after a thread of the cluster has ended");
-    meet("sync_cluster", machine->all, machine->threads * machine->cluster);
+        if (block.ended > 0) wrong("sync_cluster after a thread of the cluster has ended");
+    if (!last_of_warp(Collective::CLUSTER) || ++machine->met < static_cast<int>(machine->warps.size()))
+        return sleep_in("sync_cluster");
+    machine->met = 0;
+    for (Warp& warp : machine->warps) warp.runnable = ALL_LANES;
 }
 
 float shuffle_xor(float value, int mask) {
-    Warp& warp = my_warp(Collective::SHUFFLE);
-    const int mine = lane();
-    warp.in[mine][0] = as_bits(value);
-    meet("shuffle_xor", warp.phase, 32);
-    const float other = as_float(warp.in[mine ^ mask][0]);
-    meet("shuffle_xor", my_warp(Collective::SHUFFLE).phase, 32);
-    return other;
+    if (mask < 0 || mask > 31) wrong("shuffle_xor by ", mask, "; lanes are 0 .. 31");
+    Warp& warp = my_warp();
+    float result = 0;
+    warp.fragments.a[lane()][0] = as_bits(value);
+    warp.fragments.a[lane()][1] = static_cast<uint32_t>(lane() ^ mask);
+    warp.out[lane()] = &result;
+    together(Collective::SHUFFLE, [&] {
+        for (int l = 0; l < 32; ++l) *warp.out[l] = as_float(warp.fragments.a[warp.fragments.a[l][1]][0]);
+    });
+    return result;
 }
+
+// ---- copies: as a thread's own, at the latest when it waits for their group ----
 
 void copy16(void* to, const void* from) {
-    check_inside(to, 16, 16, "copy16");
-    if (reinterpret_cast<uintptr_t>(from) % 16 != 0) wrong("copy16 reads from an address that is no multiple of 16");
-    machine->current->groups.back().push_back({to, from});
+    check_inside(offset_of(to), 16, 16, "copy16");
+    check_source(from, "copy16");
+    Fiber& me = *machine->current;
+    me.copies.push_back({to, from, me.groups});
+    if (order_now == Order::LATE || (order_now == Order::RANDOM && drawn() % 8 != 0)) return;
+    Copy& early = me.copies[drawn() % me.copies.size()];
+    memcpy(early.to, early.from, 16);
+    early = me.copies.back();
+    me.copies.pop_back();
 }
-void close_group() { machine->current->groups.emplace_back(); }
+void close_group() { ++machine->current->groups; }
 void wait_for_groups(int pending) {
-    auto& groups = machine->current->groups;
-    while (static_cast<int>(groups.size()) - 1 > pending) {
-        for (const auto& copy : groups.front()) memcpy(copy.to, copy.from, 16);
-        groups.erase(groups.begin());
+    Fiber& me = *machine->current;
+    size_t left = 0;
+    for (const Copy& copy : me.copies) {
+        if (copy.group < me.groups - pending)
+            memcpy(copy.to, copy.from, 16);
+        else
+            me.copies[left++] = copy;
     }
+    me.copies.resize(left);
 }
 
+// ---- barriers that count bytes ----
+
 void barrier_init(Barrier* barrier, int arrivals) {
-    check_inside(barrier, 8, 8, "a barrier");
+    const int64_t at = offset_of(barrier);
+    check_inside(at, 8, 8, "a barrier");
+    if (arrivals < 1 || arrivals > MOST_BYTES) wrong("a barrier of ", arrivals, " arrivals");
+    if (my_block().barriers.count(at) != 0) wrong("the barrier at byte ", at, " is initialised twice");
     BarrierState state;
     state.arrivals = state.pending = arrivals;
-    my_block().barriers[barrier] = state;
+    state.maker = machine->current;
+    my_block().barriers[at] = state;
+    memcpy(here.shared + at, &BARRIER_WORD, 8);
+}
+void barriers_ready() {
+    for (auto& barrier : my_block().barriers)
+        if (barrier.second.maker == machine->current) barrier.second.announced = true;
 }
 void barrier_expect(Barrier* barrier, uint32_t bytes) {
-    BarrierState& state = state_of(barrier);
+    BarrierState& state = state_of(here.rank, offset_of(barrier));
     if (state.expected && state.arrivals == 1) wrong("barrier_expect twice in one phase");
-    if (bytes >= 1u << 20) wrong("a barrier counts less than 2^20 bytes a phase");
     state.expected = true;
     state.bytes += bytes;
-    --state.pending;
+    if (--state.pending < 0) wrong("more arrivals at a barrier than it was made for");
     settle(state);
 }
 void barrier_arrive(Barrier* barrier) {
-    BarrierState& state = state_of(barrier);
+    BarrierState& state = state_of(here.rank, offset_of(barrier));
     if (--state.pending < 0) wrong("more arrivals at a barrier than it was made for");
     settle(state);
 }
 void barrier_wait(Barrier* barrier, uint32_t parity) {
-    if (parity > 1) wrong("a parity is 0 or 1");
-    BarrierState* state = &state_of(barrier);
-    wait_until("barrier_wait", barrier, [state, parity] { return static_cast<uint32_t>(state->phase & 1) != parity; });
+    if (parity > 1) wrong("barrier_wait for parity ", parity, ", which is 0 or 1");
+    const int64_t at = offset_of(barrier);
+    BarrierState& state = state_of(here.rank, at);
+    Fiber& me = *machine->current;
+    while (static_cast<uint32_t>(state.phase & 1) == parity) {
+        state.waiting.push_back(&me);
+        sleep_in(BARRIER_WAIT, static_cast<int>(at), static_cast<int>(parity));
+    }
 }
+
 void bulk_copy(void* to, const void* from, uint32_t bytes, Barrier* barrier) {
-    check_inside(to, bytes, 16, "bulk_copy");
-    if (reinterpret_cast<uintptr_t>(from) % 16 != 0) wrong("bulk_copy reads from an address that is no multiple of 16");
-    state_of(barrier);
-    machine->deliveries.push_back({static_cast<char*>(to), static_cast<const char*>(from), {}, bytes, barrier, here.rank});
+    check_inside(offset_of(to), bytes, 16, "bulk_copy");
+    check_source(from, "bulk_copy");
+    deliver({static_cast<char*>(to), static_cast<const char*>(from), {}, bytes, offset_of(barrier), here.rank});
 }
+
 Peer peer(int rank) {
-    if (rank < 0 || rank >= machine->cluster) wrong("there is no block " + std::to_string(rank) + " in the cluster");
+    if (rank < 0 || rank >= machine->cluster) wrong("there is no block ", rank, " in a cluster of ", machine->cluster);
     return {rank};
 }
 void send8(Peer peer, int to, uint2 value, int barrier) {
-    const uint32_t words[2] = {value.x, value.y};
-    send(peer.rank, to, words, 8, barrier);
+    check_inside(to, 8, 8, "send8");
+    char* const shared = machine->blocks[peer.rank].shared;
+    deliver({shared + to, nullptr, {value.x, value.y, 0, 0}, 8, barrier, peer.rank});
 }
 void send16(Peer peer, int to, uint4 value, int barrier) {
-    const uint32_t words[4] = {value.x, value.y, value.z, value.w};
-    send(peer.rank, to, words, 16, barrier);
+    check_inside(to, 16, 16, "send16");
+    char* const shared = machine->blocks[peer.rank].shared;
+    deliver({shared + to, nullptr, {value.x, value.y, value.z, value.w}, 16, barrier, peer.rank});
 }
 
-// ---- tensor cores: lane 4 g + t; a0 = (g, ..), a1 = (g + 8, ..), a2, a3 the same of the second half of k; b0, b1 ----
+// ---- tensor cores: the last lane multiplies for all ----
+
+namespace {
+Fragments& put(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    Fragments& all = my_warp().fragments;
+    memcpy(all.a[lane()], a, sizeof a);
+    memcpy(all.b[lane()], b, sizeof b);
+    all.d[lane()] = d;
+    return all;
+}
+}  // namespace
 
 void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    Warp& warp = my_warp(Collective::MMA_BF16);
-    const int mine = lane(), g = mine / 4, t = mine % 4;
-    for (int i = 0; i < 4; ++i) warp.in[mine][i] = a[i];
-    for (int i = 0; i < 2; ++i) warp.in[mine][4 + i] = b[i];
-    meet("mma_bf16", warp.phase, 32);
-    for (int j = 0; j < 4; ++j) {
-        const int row_lane = 4 * g, column_lane = 4 * (2 * t + j % 2);
-        float sum = 0;
-        for (int half = 0; half < 2; ++half)
-            for (int quarter = 0; quarter < 4; ++quarter) {
-                const uint32_t x = warp.in[row_lane + quarter][2 * half + j / 2];
-                const uint32_t y = warp.in[column_lane + quarter][4 + half];
-                sum += as_float(x << 16) * as_float(y << 16) + as_float(x & 0xffff0000u) * as_float(y & 0xffff0000u);
-            }
-        d[j] += sum;
-    }
-    meet("mma_bf16", my_warp(Collective::MMA_BF16).phase, 32);
+    const Fragments& all = put(d, a, b);
+    together(Collective::MMA_BF16, [&] { multiply_bf16(all); });
 }
 
 void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    Warp& warp = my_warp(Collective::MMA_TF32);
-    const int mine = lane(), g = mine / 4, t = mine % 4;
-    for (int i = 0; i < 6; ++i) {
-        const uint32_t bits = i < 4 ? a[i] : b[i - 4];
-        if ((bits & 0x1fffu) != 0 && as_float(bits) == as_float(bits)) wrong("mma_tf32 of a number that is not rounded");
-        warp.in[mine][i] = bits;
-    }
-    meet("mma_tf32", warp.phase, 32);
-    for (int j = 0; j < 4; ++j) {
-        const int row_lane = 4 * g, column_lane = 4 * (2 * t + j % 2);
-        float sum = 0;
-        for (int half = 0; half < 2; ++half)
-            for (int quarter = 0; quarter < 4; ++quarter)
-                sum += as_float(warp.in[row_lane + quarter][2 * half + j / 2]) *
-                       as_float(warp.in[column_lane + quarter][4 + half]);
-        d[j] += sum;
-    }
-    meet("mma_tf32", my_warp(Collective::MMA_TF32).phase, 32);
+    for (const uint32_t bits : {a[0], a[1], a[2], a[3], b[0], b[1]})
+        if ((bits & 0x1fffu) != 0 && as_float(bits) == as_float(bits))
+            wrong("mma_tf32 of ", as_float(bits), ", which was not rounded to tf32");
+    const Fragments& all = put(d, a, b);
+    together(Collective::MMA_TF32, [&] { multiply_tf32(all); });
 }
 
-// ---- wgmma: made when it is waited for, from what shared memory holds then; each warp its own 16 rows ----
+// ---- wgmma: each warp its own 16 rows, a group at a time, from what shared memory holds then ----
 
-uint64_t swizzled_operand(const void* at) { return static_cast<uint64_t>(static_cast<const char*>(at) - here.shared); }
-
-void wgmma_begin() { machine->current->products.resize(machine->current->products.empty() ? 1 : machine->current->products.size()); }
-void wgmma_close() { machine->current->products.emplace_back(); }
+uint64_t swizzled_operand(const void* at) { return static_cast<uint64_t>(offset_of(at)); }
+void wgmma_begin() { machine->current->fenced = true; }
 
 void wgmma_issue(float* d, int columns, uint64_t a, uint64_t b, bool add) {
-    if (machine->current->products.empty()) wrong("wgmma without wgmma_begin");
-    const uint64_t size = static_cast<uint64_t>(my_block().size);
-    if (a % 16 != 0 || b % 16 != 0 || a + 63 * 128 >= size || b + (columns - 1) * 128u >= size)
-        wrong("an operand of wgmma is outside shared memory");
-    machine->current->products.back().push_back({d, columns, a, b, add});
+    Fiber& me = *machine->current;
+    if (!me.fenced) wrong("wgmma without wgmma_begin");
+    for (const uint64_t operand : {a, b}) {
+        const uint64_t start = operand & ~uint64_t{1023}, rows = operand == b ? columns : 64;
+        if (operand % 32 != 0 || operand - start >= 128 || start + rows * 128 > static_cast<uint64_t>(my_block().size))
+            wrong("an operand of wgmma, ", rows, " rows at byte ", static_cast<int64_t>(operand),
+                  ", is not at a multiple of 1024 and up to three times 32, or not inside shared memory");
+    }
+    WideProduct product = {columns, a, b, add, {d}};
+    me.products.push_back(product);
 }
 
-void wgmma_finish(int pending) {
-    auto& groups = machine->current->products;
-    const int g = lane() / 4, t = lane() % 4, first = warp() % 4 * 16;
-    // The hardware swizzles by bits of the address: bits 7 .. 9 onto bits 4 .. 6.
-    const auto number = [](uint64_t base, int row, int k) {
-        const uint64_t at = base + row * 128 + k * 2;
-        uint16_t bits;
-        memcpy(&bits, here.shared + (at ^ (at >> 7 & 7) << 4), 2);
-        return as_float(static_cast<uint32_t>(bits) << 16);
-    };
-    while (static_cast<int>(groups.size()) - 1 > pending) {
-        for (const Product& p : groups.front())
-            for (int i = 0; i < p.columns / 8; ++i)
-                for (int j = 0; j < 4; ++j) {
-                    const int row = first + g + 8 * (j / 2), column = 8 * i + 2 * t + j % 2;
-                    float sum = p.add ? p.d[4 * i + j] : 0;
-                    for (int k = 0; k < 16; ++k) sum += number(p.a, row, k) * number(p.b, column, k);
-                    p.d[4 * i + j] = sum;
-                }
-        groups.erase(groups.begin());
+namespace {
+void multiply_groups(Warp& warp, int64_t before) {
+    size_t left = 0;
+    for (const auto& [group, product] : warp.products) {
+        if (group < before)
+            multiply_wide(product, here.shared, warp.fibers->where.thread / 32 % 4 * 16);
+        else
+            warp.products[left++] = {group, product};
     }
-    if (groups.size() == 1 && groups.front().empty()) groups.clear();
-    meet("wgmma_wait", my_warp(Collective::WGMMA).phase, 32);
+    warp.products.resize(left);
+}
+}  // namespace
+
+void wgmma_close() {
+    together(Collective::WGMMA_CLOSE, [] {
+        Warp& warp = my_warp();
+        for (size_t i = 0; i < warp.fibers->products.size(); ++i) {
+            WideProduct product = warp.fibers->products[i];
+            for (int l = 0; l < 32; ++l) {
+                const auto& own = warp.fibers[l].products;
+                if (own.size() != warp.fibers->products.size() || own[i].a != product.a || own[i].b != product.b ||
+                    own[i].add != product.add || own[i].columns != product.columns)
+                    wrong("lanes of a warp ask for different wgmma");
+                product.d[l] = own[i].d[0];
+            }
+            warp.products.emplace_back(warp.groups, product);
+        }
+        for (int l = 0; l < 32; ++l) warp.fibers[l].products.clear();
+        ++warp.groups;
+        if (order_now == Order::EAGER || (order_now == Order::RANDOM && drawn() % 2 != 0))
+            multiply_groups(warp, warp.groups);
+    });
+}
+
+void wgmma_wait_for(int pending) {
+    if (!machine->current->products.empty()) wrong("wgmma_wait for a group that was not closed");
+    machine->current->fenced = false;
+    together(Collective::WGMMA_WAIT, [&] { multiply_groups(my_warp(), my_warp().groups - pending); });
 }
 
 }  // namespace device

@@ -1,10 +1,11 @@
 // The vocabulary of device.h on the host: each CUDA thread is a fiber, a cluster of blocks runs at a time, and whatever
-// a GPU does asynchronously happens late and in random order. So kernels run, slowly, in the tests, from the source that
-// nvcc compiles. It is a strict machine: shared memory starts as NaN, copies and stores arrive when somebody waits for
-// them, misuse that a GPU would answer with wrong numbers or a hang is an error here.
+// a GPU does asynchronously happens late and in random order. So kernels run, slowly, in the tests, from the source
+// that nvcc compiles. It is a strict machine: shared memory starts as NaN, copies and stores arrive when somebody waits
+// for them, warps run ahead or fall behind as far as barriers let them, and misuse that a GPU would answer with wrong
+// numbers or a hang is an error here.
 //
 // What it cannot show: the tensor cores' real layout of fragments and descriptors (it has the manual's), PTX, timing,
-// and orders of memory operations that barriers here imply and there do not.
+// missing fences (keep_order, fence_async), wrong addresses of device memory.
 #pragma once
 
 #include <math.h>
@@ -12,9 +13,7 @@
 #include <string.h>
 
 #include <functional>
-#include <memory>
 #include <stdexcept>
-#include <string>
 
 #define DQL_DEVICE inline
 #define DQL_HOST_DEVICE inline
@@ -25,7 +24,7 @@
 #define DQL_UNROLL_BY_8
 #define DQL_NO_UNROLL
 
-struct uint2 {
+struct alignas(8) uint2 {
     uint32_t x, y;
 };
 struct alignas(16) uint4 {
@@ -42,22 +41,26 @@ namespace dql {
 
 namespace emulator {
 
-// Runs a grid, cluster by cluster, on this OS thread. Throws std::runtime_error for whatever a kernel did wrong.
+// Runs a grid, cluster by cluster, on this OS thread: `threads` a multiple of 32 up to 1024, clusters of at most 8.
+// Throws std::runtime_error for whatever a kernel did wrong or threw, and when no thread can go on, with what each
+// waits for. Not to be called by a kernel. Several OS threads may be in it at once.
 void run(const std::function<void()>& body, int64_t blocks_x, int64_t blocks_y, int cluster, int threads,
          int64_t shared_bytes);
 
-// Of the order in which fibers run and bytes arrive; of this OS thread.
+// Of the order in which fibers run and bytes arrive, in this OS thread's runs.
 void seed(uint64_t value);
 
-// What a warp's lanes are doing together, for the error if they are not.
-enum class Collective : int { NONE, SYNC, SHUFFLE, MMA_BF16, MMA_TF32, WGMMA };
+// When copies, stores to other blocks and wgmma take effect: at once; not before they are waited for and nothing else
+// can go on; any time until then (so it is at first). In this OS thread's runs.
+enum class Order : int { EAGER, LATE, RANDOM };
+void order(Order value);
 
 // Where this fiber is, set before it runs.
 struct Here {
-    int thread = 0, block_x = 0, block_y = 0, blocks_x = 0, blocks_y = 0, rank = 0, cluster = 1;
-    char* shared = nullptr;
+    int thread, block_x, block_y, blocks_x, blocks_y, rank, cluster;
+    char* shared;
 };
-extern thread_local Here here;
+extern __thread Here here;  // not thread_local, whose every use would ask whether it is initialised
 
 }  // namespace emulator
 
@@ -93,7 +96,7 @@ void wait_groups() {
 }
 
 void barrier_init(Barrier* barrier, int arrivals = 1);
-inline void barriers_ready() {}
+void barriers_ready();
 void barrier_expect(Barrier* barrier, uint32_t bytes);
 void barrier_arrive(Barrier* barrier);
 void barrier_wait(Barrier* barrier, uint32_t parity);
@@ -116,14 +119,15 @@ inline void fence_async() {}
 void wgmma_begin();
 void wgmma_close();
 void wgmma_issue(float* d, int columns, uint64_t a, uint64_t b, bool add);
-void wgmma_finish(int pending);
+void wgmma_wait_for(int pending);
 template <int COUNT>
 void wgmma_bf16(float (&d)[COUNT], uint64_t a, uint64_t b, bool add) {
+    static_assert(COUNT == 64 || COUNT == 128, "128 or 256 columns");
     wgmma_issue(d, COUNT * 2, a, b, add);
 }
 template <int PENDING, int COUNT>
 void wgmma_wait(float (&)[COUNT]) {
-    wgmma_finish(PENDING);
+    wgmma_wait_for(PENDING);
 }
 template <int COUNT>
 void fewer_registers() {}
@@ -151,11 +155,15 @@ inline uint32_t bf16(float value) {  // to the nearest, ties to even
     return (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
 }
 inline uint32_t bf16_pair(float low, float high) { return bf16(low) | bf16(high) << 16; }
+// As on a GPU, what would be subnormal is zero.
 inline float exp2_approximate(float x) {
     const float y = exp2f(x);
-    return y < 0x1p-126f ? 0.0f * y : y;  // as ex2.approx.ftz
+    return y < 0x1p-126f ? 0.0f : y;
 }
-inline float reciprocal(float x) { return 1.0f / x; }
+inline float reciprocal(float x) {
+    const float y = 1.0f / (fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x);
+    return fabsf(y) < 0x1p-126f ? copysignf(0.0f, y) : y;
+}
 inline float square_root(float x) { return sqrtf(x); }
 
 }  // namespace device
