@@ -1,5 +1,7 @@
 """One training update at batch 256, `DiffusionQL.update`: every backend beside the published code, in float32.
 
+On a GPU what it launches is counted, too: an update's time is the host's where there are many small kernels.
+
 The gradients are compared first: after the first update Adam's average is 0.1 times the clipped gradient, and unlike
 `.grad` the published code does not write to it afterwards.
 """
@@ -7,11 +9,13 @@ The gradients are compared first: after the first update Adam's average is 0.1 t
 from collections.abc import Iterator
 from typing import Any
 
+import device_time
 import pytest
 import rivals
 import torch
 from published import PublishedAgent
 from rivals import A, S, T
+from table import UPDATE_TITLE
 from torch import Tensor
 
 import dql
@@ -36,7 +40,7 @@ def _update_published(agent: PublishedAgent, batch: dql.Batch) -> dict[str, floa
 
 @pytest.mark.parametrize("contender", ["published", *DQL])
 @pytest.mark.parametrize("max_q_backup", [False, True], ids=["plain", "max_q_backup"])
-def test_update(max_q_backup: bool, contender: str, race, device) -> None:
+def test_update(max_q_backup: bool, contender: str, race, record, device) -> None:
     batch = _batch(device)
     published = rivals.published_agent(device, max_q_backup=max_q_backup)
     error = 0.0
@@ -55,7 +59,19 @@ def test_update(max_q_backup: bool, contender: str, race, device) -> None:
             return agent.update(batch)
 
     problem = f"update B={B}" + (", max_q_backup" if max_q_backup else "")
-    race(problem, contender, run, lambda: _update_published(published, batch), worst_error=error)
+    row = race(problem, contender, run, lambda: _update_published(published, batch), worst_error=error)
+    if device.type == "cuda" and row is not None:
+        seen = device_time.launches(run)
+        record(
+            UPDATE_TITLE,
+            problem=problem,
+            contender=contender,
+            call_us=row.median * 1e6,
+            published=row.speedup,
+            kernels=seen.kernels,
+            copies=seen.copies,
+            kernels_alone_us=seen.seconds * 1e6,
+        )
 
 
 def test_update_bc(race, device) -> None:

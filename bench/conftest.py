@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+import machine
 import pytest
 import rows
 import torch
@@ -38,9 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cpu", help="cpu (default), cuda, cuda:1, ..., or auto: cuda if there is one")
     group.addoption("--short", action="store_true", help="B = 1 and 256, few rounds, fewer rivals")
     group.addoption("--bench-json", metavar="PATH", type=Path, help="write times, ratios and the machine to PATH")
-    group.addoption(
-        "--compile-sizes", default="1,256,2500", help="B that bench_gpu.py compiles rivals for, all or none"
-    )
+    group.addoption("--compile-sizes", default="all", help="B that bench_gpu.py compiles rivals for, all or none")
     group.addoption("--histogram", metavar="PATH", type=Path, help="draw the control loop's latencies (png, svg, pdf)")
 
 
@@ -202,7 +201,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
 @pytest.hookimpl(trylast=True)  # below pytest-benchmark's tables
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     device = config.stash[_DEVICE]
-    where = f"({rows.device_name(device)}, {torch.get_num_threads()} thread(s))"
+    where = f"({machine.device_name(device)}, {torch.get_num_threads()} thread(s))"
     for title, table in config.stash[_TABLES].items():
         terminalreporter.section(f"{title} {where}")
         rows.write_table(table, terminalreporter.write_line)
@@ -224,7 +223,7 @@ def _write_report(config: pytest.Config, exit_status: int | None) -> None:
     if path is None:
         return
     if not config.stash[_MACHINE]:
-        config.stash[_MACHINE] = rows.machine(config.stash[_DEVICE], config.getoption("benchmark_timer"))
+        config.stash[_MACHINE] = machine.machine(config.stash[_DEVICE], config.getoption("benchmark_timer"))
     report = config.stash[_MACHINE] | {
         "short": config.getoption("short"),
         "exit_status": exit_status,

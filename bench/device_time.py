@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-WARM_SECONDS = 0.05  # of replays before the first sample: an idle GPU's clocks are low
-SECONDS = 0.2  # of samples
+WARM_SECONDS = 0.03  # of replays before the first sample: an idle GPU's clocks are low
+SECONDS = 0.1  # of samples
 SAMPLE_SECONDS = 2e-3  # of one sample at least, by several calls; events tick in half a microsecond
 MIN_SAMPLES, MAX_SAMPLES = 10, 200
 MAX_CALLS = 20  # in one graph
@@ -137,6 +137,30 @@ def _profiled(call: Call, reason: str) -> DeviceTime:
         if i > 0:  # the first profile also starts the profiler
             samples.append(sum(event.self_device_time_total for event in kernels) * 1e-6 / calls)
     return DeviceTime(samples, "profiler", calls, reason)
+
+
+@dataclass(frozen=True)
+class Launches:
+    """What one call starts on the device: kernels, copies and fills, and the time of them all without the gaps."""
+
+    kernels: int
+    copies: int
+    seconds: float
+
+
+def launches(call: Call) -> Launches:
+    """Of a call that was made before, as the profiler saw it."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]):  # the first one also starts the profiler
+        torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    copies = sum(event.name.startswith(("Memcpy", "Memset")) for event in events)
+    return Launches(len(events) - copies, copies, sum(event.self_device_time_total for event in events) * 1e-6)
 
 
 def matmul_flops(precision: str, device: torch.device) -> tuple[float, DeviceTime]:

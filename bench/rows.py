@@ -1,20 +1,13 @@
-"""What the benches report: the rows of the last table, the further tables, the machine; as text and as JSON."""
+"""What the benches report: the rows of the last table and the further tables; as text and as JSON."""
 
-import importlib.metadata
-import os
-import platform
 import statistics
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from dql.kernels import native, native_build
+from dql.kernels import native
 
 CEILING_SECONDS = 0.05  # several hundred times the loop it takes the best of
 
@@ -157,78 +150,3 @@ def _row_report(row: Row, group: list[Row]) -> dict[str, Any]:
         "share_of_fma_ceiling": row.share_of_ceiling,
         "worst_error": row.worst_error,
     }
-
-
-def machine(device: torch.device, timer: object) -> dict[str, Any]:
-    """Date, commit, hardware and versions."""
-    commit = _output("git", "rev-parse", "HEAD")
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit,
-        "uncommitted_changes": None if commit is None else bool(_output("git", "status", "--porcelain")),
-        "device": device.type,
-        "device_name": device_name(device),
-        "gpu": _gpu(device),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        if device.type == "cuda"
-        else None,
-        "cpu": _cpu_name(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "native_variant": None if native.unavailable() else native.in_use(),
-        "timer": str(timer),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "cuda": torch.version.cuda,
-        "cuda_extension": _cuda_extension(),
-        "numpy": np.__version__,
-        "onnxruntime": _version("onnxruntime"),
-        "openvino": _version("openvino"),
-    }
-
-
-def _cuda_extension() -> dict[str, Any] | None:
-    """What compiled the CUDA kernels, and for which GPUs; None where there are none."""
-    facts = native_build.record(native_build.CUDA)
-    return {key: facts[key] for key in ("compiler", "architectures")} if facts and facts["built"] else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _gpu(device: torch.device) -> dict[str, Any] | None:
-    if device.type != "cuda":
-        return None
-    properties = torch.cuda.get_device_properties(device)
-    return {
-        "capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory_gib": round(properties.total_memory / 2**30, 1),
-        "l2_mib": round(properties.L2_cache_size / 2**20, 1),
-    }
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _output(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

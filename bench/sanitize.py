@@ -1,25 +1,32 @@
 """Small calls of the GPU's backends under NVIDIA's compute-sanitizer: python bench/sanitize.py [TOOL or BACKEND ...]
 
 Tools are memcheck, racecheck, initcheck and synccheck, backends triton and cuda; without any of a kind, all of it. Each
-backend's calls run first by themselves, which compiles Triton's kernels, then under each tool. Every tensor gets an
-allocation of its own, so that a write beyond one is seen. "cuda" also runs in tilings that it would not choose for so
-few rows. Exits 1 if a tool finds something or a result is wrong, 77 where there is nothing to run.
+backend's calls run first by themselves, which compiles Triton's kernels, then under each tool, --jobs at a time, for
+--seconds altogether. Every tensor gets an allocation of its own, so that a write beyond one is seen. "cuda" also runs
+in tilings that it would not choose for so few rows. Exits 1 if a tool finds something, a result is wrong or the time is
+over, 77 where there is nothing to run. --json PATH gets a line for each backend and tool.
 """
 
+import argparse
 import contextlib
+import json
 import os
+import re
 import shutil
-import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from parts import OutOfTimeError, Task
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 BACKENDS = ("cuda", "triton")
 NOTHING_TO_RUN = 77
 FOUND = 9  # compute-sanitizer's exit code, by our wish, where it found something
-TIMEOUT = 200  # seconds of a backend under a tool; bench/gpu.sh gives both backends under two tools less than 480
 TOLERANCES = {"fp32": 1e-3, "tf32": 5e-2, "bf16": 3e-1}  # that it is right is the tests' business
 # B, N or None, S, A, H, hidden layers, T: one row, ends of tiles, paddings, the paper's network
 Size = tuple[int, int | None, int, int, int, int, int]
@@ -40,6 +47,29 @@ TILINGS = (
     ("bf16", 1, 8, False),  # 128 rows: forward alone
 )
 TILED: Size = (600, None, 17, 6, 64, 3, 2)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A backend's calls under a tool.
+
+    Attributes:
+        backend, tool: which; "no tool" is the calls alone.
+        outcome: "passed", "found" (what `why` shows), "failed" (a result is wrong, or it could not run), "not done" in
+            time, "not run".
+        why: where it did not pass.
+        findings: errors or hazards that the tool counted.
+        cases: calls that it got through.
+        seconds: that it took.
+    """
+
+    backend: str
+    tool: str
+    outcome: str
+    why: str | None
+    findings: int = 0
+    cases: int = 0
+    seconds: float = 0.0
 
 
 def run_cases(backend: str) -> None:
@@ -111,53 +141,98 @@ def _critic_gradients(backend: str, critic: Any, states: Any, actions: Any) -> N
     torch.autograd.grad((q1 + q2).sum(), [*inputs, *critic.parameters()])
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(options: argparse.Namespace) -> int:
     import torch
 
     import dql
 
-    tools = [name for name in TOOLS if name in arguments] or TOOLS
-    chosen = [name for name in BACKENDS if name in arguments] or BACKENDS
+    end = time.monotonic() + options.seconds
+    tools = [name for name in TOOLS if name in options.names] or TOOLS
+    chosen = [name for name in BACKENDS if name in options.names] or BACKENDS
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     reasons = dql.backends()
-    runnable = [name for name in chosen if reasons[name] is None]
-    for name in chosen:
-        if reasons[name] is not None:
-            print(f"{name} was not checked: {reasons[name]}")
-    if sanitizer is None or not torch.cuda.is_available() or not runnable:
-        missing = "there is no compute-sanitizer here" if sanitizer is None else "no backend runs on a CUDA device here"
-        print(f"nothing was checked: {missing}")
-        return NOTHING_TO_RUN
+    missing = "there is no compute-sanitizer here" if sanitizer is None else None
+    if not torch.cuda.is_available():
+        missing = "torch sees no CUDA device"
+    checks = []
+    for backend in chosen:
+        reason = missing or reasons[backend]
+        if reason is not None:
+            print(f"{backend} is not checked: {reason}")
+            checks += [Check(backend, tool, "not run", reason) for tool in tools]
+    runnable = [] if missing else [name for name in chosen if reasons[name] is None]
     # The compiler and the assembler, which Triton starts, are none of the sanitizer's business.
-    common = ["--error-exitcode", str(FOUND), "--target-processes", "application-only"]
-    found = False
-    for backend in runnable:
-        cases = [sys.executable, str(Path(__file__).resolve()), "--cases", backend]
-        if _failed(f"{backend}, no tool", cases):
-            found = True
-            continue
-        for tool in tools:
-            found |= _failed(f"{backend}, {tool}", [sanitizer, "--tool", tool, *common, *cases])
-    return int(found)
+    common = [sanitizer or "", "--error-exitcode", str(FOUND), "--target-processes", "application-only", "--tool"]
+
+    def cases(backend: str) -> list[str]:
+        return [sys.executable, str(Path(__file__).resolve()), "--cases", backend]
+
+    with tempfile.TemporaryDirectory() as logs, ThreadPoolExecutor(options.jobs) as pool:
+        folder = Path(logs)
+        alone = {name: pool.submit(_check, name, "no tool", cases(name), end, folder) for name in runnable}
+        checks += [future.result() for future in alone.values()]
+        right = [check.backend for check in checks if check.outcome == "passed"]
+        pairs = [(tool, backend) for tool in tools for backend in right]
+        futures = [
+            pool.submit(_check, backend, tool, [*common, tool, *cases(backend)], end, folder) for tool, backend in pairs
+        ]
+        checks += [future.result() for future in futures]
+    checks += [
+        Check(name, tool, "not run", "its calls fail without a tool")
+        for name in runnable
+        if name not in right
+        for tool in tools
+    ]
+    if options.json is not None:
+        options.json.write_text(json.dumps([vars(check) for check in checks], indent=1) + "\n")
+    if not runnable:
+        print(f"nothing was checked: {missing or 'no backend runs on a CUDA device here'}")
+        return NOTHING_TO_RUN
+    return int(any(check.outcome not in ("passed", "not run") for check in checks))
 
 
-def _failed(name: str, command: list[str]) -> bool:
-    print(f"== {name}", flush=True)
+def _check(backend: str, tool: str, command: list[str], end: float, folder: Path) -> Check:
+    started, output = time.monotonic(), folder / f"{backend}-{tool.replace(' ', '-')}.log"
     alone = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
-        code = subprocess.run(command, env=alone, timeout=TIMEOUT).returncode
-    except subprocess.TimeoutExpired:
-        print(f"== {name}: not done after {TIMEOUT} s", flush=True)
-        return True
-    print(f"== {name}: {'passed' if code == 0 else 'it found something' if code == FOUND else f'exit code {code}'}")
-    return code != 0
+        code: int | None = Task(tool, output, end, alone, patience=1.0).run(command)
+    except OutOfTimeError:
+        code = None
+    text = output.read_text(errors="replace") if output.exists() else ""
+    check = judge(backend, tool, code, text, time.monotonic() - started)
+    said = (
+        f"== {backend}, {tool}: {check.outcome}, {check.findings} findings, {check.cases} cases, {check.seconds:.0f} s"
+    )
+    print(f"{text}{said}", flush=True)
+    return check
+
+
+def judge(backend: str, tool: str, code: int | None, output: str, seconds: float) -> Check:
+    """What a tool's exit code (None: out of time) and output amount to."""
+    summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", output)
+    findings = int(summaries[-1]) if summaries else len(re.findall(r"^=+ (?:Invalid|Error|Race|Uninit)", output, re.M))
+    cases = output.count(": largest error")
+    lines = [line for line in output.splitlines() if line.strip()]
+    if code is None:
+        return Check(backend, tool, "not done", "its time was over", findings, cases, seconds)
+    if code == 0:
+        return Check(backend, tool, "passed", None, findings, cases, seconds)
+    if code == FOUND or findings:
+        found = [line for line in lines if line.startswith("=========")]
+        return Check(backend, tool, "found", "\n".join(found[:40]), max(findings, 1), cases, seconds)
+    return Check(backend, tool, "failed", f"exit code {code}: {lines[-1] if lines else ''}", findings, cases, seconds)
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    if arguments[:1] == ["--cases"]:
-        run_cases(*arguments[1:])
-    elif unknown := [name for name in arguments if name not in (*TOOLS, *BACKENDS)]:
-        sys.exit(f"unknown {', '.join(unknown)}; there are {', '.join((*TOOLS, *BACKENDS))}")
-    else:
-        sys.exit(main(arguments))
+    if sys.argv[1:2] == ["--cases"]:
+        run_cases(*sys.argv[2:])
+        sys.exit()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="TOOL or BACKEND")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=1600.0)
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args()
+    if unknown := [name for name in chosen.names if name not in (*TOOLS, *BACKENDS)]:
+        parser.error(f"unknown {', '.join(unknown)}; there are {', '.join((*TOOLS, *BACKENDS))}")
+    sys.exit(main(chosen))

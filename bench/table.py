@@ -7,8 +7,14 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+GPU_BATCH_SIZES = (1, 50, 256, 2500, 65536)
+GPU_PROBLEMS = ("sample, forward", "sample, forward and backward", "select of 50")
+GPU_BACKENDS = ("triton", "cuda")
+PRECISIONS = ("fp32", "tf32", "bf16")
+NOT_MEASURED = "not measured"
 GPU_TITLE = "device time and whole-call time on a GPU"
 MATMUL_TITLE = "matrix product 4096 x 4096 x 4096"
+UPDATE_TITLE = "an update on a GPU, and what it launches"
 COPY_TITLE = "copy of 1 GiB, read and written"
 
 
@@ -99,6 +105,68 @@ def gpu_table(rows: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
+def gpu_summary(report: dict[str, Any]) -> str:
+    """A line for each contender, a column for each batch size: what was not measured says so.
+
+    A cell holds the device's time, in brackets the host's of a whole call, which is a graph's replay where that was
+    timed, how many times faster that call is than the published chain's in eager torch and than the graphed rival's,
+    and the device time's share of the bound.
+    """
+    measured = report.get("tables", {}).get(GPU_TITLE, [])
+    if not measured and report.get("device") != "cuda":
+        return ""
+    parts = ["Device time (whole call), times faster than published and than compile + graph, share of the bound"]
+    for problem in GPU_PROBLEMS:
+        group = [row for row in measured if row["problem"] == problem]
+        sizes = GPU_BATCH_SIZES if problem.startswith("sample") else (1,)
+        names = ["published", "compile-lean+graph", *["compile-lean-bf16+graph"] * (problem == GPU_PROBLEMS[0])]
+        names += [f"dql-{backend}-{precision}" for backend in GPU_BACKENDS for precision in PRECISIONS]
+        lines = [[problem, *(f"B = {B:,}" for B in sizes)]]
+        lines += [[_contender(name), *(_gpu_cell(name, B, group) for B in sizes)] for name in names]
+        parts.append(_markdown(lines))
+    updates = report.get("tables", {}).get(UPDATE_TITLE, [])
+    parts.append(f"{UPDATE_TITLE}:\n\n{further_table(updates)}" if updates else f"{UPDATE_TITLE}: {NOT_MEASURED}")
+    return "\n\n".join(parts)
+
+
+def _contender(name: str) -> str:
+    rivals = {"compile-lean+graph": "compile + graph", "compile-lean-bf16+graph": "compile + graph, bf16"}
+    return rivals.get(name) or (name if name == "published" else _title(name))
+
+
+def _gpu_cell(name: str, B: int, group: list[Row]) -> str:
+    found = {row["contender"]: row for row in group if row["B"] == B}
+    if name not in found:
+        return NOT_MEASURED
+    row = found[name]
+    call = found.get(f"{name}+graph", row)
+    rivals = [_published(row, group), _graphed_rival(row, group)] if name.startswith("dql-") else []
+    over = [f"{_median(rival, 'call_us') / _median(call, 'call_us'):.3g}x" for rival in rivals if rival]
+    share = [f"{100 * row['share']:.0f}%"] if row.get("share") is not None else []
+    times = f"{time(_median(row, 'device_us'))} ({time(_median(call, 'call_us'))})"
+    return ", ".join([times, *over, *share])
+
+
+def train_lines(train: dict[str, Any]) -> list[str]:
+    """A training run in a few lines."""
+    lines = [f"train: backend {train.get('run_backend', train['backend'])} ({train['backend_because']})"]
+    worst = train["first_updates"]["worst"]
+    if worst is not None:
+        first = ", ".join(f"{name} {value:.2g}" for name, value in worst.items())
+        lines.append(f"train: largest difference to the CPU over the first updates, relative to the curve: {first}")
+    if "updates" not in train:
+        return [*lines, "train: the run itself did not end in time"]
+    rate = f"{train['updates_per_second']:,.0f} updates a second"
+    lines.append(f"train: {train['updates']:,} of {train['of']:,} updates in {train['seconds']:,.0f} s, {rate}")
+    scores = [*train["evaluations"], *([train["last_evaluation"]] if "last_evaluation" in train else [])]
+    lines += [
+        f"train: update {score['step']:,.0f}: return {score['return_mean']:,.1f}, normalised score "
+        + (f"{score['normalized_score']:.1f}" if score.get("normalized_score") is not None else "unknown")
+        for score in scores
+    ]
+    return lines
+
+
 def _ratios(row: Row, other: Row | None) -> list[str]:
     return [f"{_median(other, key) / _median(row, key):.2f}x" if other else "" for key in _TIMES]
 
@@ -152,7 +220,7 @@ def _markdown(lines: Iterable[list[str]]) -> str:
 def tables(report: dict[str, Any]) -> str:
     """All of a report's tables."""
     rows = report["rows"]
-    parts = [race_table(rows), ceiling_table(rows)]
+    parts = [gpu_summary(report), race_table(rows), ceiling_table(rows)]
     for title, table in report.get("tables", {}).items():
         parts.append(f"{title}:\n\n{gpu_table(table) if title == GPU_TITLE else further_table(table)}")
     return "\n\n".join(part for part in parts if part)

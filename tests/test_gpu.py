@@ -1,6 +1,6 @@
 """The backends "triton" and "cuda" on a real GPU: every case, at every precision, at large sizes, in training.
 
-It skips without a GPU. `bench/gpu.sh tests` runs it where there is one; nothing is timed there while it is red.
+It skips without a GPU. `bench/gpu.sh tests` runs it where there is one.
 """
 
 import math
