@@ -103,8 +103,8 @@ def measure(device: torch.device, benchmark: Any, record: Callable[..., None]) -
         no_graph: str | None = None,
     ) -> None:
         precision = _precision(contender)
-        on_device = device_time.device_time(body, no_graph)
-        if contender.endswith("+graph") and on_device.method != "graph":
+        on_device = device_time.device_time(body) if no_graph is None else None
+        if contender.endswith("+graph") and on_device is not None and on_device.method != "graph":
             pytest.skip(f"{contender} cannot be captured: {on_device.reason}")
         whole = body if call is None else call()
 
@@ -122,6 +122,7 @@ def measure(device: torch.device, benchmark: Any, record: Callable[..., None]) -
         if benchmark.stats is None:
             return
         calls = list(benchmark.stats.stats.data)
+        on_device = on_device or device_time.device_time(body, no_graph)  # the profiler would have slowed the calls
         rate = flops / on_device.median
         least = _bound(problem, B, precision, device) if contender.startswith("dql-") else None
         record(
@@ -297,7 +298,8 @@ def test_forward_backward(B: int, contender: str, measure: Measure, device: torc
     measure(bounds.BACKWARD, B, contender, body, error, 3 * FLOPS * B, call)
 
 
-@pytest.mark.parametrize("contender", ["published", *_with_graphs(["compile-lean"]), "dql-eager", *_with_graphs(OURS)])
+# The published code comes last: it needs the profiler, after which no call is as fast as before.
+@pytest.mark.parametrize("contender", [*_with_graphs(["compile-lean"]), "dql-eager", *_with_graphs(OURS), "published"])
 def test_select(contender: str, measure: Measure, device: torch.device, request: pytest.FixtureRequest) -> None:
     """One action for one state out of 50 candidates; the published code takes and gives NumPy."""
     name, precision = _base(contender), _precision(contender)

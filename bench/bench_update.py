@@ -7,12 +7,12 @@ The gradients are compared first: after the first update Adam's average is 0.1 t
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import device_time
 import pytest
 import rivals
 import torch
+from device_time import Call
 from published import PublishedAgent
 from rivals import A, S, T
 from table import UPDATE_TITLE
@@ -40,44 +40,48 @@ def _update_published(agent: PublishedAgent, batch: dql.Batch) -> dict[str, floa
 
 @pytest.mark.parametrize("contender", ["published", *DQL])
 @pytest.mark.parametrize("max_q_backup", [False, True], ids=["plain", "max_q_backup"])
-def test_update(max_q_backup: bool, contender: str, race, record, device) -> None:
-    batch = _batch(device)
-    published = rivals.published_agent(device, max_q_backup=max_q_backup)
-    error = 0.0
-    if contender == "published":
-        other = rivals.published_agent(device, max_q_backup=max_q_backup)
-
-        def run() -> Any:
-            return _update_published(other, batch)
-
-    else:
-        config = dql.Config(backend=contender.removeprefix("dql-"), max_q_backup=max_q_backup)
-        agent = rivals.matching_agent(published, config, device)
-        error = _check_update(contender, agent, published, batch)
-
-        def run() -> Any:
-            return agent.update(batch)
-
+def test_update(max_q_backup: bool, contender: str, race, device) -> None:
+    batch, published = _batch(device), rivals.published_agent(device, max_q_backup=max_q_backup)
+    run, error = _updates(contender, published, max_q_backup, batch)
     problem = f"update B={B}" + (", max_q_backup" if max_q_backup else "")
-    row = race(problem, contender, run, lambda: _update_published(published, batch), worst_error=error)
-    if device.type == "cuda" and row is not None:
-        seen = device_time.launches(run)
-        record(
-            UPDATE_TITLE,
-            problem=problem,
-            contender=contender,
-            call_us=row.median * 1e6,
-            published=row.speedup,
-            kernels=seen.kernels,
-            copies=seen.copies,
-            kernels_alone_us=seen.seconds * 1e6,
-        )
+    race(problem, contender, run, lambda: _update_published(published, batch), worst_error=error)
+
+
+def _updates(contender: str, published: PublishedAgent, max_q_backup: bool, batch: dql.Batch) -> tuple[Call, float]:
+    """(an update of the contender, the error of its first one)."""
+    if contender == "published":
+        other = rivals.published_agent(batch.states.device, max_q_backup=max_q_backup)
+        return lambda: _update_published(other, batch), 0.0
+    config = dql.Config(backend=contender.removeprefix("dql-"), max_q_backup=max_q_backup)
+    agent = rivals.matching_agent(published, config, batch.states.device)
+    error = _check_update(contender, agent, published, batch)
+    return lambda: agent.update(batch), error
 
 
 def test_update_bc(race, device) -> None:
     """For information: DiffusionBC, whose loss is a part of the actor's above. It runs no chain, so no backend."""
     agent, batch = dql.DiffusionBC(S, A, device=device), _batch(device)
     race(f"update B={B}, DiffusionBC", "dql", lambda: agent.update(batch), None)
+
+
+# Last of this file: after the profiler no call is as fast as before.
+@pytest.mark.parametrize("contender", ["published", *DQL])
+@pytest.mark.parametrize("max_q_backup", [False, True], ids=["plain", "max_q_backup"])
+def test_launches(max_q_backup: bool, contender: str, benchmark, record, device) -> None:
+    if device.type != "cuda":
+        pytest.skip(f"it counts what an update launches on a GPU; run with --device cuda, this is {device}")
+    published = rivals.published_agent(device, max_q_backup=max_q_backup)
+    run, _ = _updates(contender, published, max_q_backup, _batch(device))
+    run()
+    seen = benchmark.pedantic(device_time.launches, args=(run,), rounds=1)
+    record(
+        UPDATE_TITLE,
+        problem=f"update B={B}" + (", max_q_backup" if max_q_backup else ""),
+        contender=contender,
+        kernels=seen.kernels,
+        copies=seen.copies,
+        kernels_alone_us=seen.seconds * 1e6,
+    )
 
 
 def _check_update(contender: str, agent: dql.DiffusionQL, published: PublishedAgent, batch: dql.Batch) -> float:

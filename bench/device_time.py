@@ -4,6 +4,8 @@ A CUDA graph of a few calls is replayed between two events: launches cost next t
 other as closely as the device can start them, and what remains is the device's own time. Code that makes the host
 wait cannot be captured; of that the profiler adds up the kernels, which leaves out the gaps between them. Each result
 says which of the two it is. The caches stay warm: a policy's weights are in L2 in a control loop, too.
+
+The profiler stays attached to its process and slows launches down: time calls from the host before it is first used.
 """
 
 import statistics
@@ -66,7 +68,7 @@ def device_time(call: Call, no_graph: str | None = None) -> DeviceTime:
     try:
         once = capture(call)
     except RuntimeError as error:  # what torch raises of CUDA is one
-        _mend_after_capture()
+        mend_after_capture()
         return _profiled(call, str(error).strip().splitlines()[0])
     cost = _replay(once)
     calls = max(1, min(int(SAMPLE_SECONDS / cost), MAX_CALLS))
@@ -107,7 +109,7 @@ def _replay(graph: torch.cuda.CUDAGraph) -> float:
     return start.elapsed_time(end) * 1e-3
 
 
-def _mend_after_capture() -> None:
+def mend_after_capture() -> None:
     """After a failed capture torch stays on its stream, and its generator believes that one is under way."""
     torch.cuda.set_stream(torch.cuda.default_stream())
     device = torch.cuda.current_device()
@@ -135,6 +137,8 @@ def _profiled(call: Call, reason: str) -> DeviceTime:
             torch.cuda.synchronize()
         kernels = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
         if i > 0:  # the first profile also starts the profiler
+            if not kernels:
+                raise RuntimeError("the profiler saw nothing on the device; may this user read CUPTI's activities?")
             samples.append(sum(event.self_device_time_total for event in kernels) * 1e-6 / calls)
     return DeviceTime(samples, "profiler", calls, reason)
 

@@ -40,7 +40,7 @@ STAGES = (
 )
 # (at least, at most) seconds: what a part may count on, and when it is ended though others would leave it more
 LIMITS = {
-    "install": (60, 200),
+    "install": (60, 300),
     "doctor": (30, 60),
     "tests": (130, 300),
     "suite": (130, 400),
@@ -137,7 +137,11 @@ class Run:
     def stages(self) -> list[list[Part]]:
         """The chosen ones."""
         chosen = [[name for name in stage if name in self.parts] for stage in STAGES]
-        return [[Part(name, getattr(self, name), *LIMITS[name]) for name in stage] for stage in chosen if stage]
+        return [
+            [Part(name, getattr(self, name), *LIMITS[name], vital=name == "install") for name in stage]
+            for stage in chosen
+            if stage
+        ]
 
     def install(self, task: Task) -> str | None:
         """The package, editable; what no network can bring comes from bench/wheels/, into a folder of its own."""
@@ -169,7 +173,7 @@ class Run:
 
     def tests(self, task: Task) -> str | None:
         tier = [*sorted(ROOT.glob("tests/test_gpu*.py")), ROOT / "tests" / "test_device.py"]
-        failed = self._pytest(task, tier, "tests", workers=_cores(3))
+        failed = self._pytest(task, tier, "tests", workers=_cores(0.6))
         told = gpu_report.tests_of(self.scratch / "tests.jsonl")
         if failed is None and self.device == "cuda" and told and told["skipped_for_want_of_a_device"]:
             return f"{told['skipped_for_want_of_a_device']} were skipped for want of a device, though there is one"
@@ -177,11 +181,11 @@ class Run:
 
     def suite(self, task: Task) -> str | None:
         rest = ["tests", "--ignore-glob=*/test_gpu*.py", "--ignore=tests/test_device.py"]
-        return self._pytest(task, [*rest, "--continue-on-collection-errors"], "suite", workers=_cores(2))
+        return self._pytest(task, [*rest, "--continue-on-collection-errors"], "suite", workers=_cores(0.3), a_test=300)
 
     def kernels(self, task: Task) -> str | None:
         arch = 'arch = "sm_%d%d" % (torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0))'
-        table = f"sys.exit(kernels(arch, jobs={_cores(8)}, as_json=True))"
+        table = f"sys.exit(kernels(arch, jobs={_cores(0.25)}, as_json=True))"
         code = f"import sys, torch; from dql.kernel_table import kernels; {arch}; {table}"
         failed = task.run([sys.executable, "-c", code], output=self.scratch / "kernels.json")
         return "a kernel does not compile, spills or does not fit; see kernels in the report" if failed else None
@@ -189,7 +193,7 @@ class Run:
     def rivals(self, task: Task) -> str | None:
         """Compiled here, beside the tests, they come from torch's cache when they are timed."""
         command = ["bench/bench_gpu.py", "-k", "compile", "--benchmark-disable", "--device", self.device]
-        return self._pytest(task, command, "rivals", workers=_cores(5))
+        return self._pytest(task, command, "rivals", workers=_cores(0.2))
 
     def data(self, task: Task) -> str | None:
         """The dataset that `train` takes, and the first updates on the CPU, that it is compared with."""
@@ -208,7 +212,7 @@ class Run:
     def sanitize(self, task: Task) -> str | None:
         seconds = f"--seconds={task.left - 5:.0f}"
         return self._script(
-            task, "sanitize.py", "--json", self.scratch / "sanitizer.json", "--jobs", str(_cores(2)), seconds
+            task, "sanitize.py", "--json", self.scratch / "sanitizer.json", "--jobs", str(_cores(0.5)), seconds
         )
 
     def train(self, task: Task) -> str | None:
@@ -231,14 +235,22 @@ class Run:
         return self._pytest(task, [bench, "--benchmark-only", "--device", self.device], task.name, reports=True)
 
     def _pytest(
-        self, task: Task, arguments: Sequence[str | Path], name: str, workers: int = 0, reports: bool = False
+        self,
+        task: Task,
+        arguments: Sequence[str | Path],
+        name: str,
+        workers: int = 0,
+        reports: bool = False,
+        a_test: int = A_TEST,
     ) -> str | None:
         """Runs pytest, again for what is left where its process broke; returns what failed."""
+        if workers:  # one of many processes
+            task.environment |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
         path = self.scratch / f"{name}.jsonl"
         command: list[str | Path] = [sys.executable, "-m", "pytest", "-p", "outcomes", "--outcomes", path, "-q"]
         command += ["-p", "no:cacheprovider", "--deselect-known"]
         if _has("pytest_timeout"):
-            command += [f"--timeout={A_TEST}", "--timeout-method=thread"]
+            command += [f"--timeout={a_test}", "--timeout-method=thread"]
         if workers > 1 and _has("xdist"):
             command += ["-n", str(workers), "--max-worker-restart=50"]
         for i in range(MOST_RESTARTS):
@@ -253,9 +265,9 @@ class Run:
         return f"{failed} of {collected} failed" if failed else None
 
 
-def _cores(share: int) -> int:
-    """One in `share` of the cores."""
-    return max((os.cpu_count() or 1) // share, 1)
+def _cores(share: float) -> int:
+    """That share of the cores; those of a stage add up to more than all, since most also wait for the GPU."""
+    return max(int((os.cpu_count() or 1) * share), 1)
 
 
 def _has(module: str) -> bool:

@@ -52,12 +52,14 @@ class Part:
         work: `work(task)` does it, by `task.run`; it returns None, or what is wrong.
         least: seconds that earlier stages must leave to it.
         most: seconds after which it is ended anyway.
+        vital: nothing goes without it, so it may take what later stages need.
     """
 
     name: str
     work: "Callable[[Task], str | None]"
     least: float
     most: float
+    vital: bool = False
 
 
 class OutOfTimeError(Exception):
@@ -146,7 +148,8 @@ def run_stages(
     for i, stage in enumerate(stages):
         later = sum(max(part.least for part in after) for after in stages[i + 1 :])
         with ThreadPoolExecutor(len(stage)) as pool:
-            running = {part.name: pool.submit(_run, part, deadline - later, logs, environment) for part in stage}
+            ends = {part.name: deadline if part.vital else deadline - later for part in stage}
+            running = {part.name: pool.submit(_run, part, ends[part.name], logs, environment) for part in stage}
             yield {name: future.result() for name, future in running.items()}
 
 

@@ -9,12 +9,13 @@ from typing import Any
 Row = dict[str, Any]
 GPU_BATCH_SIZES = (1, 50, 256, 2500, 65536)
 GPU_PROBLEMS = ("sample, forward", "sample, forward and backward", "select of 50")
+UPDATE_PROBLEMS = ("update B=256", "update B=256, max_q_backup")
 GPU_BACKENDS = ("triton", "cuda")
 PRECISIONS = ("fp32", "tf32", "bf16")
 NOT_MEASURED = "not measured"
 GPU_TITLE = "device time and whole-call time on a GPU"
 MATMUL_TITLE = "matrix product 4096 x 4096 x 4096"
-UPDATE_TITLE = "an update on a GPU, and what it launches"
+UPDATE_TITLE = "what an update launches on a GPU"
 COPY_TITLE = "copy of 1 GiB, read and written"
 
 
@@ -124,8 +125,8 @@ def gpu_summary(report: dict[str, Any]) -> str:
         lines = [[problem, *(f"B = {B:,}" for B in sizes)]]
         lines += [[_contender(name), *(_gpu_cell(name, B, group) for B in sizes)] for name in names]
         parts.append(_markdown(lines))
-    updates = report.get("tables", {}).get(UPDATE_TITLE, [])
-    parts.append(f"{UPDATE_TITLE}:\n\n{further_table(updates)}" if updates else f"{UPDATE_TITLE}: {NOT_MEASURED}")
+    launched = report.get("tables", {}).get(UPDATE_TITLE, [])
+    parts.append(_update_table(report.get("rows", []), launched))
     return "\n\n".join(parts)
 
 
@@ -145,6 +146,22 @@ def _gpu_cell(name: str, B: int, group: list[Row]) -> str:
     share = [f"{100 * row['share']:.0f}%"] if row.get("share") is not None else []
     times = f"{time(_median(row, 'device_us'))} ({time(_median(call, 'call_us'))})"
     return ", ".join([times, *over, *share])
+
+
+def _update_table(rows: list[Row], launched: list[Row]) -> str:
+    """An update's time (whole call) and times faster than published; kernels, copies, and the kernels' own time."""
+    seen = {(row["problem"], row["contender"]): row for row in launched}
+    lines = [["", "contender", "whole call", "times faster than published", "kernels", "copies", "kernels alone"]]
+    for problem in UPDATE_PROBLEMS:
+        timed = {row["contender"]: row for row in rows if row["problem"] == problem}
+        for name in ("published", "dql-eager", *(f"dql-{backend}" for backend in GPU_BACKENDS)):
+            row, launch = timed.get(name), seen.get((problem, name))
+            times = [time(row["median_us"]), f"{row['speedup_over']['published']:.3g}x"] if row else [NOT_MEASURED, ""]
+            counts = ["", "", NOT_MEASURED]
+            if launch:
+                counts = [str(launch["kernels"]), str(launch["copies"]), time(launch["kernels_alone_us"])]
+            lines.append([problem, _contender(name), *times, *counts])
+    return _markdown(lines)
 
 
 def train_lines(train: dict[str, Any]) -> list[str]:

@@ -22,6 +22,7 @@ from cases import (
     run_problem,
 )
 from cpp_cases import make_policy, states_of
+from device_time import mend_after_capture
 
 import dql
 
@@ -66,6 +67,9 @@ def poisoned() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+        if torch.cuda.current_stream() != torch.cuda.default_stream():
+            mend_after_capture()  # or every test after one whose capture failed would fail, too
+        torch.cuda.synchronize()  # what this test's kernels did wrong is no fault of the next one
 
 
 def on_device(problem: Problem) -> Problem:

@@ -98,12 +98,23 @@ def test_later_stages_keep_what_they_need(tmp_path):
         limits[task.name] = task.left
         return None
 
-    def part(name: str, least: float, most: float) -> Part:
-        return Part(name, note, least, most)
+    def part(name: str, least: float, most: float, vital: bool = False) -> Part:
+        return Part(name, note, least, most, vital)
 
-    stages = [[part("a", 10, 200)], [part("b", 20, 30), part("c", 50, 1000)], [part("d", 30, 1000)]]
+    stages = [
+        [part("v", 10, 90, vital=True)],
+        [part("a", 10, 200)],
+        [part("b", 20, 30), part("c", 50, 1000)],
+        [part("d", 30, 1000)],
+    ]
     outcomes = run(stages, tmp_path, 100.0)
-    want = {"a": 20, "b": 30, "c": 70, "d": 100}  # 100 less 50 and 30; its own most; 100 less 30; what remains
+    want = {
+        "v": 90,
+        "a": 20,
+        "b": 30,
+        "c": 70,
+        "d": 100,
+    }  # its own most; 100 less 50 and 30; its own most; 100 less 30; what remains
     assert limits == pytest.approx(want, abs=2)
     assert {name: o.limit for name, o in outcomes.items()} == pytest.approx(want, abs=2)
 

@@ -161,9 +161,22 @@ def test_the_table_says_what_is_missing():
     line = next(line for line in text.splitlines() if line.startswith("| `cuda`, fp32"))
     cells = [cell.strip() for cell in line.split("|")[2:-1]]
     assert cells == ["not measured", "not measured", "20.0 us (25.0 us), 120x, 4x, 50%", "not measured", "not measured"]
-    assert f"{table.UPDATE_TITLE}: not measured" in text
+    assert "| update B=256 | `cuda` | not measured |  |  |  | not measured |" in text
     rows = 3 * 2 * 3 + 3 * 2 + 1  # contenders of three problems: ours, published and compiled, one more in bf16
-    assert len(re.findall(r"^\| (?!---|sample|select)", text, re.M)) == rows
+    assert len(re.findall(r"^\| (?!---|sample|select|update| \|)", text, re.M)) == rows
+
+
+def test_the_table_of_an_update():
+    timed = {
+        "problem": "update B=256",
+        "contender": "dql-cuda",
+        "median_us": 150.0,
+        "speedup_over": {"published": 40.0},
+    }
+    seen = {"problem": "update B=256", "contender": "dql-cuda", "kernels": 70, "copies": 2, "kernels_alone_us": 120.0}
+    text = table.gpu_summary({"device": "cuda", "tables": {table.UPDATE_TITLE: [seen]}, "rows": [timed]})
+    assert "| update B=256 | `cuda` | 150 us | 40x | 70 | 2 | 120 us |" in text
+    assert "| update B=256 | `triton` | not measured |  |  |  | not measured |" in text
 
 
 def test_worst_differences():

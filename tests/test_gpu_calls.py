@@ -120,19 +120,22 @@ def test_select_in_a_graph(backend):
 def test_a_side_stream_waits_for_no_other(backend):
     """The work goes to the current stream, after what is queued there, while another stream is busy."""
     policy, states = gpu_policy(), gpu_states(256)
-    want = gradients(states, policy, backend)
+
+    def all_of(states: Tensor) -> Tensor:  # for one copy to the host: on a GPU that others share each takes its time
+        return torch.cat([tensor.flatten() for tensor in gradients(states, policy, backend)])
+
+    want = all_of(states).cpu()
     late, side = torch.zeros_like(states), torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
-        gradients(late, policy, backend)  # compiled, loaded, allocated
-    side.synchronize()
-    torch.cuda._sleep(3_000_000_000)  # clocks: over a second
+        all_of(late).cpu()  # compiled, loaded, allocated
+    torch.cuda._sleep(5_000_000_000)  # clocks: over two seconds
     with torch.cuda.stream(side):
         torch.cuda._sleep(50_000_000)
         late.copy_(states)
-        got = [tensor.cpu() for tensor in gradients(late, policy, backend)]
+        got = all_of(late).cpu()
     assert not torch.cuda.default_stream().query(), "it waited for the default stream"
-    assert same_bits(got, [tensor.cpu() for tensor in want])
+    assert torch.equal(got, want)
     torch.cuda.synchronize()
 
 
@@ -234,3 +237,17 @@ def test_graphed_sampler_is_right(precision, backend):
     tolerance = TOLERANCES["float32"] if precision == "fp32" else Tolerance(3e-2, 0.0, "8 bits of an operand")
     for _ in range(2):
         assert_close(sampler.run(states), want, tolerance, what="actions", backend=f"{backend}, {precision}")
+
+
+def test_graphed_sampler_with_a_critic(backend):
+    """It replays `dql.select`, until the policy is moved."""
+    policy, critic, states = gpu_policy(), make_critic().to("cuda"), gpu_states(50)
+    graph, chosen = captured(lambda: dql.select(states, policy, critic, backend=backend))
+    sampler = dql.GraphedSampler(policy, 50, critic=critic, backend=backend)
+    torch.cuda.manual_seed(1)
+    graph.replay()
+    torch.cuda.manual_seed(1)
+    assert torch.equal(sampler.run(states), chosen)
+    policy.cpu()
+    with pytest.raises(RuntimeError, match="Denoiser was moved"):
+        sampler.replay()

@@ -175,7 +175,7 @@ def test_critics(tiling, precision):
     want = torch.stack(critic(states, actions))
     names, parameters = zip(*critic.named_parameters(), strict=True)
     gradients = torch.autograd.grad(want, [states, actions, *parameters], d_q)
-    wanted = {"q": want} | dict(zip(("d_states", "d_actions", *names), gradients, strict=True))
+    wanted = {"q": want.detach()} | dict(zip(("d_states", "d_actions", *names), gradients, strict=True))
     runner = CriticRunner(critic.spec, precision, states.device)
     with torch.no_grad(), forced(tiling):
         q, saved = runner.forward(critic.buffer, states, actions, 1, (0, 1), save=True)
