@@ -24,20 +24,17 @@ class CudaBackend(GpuBackend):
     def stands_in(self) -> bool:
         return cuda_native.emulating()
 
-    def unavailable(self) -> str | None:
-        return cuda_native.unavailable()
+    def unavailable(self, ordinal: int | None = None) -> str | None:
+        return cuda_native.unavailable(ordinal)
 
     def check(self, chain: Chain | None = None) -> str | None:
         if (reason := super().check(chain)) is not None or chain is None:
             return reason
         from dql.kernels import cuda_plan
 
-        ordinal = chain.flat.device.index or 0
-        if chain.flat.is_cuda and (reason := cuda_native.cannot_run(ordinal)) is not None:
-            return reason  # of another GPU than the current one
         rows = len(chain.states) * chain.candidates
         problem = cuda_plan.Problem(chain.spec, chain.precision, rows, chain.table.num_steps, 1, False)
-        return cuda_plan.misfit(problem, ordinal)
+        return cuda_plan.misfit(problem, chain.flat.device.index or 0)
 
     def takes(self, critic: TwinCritic, precision: str) -> bool:
         if not super().takes(critic, precision):
@@ -62,7 +59,7 @@ class CudaBackend(GpuBackend):
 
         return cuda_critic.select(*arguments)
 
-    def run_normal(self, seed: int, K: int, B: int, A: int, device: torch.device) -> Tensor:
+    def run_normal(self, seed: int | Tensor, K: int, B: int, A: int, device: torch.device) -> Tensor:
         from dql.kernels import cuda_chain
 
         return cuda_chain.normal(seed, K, B, A, device)

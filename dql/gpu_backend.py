@@ -33,8 +33,8 @@ class GpuBackend(Backend):
         """Whether something runs the kernels in a GPU's place."""
 
     @abstractmethod
-    def unavailable(self) -> str | None:
-        """Why no chain at all can run here, or None."""
+    def unavailable(self, ordinal: int | None = None) -> str | None:
+        """Why no chain at all can run on this GPU (None: the current one), or None."""
 
     @abstractmethod
     def make_chain_runner(self, chain: Chain, table: Tensor, embedding: Tensor) -> Any:
@@ -49,14 +49,15 @@ class GpuBackend(Backend):
         """chain runner, critic runner, flat, critic's flat, states, N, noise or None, seed, draw seed -> [B, A]."""
 
     @abstractmethod
-    def run_normal(self, seed: int, K: int, B: int, A: int, device: torch.device) -> Tensor:
+    def run_normal(self, seed: int | Tensor, K: int, B: int, A: int, device: torch.device) -> Tensor:
         """Standard normals [K, B, A]."""
 
     def only_by_name(self) -> str | None:
         return f"it is {self.in_place} ({self.stand_in}=1), for tests: name it" if self.stands_in() else None
 
     def check(self, chain: Chain | None = None) -> str | None:
-        if (reason := self.unavailable()) is not None or chain is None:
+        ordinal = chain.flat.device.index if chain is not None and chain.flat.is_cuda else None
+        if (reason := self.unavailable(ordinal)) is not None or chain is None:
             return reason
         flat = chain.flat
         if self.stands_in():
@@ -96,7 +97,7 @@ class GpuBackend(Backend):
             return None  # `intact` is too slow in Python to be worth it
         return _Prepared(chain, places, held, self.chain_runner(chain)).run
 
-    def normal(self, seed: int, K: int, B: int, A: int, like: Tensor) -> Tensor:
+    def normal(self, seed: int | Tensor, K: int, B: int, A: int, like: Tensor) -> Tensor:
         if like.dtype is not torch.float32 or A > limits.MAX_ACTION_DIM:
             return super().normal(seed, K, B, A, like)
         with on_device_of(like):
@@ -131,7 +132,11 @@ class GpuBackend(Backend):
         return limits.too_large(critic.spec) is None
 
     def chain_runner(self, chain: Chain) -> Any:
-        """What runs such chains, kept with the step table."""
+        """What runs such chains, kept with the step table.
+
+        Whatever GPU memory is kept is a copy of host memory: torch's blocking copy waits until it is in, so that a call
+        on another stream may read it at once. No call after the first copies, or waits.
+        """
         key = (self.name, chain.spec, chain.precision, chain.flat.device, chain.max_action)
         made = chain.table.kept.get(key)
         if made is None:

@@ -41,7 +41,7 @@ class TritonBackend(GpuBackend):
     def stands_in(self) -> bool:
         return interpreted()
 
-    def unavailable(self) -> str | None:
+    def unavailable(self, ordinal: int | None = None) -> str | None:
         if not _installed():
             return 'Triton is not installed; pip install -e ".[triton]" (Linux only; torch builds for CUDA bring it)'
         if not interpreted() and not torch.cuda.is_available():
@@ -65,7 +65,7 @@ class TritonBackend(GpuBackend):
 
         return twin_critic.select(*arguments)
 
-    def run_normal(self, seed: int, K: int, B: int, A: int, device: torch.device) -> Tensor:
+    def run_normal(self, seed: int | Tensor, K: int, B: int, A: int, device: torch.device) -> Tensor:
         from dql.kernels import triton_noise
 
         return triton_noise.normal(seed, K, B, A, device)

@@ -168,4 +168,4 @@ def seed_arguments(seed: int | Tensor, device: torch.device) -> tuple[Tensor, in
 
 @lru_cache(maxsize=64)
 def _nowhere(device: torch.device) -> Tensor:
-    return torch.zeros(1, dtype=torch.int64, device=device)
+    return torch.empty(1, dtype=torch.int64, device=device)  # never read: no stream has to wait for its contents

@@ -41,11 +41,15 @@ def module() -> ModuleType:
     return load(emulating())
 
 
-def unavailable() -> str | None:
-    """None if the kernels can run here, else one sentence: the reason and what mends it."""
+def unavailable(ordinal: int | None = None) -> str | None:
+    """None if the kernels can run here, else one sentence: the reason and what mends it.
+
+    Args:
+        ordinal: the GPU that is to run them; None: the current one.
+    """
     if emulating():
         return _no_emulator()
-    return _not_loaded() or _no_device()
+    return _not_loaded() or _no_device(ordinal)
 
 
 @cache
@@ -66,7 +70,7 @@ def _not_loaded() -> str | None:
     return None
 
 
-def _no_device() -> str | None:
+def _no_device(ordinal: int | None = None) -> str | None:
     driver, runtime = versions()
     if driver == 0:
         return "there is no NVIDIA driver here; see `dql doctor`"
@@ -75,7 +79,10 @@ def _no_device() -> str | None:
         return "the driver is for CUDA {} and the extension was built with {}; install a newer driver".format(*told)
     if not torch.cuda.is_available():
         return "no CUDA device: torch.cuda.is_available() is False; see `dql doctor`"
-    return cannot_run(torch.cuda.current_device())
+    try:
+        return cannot_run(torch.cuda.current_device() if ordinal is None else ordinal)
+    except RuntimeError as error:  # no memory, or an earlier kernel's fault: the next call may fare better
+        return f"the GPU did not answer ({error}); free its memory, or start this process anew"
 
 
 @cache
@@ -87,7 +94,11 @@ def versions() -> tuple[int, int]:
 
 @cache
 def cannot_run(ordinal: int) -> str | None:
-    """None, or why the extension has no code for this device."""
+    """None, or why the extension has no code for this device: what lasts, and so is asked once.
+
+    Raises:
+        RuntimeError: CUDA reported something that need not last.
+    """
     capability = load(False).device(ordinal)[0]
     if capability < 80:
         return f"it needs compute capability 8.0 or more, and this GPU has {capability / 10}; use backend='eager'"

@@ -5,7 +5,8 @@ taken from published measurements of Hopper GPUs; none was measured with these k
 them. Per step of the chain and tile of M rows:
 
     a layer's product    M NS HP multiply-adds at 1024 (bf16), 512 (tf32) or 128 (fp32) a cycle, but at least the
-                         latency of a warp's chain of k-groups
+                         latency of a warp's chain of k-groups: 40 each; 30 where weights are resident and one m-tile
+                         on the tensor cores has two sums for each result (product.h)
     its activation       two results of the special function units each, 16 a cycle
     resident             500 cycles to exchange, and what leaves the block at 14 bytes a cycle (between the blocks of a
                          cluster); alone on a multiprocessor 60
@@ -176,7 +177,9 @@ def cycles(problem: Problem, tiling: Tiling, multiprocessors: int) -> float:
     split = max(1, 8 // pairs) if pairs < 8 else 1
     passes = -(-pairs * split // 8)
     groups = HP * element / 64
-    product = max(M * NS * HP / _MULTIPLY_ADDS[problem.precision], 100 + 40 * passes * groups / split)
+    # 10 less by the stalls in nvcc's machine code; streaming, a group's time goes into asking for later ones
+    group = 30 if tiling.resident and tiling.m_tiles == 1 and problem.precision != "fp32" else 40
+    product = max(M * NS * HP / _MULTIPLY_ADDS[problem.precision], 100 + group * passes * groups / split)
     narrow = 2 * M * A * NS / 128 + 300  # first and last layer, and the update
     if tiling.resident:
         exchange = 60.0 if C == 1 else 500 + M * NS * element * (C - 1) / 14

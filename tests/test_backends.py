@@ -1,12 +1,15 @@
 """The registry: who can run a chain, and the sentence that says why not."""
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
+from cuda_cases import not_emulated
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dql
-from dql.backends import Backend, EagerBackend
+from dql.backends import Backend, Chain, EagerBackend
 
 registry = importlib.import_module("dql.backends")  # the attribute dql.backends is the function
 
@@ -150,3 +153,44 @@ def test_a_backend_draws_the_noise_of_the_seed(only, policy):
     assert torch.equal(first.flat, policy.denoiser.flat)
     assert not first.flat.requires_grad
     assert not first.states.requires_grad
+
+
+# What backends keep on a GPU
+
+
+class Made(TorchDispatchMode):
+    """Records what gives tensors on a device that stands for a GPU: (operation, where its input was, waited for)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by: list[tuple[str, str, bool]] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.is_meta:
+            given = args[0].device.type if isinstance(args[0], torch.Tensor) else "nowhere"
+            self.by.append((operation.overloadpacket.__name__, given, not (kwargs or {}).get("non_blocking")))
+        return out
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_what_a_gpu_keeps_is_copied_from_the_host(name):
+    """By blocking copies alone. What a kernel makes there is done for the stream that made it, and the first call on
+    another stream would have to wait for it."""
+    if (reason := not_emulated() if name == "cuda" else dql.backends()["triton"]) is not None:
+        pytest.skip(reason)
+    gpu, backend = torch.device("meta"), registry.registry()[name]
+    policy, critic = dql.DiffusionPolicy(4, 3, hidden_dim=16), dql.TwinCritic(4, 3, 16)
+    flat, table = policy.denoiser.flat.to(gpu), dql.DiffusionPolicy(4, 3, T=7).step_table()
+    chain = Chain(flat, {}, policy.denoiser.spec, STATES.to(gpu), 1, None, 0, table, 1.0, "bf16", policy.denoiser.kept)
+    critic = SimpleNamespace(kept={}, spec=critic.spec, buffer=critic.buffer.to(gpu))
+    registry.timestep_embedding.cache_clear()
+    with Made() as made:
+        backend.chain_runner(chain)
+        backend.critic_runner(critic, "bf16")
+    assert len(made.by) >= 2, "steps and their embedding at least"
+    assert set(made.by) == {("_to_copy", "cpu", True)}
+    with Made() as made:
+        backend.chain_runner(chain)
+        backend.critic_runner(critic, "bf16")
+    assert made.by == [], "kept"

@@ -14,6 +14,7 @@ import pytest
 import torch
 from build_cases import ROOT, Project, clean_environment, compiler, load, needs_compiler, symbols
 
+from dql.backends import registry
 from dql.doctor import cuda_extension_rows
 from dql.kernels import cuda_native, native_build
 
@@ -472,6 +473,46 @@ def test_a_gpu_that_it_was_not_built_for(gpu, monkeypatch):
         f"set DQL_CUDA_ARCHS='80;90;120' and {native_build.again()}"
     )
     assert gpu(capability=75) == ("it needs compute capability 8.0 or more, and this GPU has 7.5; use backend='eager'")
+
+
+def test_the_gpu_of_the_policy_is_judged(gpu, monkeypatch):
+    """Not the current one, which is whatever the caller left it to be."""
+    assert gpu() is None
+    cuda_native.cannot_run.cache_clear()
+    capabilities = {0: 90, 1: 75}
+    monkeypatch.setattr(cuda_native.load(False), "device", lambda ordinal: (capabilities[ordinal], 132, 232448))
+    sentence = "it needs compute capability 8.0 or more, and this GPU has 7.5; use backend='eager'"
+    policies = [SimpleNamespace(flat=SimpleNamespace(is_cuda=True, device=torch.device("cuda", i))) for i in (0, 1)]
+    checked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: checked.append(device) or (7, 0))
+    backend = registry()["cuda"]
+    for current in (0, 1):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: current)  # noqa: B023
+        assert backend.check() == (None, sentence)[current]
+        assert backend.check(policies[1]) == sentence
+        backend.check(policies[0])
+        assert checked.pop() == torch.device("cuda", 0) and not checked, "so far all was well with it"
+
+
+def test_a_failure_that_may_pass_is_not_kept(gpu, monkeypatch):
+    """As of memory, or an earlier kernel's fault; that there is no code for the GPU is kept."""
+    assert gpu() is None
+    cuda_native.cannot_run.cache_clear()
+    answers = ["cudaFuncGetAttributes: out of memory (cudaErrorMemoryAllocation)", "no kernel image", None]
+    asked = iter(answers)
+
+    def cannot_run(ordinal):
+        if (told := next(asked)) is answers[0]:
+            raise RuntimeError(told)
+        return told
+
+    monkeypatch.setattr(cuda_native.load(False), "cannot_run", cannot_run)
+    assert cuda_native.unavailable() == (
+        f"the GPU did not answer ({answers[0]}); free its memory, or start this process anew"
+    )
+    for _ in range(2):
+        assert "(no kernel image)" in cuda_native.unavailable()
+    assert next(asked) is None, "asked once"
 
 
 def test_an_extension_that_is_not_there(gpu, monkeypatch):

@@ -107,6 +107,14 @@ def test_instructions(name):
 
 
 @built
+def test_the_prologue_divides_32_bits():
+    """A division of 64 is a call, where everything else is inlined (before Hopper shuffles may be calls too)."""
+    for arch in (arch for arch in RECORD["architectures"] if int(arch) >= 90):
+        (count,) = (count for name, count in disassembly()[arch].items() if "prologue" in name)
+        assert count["CALL"] == 0
+
+
+@built
 def test_many_rows_have_hoppers_tensor_cores():
     kernels = {name: count for name, count in disassembly()["90a"].items() if "wide_chain" in name}
     assert len(kernels) == len(WIDES)

@@ -126,28 +126,29 @@ private:
     DQL_DEVICE void prepare() {
         // What no row or action fills is multiplied with zero weights, or never stored, but should be some number.
         for (int i = thread(); i < (a.memory.bytes - a.memory.v) / 4; i += THREADS) v[i] = 0;
-        wait_for_previous();
-        if constexpr (RESIDENT) {
+        if constexpr (RESIDENT) {  // whatever needs nothing of the kernel before comes before the wait for it
             if (thread() == 0) {
                 for (int i = 0; i < 4; ++i) barrier_init(barriers + i);
                 barriers_ready();
-            }
-            sync_cluster();
-            if (thread() == 0) {
                 barrier_expect(barriers, static_cast<uint32_t>(a.operand_bytes + a.floats_bytes));
-                const int layer_bytes = a.operand_bytes / (a.net.L - 1);
-                for (int at = 0; at < a.operand_bytes; at += layer_bytes)
-                    bulk_copy(memory + a.memory.weights + at, global_operands() + at,
-                              static_cast<uint32_t>(layer_bytes), barriers);
-                bulk_copy(memory + a.memory.floats, global_floats(), static_cast<uint32_t>(a.floats_bytes), barriers);
                 if (blocks > 1) {
                     barrier_expect(barriers + 1, static_cast<uint32_t>(M * a.HP * ELEMENT));
                     barrier_expect(barriers + 2, static_cast<uint32_t>(M * a.HP * ELEMENT));
                     barrier_expect(barriers + 3, static_cast<uint32_t>(blocks * M * narrow * 4));
                 }
             }
+            sync_cluster();
+            wait_for_previous();
+            if (thread() == 0) {
+                const int layer_bytes = a.operand_bytes / (a.net.L - 1);
+                for (int at = 0; at < a.operand_bytes; at += layer_bytes)
+                    bulk_copy(memory + a.memory.weights + at, global_operands() + at,
+                              static_cast<uint32_t>(layer_bytes), barriers);
+                bulk_copy(memory + a.memory.floats, global_floats(), static_cast<uint32_t>(a.floats_bytes), barriers);
+            }
             barrier_wait(barriers, 0);
         } else {
+            wait_for_previous();
             sync_block();
         }
     }
@@ -297,22 +298,28 @@ private:
         }
     }
 
-    // Sums of the last layer's columns, times the narrow weights, over one n-pair; a warp adds up its own pairs.
+    // Sums of the last layer's columns, times the narrow weights, over one n-pair; a warp adds up its own pairs. Four
+    // outputs at a time, a lane of the quad keeps one of them: one after the other would wait for each one's shuffles.
     DQL_DEVICE void narrow_part(const float (&z)[MT][2][4], int pair, int pass) {
-        float* part = parts() + pair % WARPS * (M * narrow);
-        for (int o = 0; o < out; ++o) {
-            const float4 w_o = load_floats(w_out + o * a.NS + column_of(pair));
+        float* part = parts() + pair % WARPS * (M * narrow) + t;
+        for (int o = 0; o < out; o += 4) {
+            float4 w_o[4];
+            DQL_UNROLL
+            for (int i = 0; i < 4; ++i)  // behind the last output its weights again: a sum that nobody asks for
+                w_o[i] = load_floats(w_out + (o + i < out ? o + i : out - 1) * a.NS + column_of(pair));
             DQL_UNROLL
             for (int m = 0; m < MT; ++m)
                 DQL_UNROLL
                 for (int half = 0; half < 2; ++half) {
                     if (!(halves >> half & 1)) continue;
                     const float(&four)[4] = z[m][half];
-                    float sum = four[0] * w_o.x + four[1] * w_o.y + four[2] * w_o.z + four[3] * w_o.w;
-                    sum += shuffle_xor(sum, 1);
-                    sum += shuffle_xor(sum, 2);
+                    float sums[4];
+                    DQL_UNROLL
+                    for (int i = 0; i < 4; ++i)
+                        sums[i] = four[0] * w_o[i].x + four[1] * w_o[i].y + four[2] * w_o[i].z + four[3] * w_o[i].w;
+                    const float sum = summed_over_quad(sums);
                     float* at = part + row_of(m, half) * narrow + o;
-                    if (t == (o & 3)) *at = pass > 0 ? *at + sum : sum;
+                    *at = pass > 0 ? *at + sum : sum;
                 }
         }
     }

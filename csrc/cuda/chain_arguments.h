@@ -56,6 +56,20 @@ DQL_DEVICE void get(float (&to)[4], const float* from) {
     const float4 four = load_floats(from);
     to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
 }
+// Numbers summed over the four lanes 4 g + t of a quad, of which lane t gets the one of that number. Each exchange
+// halves how many a lane has, so that four sums cost three shuffles, of which two wait for each other.
+DQL_DEVICE float summed_over_quad(const float (&each)[4]) {
+    const bool odd = lane() & 1, high = lane() & 2;
+    const float low = (odd ? each[1] : each[0]) + shuffle_xor(odd ? each[0] : each[1], 1);
+    const float up = (odd ? each[3] : each[2]) + shuffle_xor(odd ? each[2] : each[3], 1);
+    return (high ? up : low) + shuffle_xor(high ? low : up, 2);
+}
+// Of two numbers, lane t gets number t % 2.
+DQL_DEVICE float summed_over_quad(const float (&each)[2]) {
+    const bool odd = lane() & 1;
+    const float sum = (odd ? each[1] : each[0]) + shuffle_xor(odd ? each[0] : each[1], 1);
+    return sum + shuffle_xor(sum, 2);
+}
 // A quad of a row in device memory that is `width` wide, read or written as far as it exists.
 DQL_DEVICE void read(float (&to)[4], const float* row, int quad, int width) {
     DQL_UNROLL

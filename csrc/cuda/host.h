@@ -32,10 +32,10 @@ bool emulated();
 int driver_version();              // 13000; 0: there is no driver. Never throws
 int runtime_version();
 Device device(int ordinal);        // throws where there is none
-// "", or why no kernel runs on this device: CUDA's words.
+// "", or why no kernel runs on this device: CUDA's words. Throws, as the two below, on what may not last.
 std::string cannot_run(int ordinal);
-// The compute capability that the code which this device runs was compiled for: less than the device's where its own was
-// left out and PTX stands in, and then without what the device has more. 0: there is none.
+// The compute capability that the code which this device runs was compiled for: less than the device's where its own
+// was left out and PTX stands in, and then without what the device has more. 0: there is none.
 int compiled_for(int ordinal);
 // Whether the kernel for 128 rows a tile does: code for compute capability 9.0.
 bool can_run_wide(int ordinal);

@@ -90,15 +90,18 @@ private:
     int stride_, pair_, group_, layer_ = 0, fetched_ = 0, taken_ = 0;
 };
 
-// On the tensor cores: bf16 and tf32.
+// On the tensor cores: bf16 and tf32. A k-group takes two instructions for each m-tile and n-tile. One that adds to the
+// result of the one before waits for it; with a single m-tile there is too little else to do meanwhile, and each of the
+// two has sums of its own.
 template <Precision P, int MT, class Weights>
 DQL_DEVICE void tensor_product(float (&z)[MT][2][4], const char* h, int row_bytes, Weights& weights, int first,
                                int last) {
-    float d[MT][2][4];  // [m-tile][n-tile]: rows g (2) and g + 8 (2), columns 2 t and 2 t + 1
+    constexpr int OF_SECOND = MT == 1 ? 1 : 0;
+    float d[1 + OF_SECOND][MT][2][4];  // [sums][m-tile][n-tile]: rows g (2) and g + 8 (2), columns 2 t and 2 t + 1
     DQL_UNROLL
-    for (int m = 0; m < MT; ++m)
+    for (int m = 0; m < (1 + OF_SECOND) * MT; ++m)
         DQL_UNROLL
-        for (int i = 0; i < 8; ++i) d[m][i / 4][i % 4] = 0;
+        for (int i = 0; i < 8; ++i) d[m / MT][m % MT][i / 4][i % 4] = 0;
     const char* mine = h + lane() / 4 * row_bytes + lane() % 4 * 16;
     DQL_UNROLL_BY_2
     for (int group = first; group < last; ++group) {
@@ -114,11 +117,11 @@ DQL_DEVICE void tensor_product(float (&z)[MT][2][4], const char* h, int row_byte
             for (int n = 0; n < 2; ++n) {
                 const uint32_t b_first[2] = {b[n].x, b[n].y}, b_second[2] = {b[n].z, b[n].w};
                 if constexpr (P == Precision::BF16) {
-                    mma_bf16(d[m][n], first_half, b_first);
-                    mma_bf16(d[m][n], second_half, b_second);
+                    mma_bf16(d[0][m][n], first_half, b_first);
+                    mma_bf16(d[OF_SECOND][m][n], second_half, b_second);
                 } else {
-                    mma_tf32(d[m][n], first_half, b_first);
-                    mma_tf32(d[m][n], second_half, b_second);
+                    mma_tf32(d[0][m][n], first_half, b_first);
+                    mma_tf32(d[OF_SECOND][m][n], second_half, b_second);
                 }
             }
         }
@@ -128,7 +131,10 @@ DQL_DEVICE void tensor_product(float (&z)[MT][2][4], const char* h, int row_byte
         DQL_UNROLL
         for (int half = 0; half < 2; ++half)
             DQL_UNROLL
-            for (int i = 0; i < 4; ++i) z[m][half][i] = d[m][i / 2][2 * half + i % 2];
+            for (int i = 0; i < 4; ++i) {
+                z[m][half][i] = d[0][m][i / 2][2 * half + i % 2];
+                if (OF_SECOND) z[m][half][i] += d[OF_SECOND][m][i / 2][2 * half + i % 2];
+            }
 }
 
 // Where the sums of one warp lie: [m-tile][half][lane][4].

@@ -9,29 +9,27 @@ namespace device {
 
 constexpr int STATES_A_BLOCK = 16, STATE_CHUNK = 32;
 
-// Blocks of each part, in this order.
+// Blocks of each part, in this order. All that is divided fits 32 bits, in which that is several times faster.
 struct PrologueArguments {
     cuda::PrologueJob job;
     Packed places;
     Slices slices;
-    int64_t chunks = 0;  // of 16 bytes: all operands
-    int64_t floats = 0;
-    int64_t operand_blocks = 0, float_blocks = 0, time_blocks = 0, state_blocks = 0;
+    int chunks = 0;  // of 16 bytes: all operands
+    int floats = 0;
+    int operand_blocks = 0, float_blocks = 0, time_blocks = 0, state_blocks = 0;
 };
 
 // Column and first k of the 16 bytes number `chunk` of one block's layer: the inverse of operand_index.
 struct Place {
     int column, k;
 };
-DQL_HOST_DEVICE Place place_of(const Slices& s, int64_t chunk) {
+DQL_HOST_DEVICE Place place_of(const Slices& s, int chunk) {
     const int per_lane = 16 / s.element;
     if (s.wide) {
-        const int row = static_cast<int>(chunk / 8 % s.HP), piece = static_cast<int>(chunk % 8);
-        const int kc = static_cast<int>(chunk / 8 / s.HP);
+        const int row = chunk / 8 % s.HP, piece = chunk % 8, kc = chunk / 8 / s.HP;
         return {row / 16 * 16 + output_column(row / 8 % 2, row % 8), kc * WIDE_CHUNK + (piece ^ row % 8) * 8};
     }
-    const int lane = static_cast<int>(chunk % 32), group = static_cast<int>(chunk / 32 % s.groups);
-    const int tile = static_cast<int>(chunk / 32 / s.groups);
+    const int lane = chunk % 32, group = chunk / 32 % s.groups, tile = chunk / 32 / s.groups;
     return {tile / 2 * 16 + output_column(tile % 2, lane / 4), (group * 4 + lane % 4) * per_lane};
 }
 
@@ -42,30 +40,30 @@ public:
 
     DQL_DEVICE void run() {
         let_next_start();
-        int64_t block = block_x();
+        int block = block_x();
         if (block < a.operand_blocks) {
             operands(block * THREADS + thread());
         } else if ((block -= a.operand_blocks) < a.float_blocks) {
             floats(block * THREADS + thread());
         } else if ((block -= a.float_blocks) < a.time_blocks) {
-            time(static_cast<int>(block));
+            time(block);
         } else {
             block -= a.time_blocks;
-            states(block % a.state_blocks * STATES_A_BLOCK, static_cast<int>(block / a.state_blocks));
+            states(static_cast<int64_t>(block % a.state_blocks) * STATES_A_BLOCK, block / a.state_blocks);
         }
     }
 
 private:
-    DQL_DEVICE void operands(int64_t chunk) {
+    DQL_DEVICE void operands(int chunk) {
         if (chunk >= a.chunks) return;
-        const int64_t per_layer = s.layer_bytes() / 16, layers = s.L - 1;
+        const int per_layer = static_cast<int>(s.layer_bytes() / 16), layers = s.L - 1;
         const Place place = place_of(s, chunk % per_layer);
-        int64_t rest = chunk / per_layer;
-        const int layer = static_cast<int>(rest % layers);
+        int rest = chunk / per_layer;
+        const int layer = rest % layers;
         rest /= layers;
-        const int rank = static_cast<int>(rest % job.tiling.cluster);
+        const int rank = rest % job.tiling.cluster;
         rest /= job.tiling.cluster;
-        const int directions = job.transposed ? 2 : 1, turned = static_cast<int>(rest % directions);
+        const int directions = job.transposed ? 2 : 1, turned = rest % directions;
         const int64_t network = rest / directions;
         const float* weight = job.flat + net.hidden[layer] + network * net.apart;
         const int column = rank * s.NS + place.column, per_lane = 16 / s.element;
@@ -89,12 +87,12 @@ private:
         reinterpret_cast<uint4*>(job.packed + a.places.operands)[chunk] = packed;
     }
 
-    DQL_DEVICE void floats(int64_t i) {
+    DQL_DEVICE void floats(int i) {
         if (i >= a.floats) return;
-        int64_t rest = i / s.NS;
-        const int rows = s.X + s.O + s.L - 1, row = static_cast<int>(rest % rows);
+        int rest = i / s.NS;
+        const int rows = s.X + s.O + s.L - 1, row = rest % rows;
         rest /= rows;
-        const int column = static_cast<int>(rest % job.tiling.cluster) * s.NS + static_cast<int>(i % s.NS);
+        const int column = rest % job.tiling.cluster * s.NS + i % s.NS;
         const float* flat = job.flat + rest / job.tiling.cluster * net.apart;
         float number = 0;
         if (column < net.H) {
@@ -188,16 +186,16 @@ namespace cuda {
 
 void prologue(const PrologueJob& job, Stream stream) {
     const Slices s(job.net, job.tiling);
-    const auto blocks = [](int64_t threads) { return (threads + THREADS - 1) / THREADS; };
+    const auto blocks = [](int threads) { return (threads + THREADS - 1) / THREADS; };
     device::PrologueArguments a = {job, Packed(job.net, job.tiling, job.transposed, job.B, job.K), s};
-    a.chunks = (a.places.floats - a.places.operands) / 16;
-    a.floats = static_cast<int64_t>(job.net.networks) * job.tiling.cluster * s.floats();
+    a.chunks = static_cast<int>((a.places.floats - a.places.operands) / 16);
+    a.floats = job.net.networks * job.tiling.cluster * s.floats();
     a.operand_blocks = blocks(a.chunks);
     a.float_blocks = blocks(a.floats);
     a.time_blocks = job.net.D > 0 ? job.K : 0;
-    a.state_blocks = (job.B + device::STATES_A_BLOCK - 1) / device::STATES_A_BLOCK;
+    a.state_blocks = static_cast<int>((job.B + device::STATES_A_BLOCK - 1) / device::STATES_A_BLOCK);
     Grid grid;
-    grid.x = a.operand_blocks + a.float_blocks + a.time_blocks + job.net.networks * a.state_blocks;
+    grid.x = a.operand_blocks + a.float_blocks + a.time_blocks + int64_t{job.net.networks} * a.state_blocks;
     grid.shared = 4 * (device::STATE_CHUNK * device::STATES_A_BLOCK);
     launch("the prologue", device::prologue_kernel, grid, a, stream);
 }

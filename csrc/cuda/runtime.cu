@@ -22,11 +22,30 @@ private:
     int before_ = 0;
 };
 
-// "", or CUDA's words for why this kernel has no code for the device.
+// Of the extension, so for good. Another failure (no memory, an earlier kernel's fault) may be gone at the next call.
+bool is_about_code(cudaError_t status) {
+    switch (status) {
+        case cudaErrorNoKernelImageForDevice:
+        case cudaErrorInvalidDeviceFunction:
+        case cudaErrorInvalidKernelImage:
+        case cudaErrorInvalidSource:
+        case cudaErrorInvalidPtx:
+        case cudaErrorUnsupportedPtxVersion:
+        case cudaErrorJitCompilerNotFound:
+        case cudaErrorJitCompilationDisabled:
+        case cudaErrorSymbolNotFound: return true;
+        default: return false;
+    }
+}
+
+// "", or CUDA's words for why this kernel has no code for the device. Throws where that could not be found out.
 std::string no_code(int ordinal, ChainKernel kernel, cudaFuncAttributes& attributes) {
     const OnDevice here(ordinal);
     const cudaError_t status = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
-    if (status == cudaSuccess) return "";
+    if (!is_about_code(status)) {
+        check(status, "cudaFuncGetAttributes");
+        return "";
+    }
     cudaGetLastError();
     return cudaGetErrorString(status);
 }

@@ -135,11 +135,11 @@ void chunks_have_one_place() {
         for (const Tiling& tiling : tilings()) {
             const Slices s(mlp({5, 3, 16, H, 2}, 0), tiling);
             const int per_lane = 16 / s.element;
-            for (int64_t chunk = 0; chunk < s.layer_bytes() / 16; ++chunk) {
+            for (int chunk = 0; chunk < s.layer_bytes() / 16; ++chunk) {
                 const device::Place place = device::place_of(s, chunk);
                 for (int e = 0; e < per_lane; ++e)
-                    if (operand_index(s, 0, place.column, place.k + e) != chunk * per_lane + e)
-                        CHECK_EQ(operand_index(s, 0, place.column, place.k + e), chunk * per_lane + e);
+                    if (operand_index(s, 0, place.column, place.k + e) != int64_t{chunk} * per_lane + e)
+                        CHECK_EQ(operand_index(s, 0, place.column, place.k + e), int64_t{chunk} * per_lane + e);
             }
         }
 }
