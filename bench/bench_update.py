@@ -6,7 +6,7 @@ The gradients are compared first: after the first update Adam's average is 0.1 t
 `.grad` the published code does not write to it afterwards.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import device_time
 import pytest
@@ -21,8 +21,10 @@ from torch import Tensor
 import dql
 from dql.agent import UpdateSeeds
 
+Update = Callable[[dql.Batch], dict[str, Tensor]]
 B = 256
 DQL = [f"dql-{name}" for name in dql.backends()]
+GRAPHED = [f"dql-{name}+graph" for name in dql.backends() if name != "cpp"]  # `dql.GraphedUpdate`
 
 
 def _batch(device: torch.device) -> dql.Batch:
@@ -38,7 +40,7 @@ def _update_published(agent: PublishedAgent, batch: dql.Batch) -> dict[str, floa
     return agent.update(batch.states, batch.actions, batch.rewards, batch.next_states, batch.masks)
 
 
-@pytest.mark.parametrize("contender", ["published", *DQL])
+@pytest.mark.parametrize("contender", ["published", *DQL, *GRAPHED])
 @pytest.mark.parametrize("max_q_backup", [False, True], ids=["plain", "max_q_backup"])
 def test_update(max_q_backup: bool, contender: str, race, device) -> None:
     batch, published = _batch(device), rivals.published_agent(device, max_q_backup=max_q_backup)
@@ -52,10 +54,16 @@ def _updates(contender: str, published: PublishedAgent, max_q_backup: bool, batc
     if contender == "published":
         other = rivals.published_agent(batch.states.device, max_q_backup=max_q_backup)
         return lambda: _update_published(other, batch), 0.0
-    config = dql.Config(backend=contender.removeprefix("dql-"), max_q_backup=max_q_backup)
-    agent = rivals.matching_agent(published, config, batch.states.device)
-    error = _check_update(contender, agent, published, batch)
-    return lambda: agent.update(batch), error
+    name, device = contender.removeprefix("dql-"), batch.states.device
+    config = dql.Config(backend=name.removesuffix("+graph"), max_q_backup=max_q_backup)
+    agent = rivals.matching_agent(published, config, device)
+    update = agent.update
+    if name.endswith("+graph"):
+        if device.type != "cuda":
+            pytest.skip(f"a CUDA graph needs a GPU; run with --device cuda, this is {device}")
+        update = dql.GraphedUpdate(agent, B).update
+    error = _check_update(contender, agent, update, published, batch)
+    return lambda: update(batch), error
 
 
 def test_update_bc(race, device) -> None:
@@ -65,7 +73,7 @@ def test_update_bc(race, device) -> None:
 
 
 # Last of this file: after the profiler no call is as fast as before.
-@pytest.mark.parametrize("contender", ["published", *DQL])
+@pytest.mark.parametrize("contender", ["published", *DQL, *GRAPHED])
 @pytest.mark.parametrize("max_q_backup", [False, True], ids=["plain", "max_q_backup"])
 def test_launches(max_q_backup: bool, contender: str, benchmark, record, device) -> None:
     if device.type != "cuda":
@@ -84,7 +92,9 @@ def test_launches(max_q_backup: bool, contender: str, benchmark, record, device)
     )
 
 
-def _check_update(contender: str, agent: dql.DiffusionQL, published: PublishedAgent, batch: dql.Batch) -> float:
+def _check_update(
+    contender: str, agent: dql.DiffusionQL, update: Update, published: PublishedAgent, batch: dql.Batch
+) -> float:
     """Both agents do their first update with the same noise; returns the worst error of the gradients."""
     config = agent.config
     seeds = UpdateSeeds.of(config.seed, agent.step)
@@ -102,7 +112,7 @@ def _check_update(contender: str, agent: dql.DiffusionQL, published: PublishedAg
     rivals.give_coin(1 if int(dql.noise.integers(seeds.coin, 2, 1)) else 2)
     with rivals.GivenDraws(draws()):
         losses = _update_published(published, batch)
-    metrics = agent.update(batch)
+    metrics = update(batch)
     for name, want in losses.items():
         got = float(metrics[name])
         assert abs(got - want) <= 1e-4 * max(1, abs(want)), f"{contender}: {name} is {got}, expected {want}"

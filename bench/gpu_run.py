@@ -55,6 +55,7 @@ LIMITS = {
 }
 A_TEST = 90  # seconds after which a test hangs, as a kernel does whose barrier nobody reaches
 MOST_RESTARTS = 8  # of a pytest whose process broke
+ALSO_ON_A_GPU = ("test_device.py", "test_graphed_update.py")
 DATASET = "dql/hopper/medium-expert-v0"
 
 
@@ -172,7 +173,7 @@ class Run:
         return f"exit code {failed}" if failed else None
 
     def tests(self, task: Task) -> str | None:
-        tier = [*sorted(ROOT.glob("tests/test_gpu*.py")), ROOT / "tests" / "test_device.py"]
+        tier = [*sorted(ROOT.glob("tests/test_gpu*.py")), *(ROOT / "tests" / name for name in ALSO_ON_A_GPU)]
         failed = self._pytest(task, tier, "tests", workers=_cores(0.6))
         told = gpu_report.tests_of(self.scratch / "tests.jsonl")
         if failed is None and self.device == "cuda" and told and told["skipped_for_want_of_a_device"]:
@@ -180,7 +181,7 @@ class Run:
         return failed
 
     def suite(self, task: Task) -> str | None:
-        rest = ["tests", "--ignore-glob=*/test_gpu*.py", "--ignore=tests/test_device.py"]
+        rest = ["tests", "--ignore-glob=*/test_gpu*.py", *(f"--ignore=tests/{name}" for name in ALSO_ON_A_GPU)]
         return self._pytest(task, [*rest, "--continue-on-collection-errors"], "suite", workers=_cores(0.3), a_test=300)
 
     def kernels(self, task: Task) -> str | None:

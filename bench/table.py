@@ -54,7 +54,10 @@ def race_table(rows: list[Row]) -> str:
 
 def _title(contender: str) -> str:
     """dql-cpp-bf16 is `cpp`, bf16."""
-    backend, _, precision = contender.removeprefix("dql-").partition("-")
+    contender, graph, _ = contender.removeprefix("dql-").partition("+graph")
+    backend, _, precision = contender.partition("-")
+    if graph:
+        return f"`{backend}` + graph"
     return f"`{backend}`, {precision}" if precision else f"`{backend}`"
 
 
@@ -154,7 +157,8 @@ def _update_table(rows: list[Row], launched: list[Row]) -> str:
     lines = [["", "contender", "whole call", "times faster than published", "kernels", "copies", "kernels alone"]]
     for problem in UPDATE_PROBLEMS:
         timed = {row["contender"]: row for row in rows if row["problem"] == problem}
-        for name in ("published", "dql-eager", *(f"dql-{backend}" for backend in GPU_BACKENDS)):
+        ours = [f"dql-{backend}{graph}" for backend in ("eager", *GPU_BACKENDS) for graph in ("", "+graph")]
+        for name in ("published", *ours):
             row, launch = timed.get(name), seen.get((problem, name))
             times = [time(row["median_us"]), f"{row['speedup_over']['published']:.3g}x"] if row else [NOT_MEASURED, ""]
             counts = ["", "", NOT_MEASURED]
@@ -166,7 +170,8 @@ def _update_table(rows: list[Row], launched: list[Row]) -> str:
 
 def train_lines(train: dict[str, Any]) -> list[str]:
     """A training run in a few lines."""
-    lines = [f"train: backend {train.get('run_backend', train['backend'])} ({train['backend_because']})"]
+    graphed = " + graph" if train["graphed"] else ""
+    lines = [f"train: backend {train.get('run_backend', train['backend'])}{graphed} ({train['backend_because']})"]
     worst = train["first_updates"]["worst"]
     if worst is not None:
         first = ", ".join(f"{name} {value:.2g}" for name, value in worst.items())

@@ -40,13 +40,15 @@ def prepare(folder: Path, dataset: str) -> None:
     _first_updates(folder / "first-cpu", dataset, "cpu", "auto")
 
 
-def _first_updates(path: Path, dataset: str, device: str, backend: str) -> list[dict[str, float]]:
+def _first_updates(
+    path: Path, dataset: str, device: str, backend: str, graphed: bool = False
+) -> list[dict[str, float]]:
     from dql.config import Config, RunConfig
     from dql.rundir import read_rows
     from dql.train import train
 
     agent = Config(backend=backend, num_updates=FIRST_UPDATES)
-    train(RunConfig(dataset, agent, path, device, FIRST_LOG, eval_every=0))
+    train(RunConfig(dataset, agent, path, device, FIRST_LOG, eval_every=0, graphed=graphed))
     return read_rows(path / "metrics.csv")
 
 
@@ -57,10 +59,12 @@ def run(folder: Path, dataset: str, seconds: float, continued: Path | None, devi
     from dql.train import resume, train
 
     end = time.monotonic() + seconds
-    backend, why = fastest_backend(folder)
-    print(f"backend {backend}: {why}", flush=True)
-    here = {"dataset": dataset, "backend": backend, "backend_because": why, "backends": backends()}
-    first = {"gpu": _first_updates(folder / "first-gpu", dataset, device, backend)}
+    contender, why = fastest_backend(folder)
+    backend, _, graph = contender.partition("+")
+    graphed = bool(graph) and device != "cpu"
+    print(f"backend {contender}: {why}", flush=True)
+    here = {"dataset": dataset, "backend": backend, "graphed": graphed, "backend_because": why, "backends": backends()}
+    first = {"gpu": _first_updates(folder / "first-gpu", dataset, device, backend, graphed)}
     if (cpu := folder / "first-cpu" / "metrics.csv").exists():
         first["cpu"] = read_rows(cpu)
     here["first_updates"] = first | {"worst": worst_differences(first)}
@@ -76,7 +80,8 @@ def run(folder: Path, dataset: str, seconds: float, continued: Path | None, devi
     timer.start()
     if continued is None:
         agent = Config(backend=backend, num_updates=UPDATES)
-        result = train(RunConfig(dataset, agent, path, device, eval_every=EVAL_EVERY, eval_episodes=EVAL_EPISODES))
+        evaluation = {"eval_every": EVAL_EVERY, "eval_episodes": EVAL_EPISODES}
+        result = train(RunConfig(dataset, agent, path, device, **evaluation, graphed=graphed))
     else:
         result = resume(path)
     timer.cancel()
@@ -108,7 +113,7 @@ def _evaluation(agent: Any, dataset: str) -> dict[str, Any]:
 
 
 def fastest_backend(folder: Path) -> tuple[str, str]:
-    """(backend, why), by the updates that were timed before; "auto" where none was."""
+    """(backend, with +graph if that was faster; why), by the updates timed before; "auto" where none was."""
     times: dict[str, float] = {}
     for report in map(read_json, sorted(folder.glob("update-*.json"))):
         for row in report["rows"] if report else ():

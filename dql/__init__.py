@@ -7,6 +7,7 @@ from dql.checkpoint import CheckpointError
 from dql.config import TUNED, Config
 from dql.data import Batch, TransitionDataset, load_dataset
 from dql.graphed import GraphedSampler
+from dql.graphed_update import GraphedUpdate
 from dql.networks import Denoiser, TwinCritic
 from dql.policy import DiffusionPolicy
 from dql.sampler import sample, select, set_policy
@@ -31,6 +32,7 @@ __all__ = [
     # training
     "DiffusionQL",
     "DiffusionBC",
+    "GraphedUpdate",
     "Config",
     "TUNED",
     "load",

@@ -9,9 +9,9 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from dql.backends import Backend, check_name
 from dql.checkpoint import FILE, CheckpointError, checked_device, load_tensors, reading, save_tensors
 from dql.config import Config
 from dql.data import Batch
+from dql.draws import Draws, UpdateSeeds
 from dql.kernels import native
 from dql.networks import FlatModule, TwinCritic
 from dql.optimizer import FlatAdam
@@ -32,26 +33,6 @@ from dql.values import q_values, value_and_other
 
 Tensor = torch.Tensor
 _FORMAT = 1
-
-
-@dataclass(frozen=True)
-class UpdateSeeds:
-    """The seeds of one update's randomness, see `dql.noise`."""
-
-    target: int
-    """Chain of the next actions: normal(target, K, B * N, A)."""
-    bc_t: int
-    """Timesteps of the bc_loss: integers(bc_t, T, B)."""
-    bc_noise: int
-    """Noise of the bc_loss: normal(bc_noise, 1, B, A)[0]."""
-    actor: int
-    """Chain of the actor's actions: normal(actor, K, B, A)."""
-    coin: int
-    """integers(coin, 2, 1): 1 if Q_1 is maximised and |Q_2| divides, else the other way round."""
-
-    @classmethod
-    def of(cls, seed: int, step: int) -> "UpdateSeeds":
-        return cls(*(noise.derive(seed, name, step) for name in ("target", "bc_t", "bc_noise", "actor", "coin")))
 
 
 @contextlib.contextmanager
@@ -136,28 +117,41 @@ class DiffusionBC:
         Returns:
             scalar tensors by name, still on the device: `actor/bc_loss`, `actor/grad_norm`.
         """
-        batch = _checked(batch, self.policy)
+        batch = checked_batch(batch, self.policy)
         seeds = UpdateSeeds.of(self.config.seed, self.step)
         backend = native_update.backend_of(self, batch)
         if native_update.runs_natively(self, backend):
             metrics = self._update_natively(batch, seeds)
         else:
-            loss = self._bc_loss(batch, seeds, backend)
-            metrics = {"actor/bc_loss": loss.detach(), "actor/grad_norm": self._actor_adam.step(loss, self.lr_scale())}
+            metrics = self._compute(batch, self.draws(len(batch.states)), backend)
         self.step += 1
         return metrics
+
+    def draws(self, B: int) -> Draws:
+        """Those of the next update, with batches of B rows."""
+        seeds = UpdateSeeds.of(self.config.seed, self.step)
+        t = noise.integers(seeds.bc_t, self.policy.T, B)
+        if self.device.type == "cuda":
+            t = t.pin_memory().to(self.device, non_blocking=True)  # from other memory the copy may wait for the GPU
+        maximised = 1 if int(noise.integers(seeds.coin, 2, 1)) else 2
+        return Draws(seeds.target, seeds.bc_noise, seeds.actor, t, maximised, self.lr_scale(), self._ema_weight())
+
+    def _ema_weight(self) -> float:
+        return 0.0
+
+    def _compute(self, batch: Batch, draws: Draws, backend: Backend) -> dict[str, Tensor]:
+        """An update but for its step's number: everything that a device does, and nothing that waits for it."""
+        loss = self._bc_loss(batch, draws, backend)
+        return {"actor/bc_loss": loss.detach(), "actor/grad_norm": self._actor_adam.step(loss, draws.lr_scale)}
 
     def _update_natively(self, batch: Batch, seeds: UpdateSeeds) -> dict[str, Tensor]:
         loss = native_update.bc_gradient(self.policy, batch, seeds)
         return _scalars({"actor/bc_loss": loss, "actor/grad_norm": self._actor_adam.step_natively(self.lr_scale())})
 
-    def _bc_loss(self, batch: Batch, seeds: UpdateSeeds, backend: Backend) -> Tensor:
+    def _bc_loss(self, batch: Batch, draws: Draws, backend: Backend) -> Tensor:
         B, A = batch.actions.shape
-        t = noise.integers(seeds.bc_t, self.policy.T, B)
-        if self.device.type == "cuda":
-            t = t.pin_memory().to(self.device, non_blocking=True)  # from other memory the copy may wait for the GPU
-        eps = backend.normal(seeds.bc_noise, 1, B, A, self.policy.denoiser.buffer)[0]
-        return self.policy.bc_loss(batch.states, batch.actions, t, eps)
+        eps = backend.normal(draws.bc_noise, 1, B, A, self.policy.denoiser.buffer)[0]
+        return self.policy.bc_loss(batch.states, batch.actions, draws.t, eps)
 
     @overload
     def act(self, states: np.ndarray, *, seed: int | None = None) -> np.ndarray: ...
@@ -209,6 +203,18 @@ class DiffusionBC:
         for prefix, optimizer in self._optimizers().items():
             tensors |= {f"{prefix}.{name}": value for name, value in optimizer.tensors().items()}
         return tensors
+
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Whatever the block does to networks and optimizers is undone at its end, in their own memory."""
+        before = {name: tensor.clone() for name, tensor in self.tensors().items()}
+        yield
+        with torch.no_grad():
+            for name, tensor in self.tensors().items():
+                if name in before:
+                    tensor.copy_(before[name])
+                else:  # an optimizer's, made by its first step, which begins with zeros
+                    tensor.zero_()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes `agent.safetensors` (networks, optimizers, config, step) into the folder, atomically.
@@ -278,16 +284,20 @@ class DiffusionQL(DiffusionBC):
             scalar tensors by name, still on the device (no host sync): `critic/loss`, `critic/q` (mean of both),
             `critic/target_q`, `critic/grad_norm`, `actor/loss`, `actor/bc_loss`, `actor/q_loss`, `actor/grad_norm`.
         """
-        batch = _checked(batch, self.policy)
+        batch = checked_batch(batch, self.policy)
         seeds = UpdateSeeds.of(self.config.seed, self.step)
         backend = native_update.backend_of(self, batch)
         if native_update.runs_natively(self, backend):
             metrics = self._update_natively(batch, seeds)
         else:
-            metrics = self._update_critic(batch, seeds, backend)
-            metrics |= self._update_actor(batch, seeds, backend)
-            self._update_averages(torch.Tensor.lerp_)
+            metrics = self._compute(batch, self.draws(len(batch.states)), backend)
         self.step += 1
+        return metrics
+
+    def _compute(self, batch: Batch, draws: Draws, backend: Backend) -> dict[str, Tensor]:
+        metrics = self._update_critic(batch, draws, backend)
+        metrics |= self._update_actor(batch, draws, backend)
+        self._update_averages(torch.Tensor.lerp_, draws.ema_weight)
         return metrics
 
     def _update_natively(self, batch: Batch, seeds: UpdateSeeds) -> dict[str, Tensor]:
@@ -295,11 +305,11 @@ class DiffusionQL(DiffusionBC):
         metrics["critic/grad_norm"] = self._critic_adam.step_natively(self.lr_scale())
         metrics |= native_update.actor_gradient(self, batch, seeds)
         metrics["actor/grad_norm"] = self._actor_adam.step_natively(self.lr_scale())
-        self._update_averages(native.lerp)
+        self._update_averages(native.lerp, self._ema_weight())
         return _scalars(metrics)
 
     @torch.no_grad()
-    def target_q(self, batch: Batch, seed: int, backend: Backend | None = None) -> Tensor:
+    def target_q(self, batch: Batch, seed: int | Tensor, backend: Backend | None = None) -> Tensor:
         """r + mask * discount * min(Q_1', Q_2')(s', a') [B]; with max_q_backup each Q' is its best of 10 actions."""
         c = self.config
         next_actions = run_chain(
@@ -315,11 +325,11 @@ class DiffusionQL(DiffusionBC):
             q1, q2 = q1.amax(dim=1), q2.amax(dim=1)
         return batch.rewards + batch.masks * c.discount * torch.minimum(q1, q2)
 
-    def _update_critic(self, batch: Batch, seeds: UpdateSeeds, backend: Backend) -> dict[str, Tensor]:
-        target_q = self.target_q(batch, seeds.target, backend)
+    def _update_critic(self, batch: Batch, draws: Draws, backend: Backend) -> dict[str, Tensor]:
+        target_q = self.target_q(batch, draws.target, backend)
         q1, q2 = q_values(self.critic, batch.states, batch.actions, backend)
         loss = F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q)
-        norm = self._critic_adam.step(loss, self.lr_scale())
+        norm = self._critic_adam.step(loss, draws.lr_scale)
         return {
             "critic/loss": loss.detach(),
             "critic/q": (q1.detach().mean() + q2.detach().mean()) / 2,
@@ -327,15 +337,13 @@ class DiffusionQL(DiffusionBC):
             "critic/grad_norm": norm,
         }
 
-    def _update_actor(self, batch: Batch, seeds: UpdateSeeds, backend: Backend) -> dict[str, Tensor]:
-        bc_loss = self._bc_loss(batch, seeds, backend)
-        actions = run_chain(batch.states, self.policy, backend=self.config.backend, seed=seeds.actor)
-        maximised = 1 if int(noise.integers(seeds.coin, 2, 1)) else 2
+    def _update_actor(self, batch: Batch, draws: Draws, backend: Backend) -> dict[str, Tensor]:
+        bc_loss = self._bc_loss(batch, draws, backend)
+        actions = run_chain(batch.states, self.policy, backend=self.config.backend, seed=draws.actor)
         with _frozen(self.critic):
-            q, other = value_and_other(self.critic, maximised, batch.states, actions, backend)
-        q_loss = -q.mean() / other.abs().mean()
+            q_loss = self._q_loss(batch.states, actions, draws.maximised, backend)
         loss = bc_loss + self.config.eta * q_loss
-        norm = self._actor_adam.step(loss, self.lr_scale())
+        norm = self._actor_adam.step(loss, draws.lr_scale)
         return {
             "actor/loss": loss.detach(),
             "actor/bc_loss": bc_loss.detach(),
@@ -343,12 +351,23 @@ class DiffusionQL(DiffusionBC):
             "actor/grad_norm": norm,
         }
 
-    @torch.no_grad()
-    def _update_averages(self, lerp: Callable[[Tensor, Tensor, float], object]) -> None:
+    def _q_loss(self, states: Tensor, actions: Tensor, maximised: int | Tensor, backend: Backend) -> Tensor:
+        """-mean(Q_i) / mean|Q_j|, without a gradient through the divisor."""
+        if isinstance(maximised, Tensor):
+            q = torch.stack(q_values(self.critic, states, actions, backend))  # [2, B]
+            return -(q.mean(dim=1) * maximised).sum() / (q.detach().abs().mean(dim=1) * (1 - maximised)).sum()
+        q, other = value_and_other(self.critic, maximised, states, actions, backend)
+        return -q.mean() / other.abs().mean()
+
+    def _ema_weight(self) -> float:
         c = self.config
-        if self.step >= c.ema_start and self.step % c.ema_every == 0:
-            lerp(self.ema_policy.denoiser.flat, self.policy.denoiser.flat, 1 - c.ema_decay)
-        lerp(self.critic_target.flat, self.critic.flat, c.tau)
+        return 1 - c.ema_decay if self.step >= c.ema_start and self.step % c.ema_every == 0 else 0.0
+
+    @torch.no_grad()
+    def _update_averages(self, lerp: Callable[[Tensor, Tensor, Any], object], ema_weight: float | Tensor) -> None:
+        if isinstance(ema_weight, Tensor) or ema_weight:
+            lerp(self.ema_policy.denoiser.flat, self.policy.denoiser.flat, ema_weight)
+        lerp(self.critic_target.flat, self.critic.flat, self.config.tau)
 
     def _act(self, states: Tensor, seed: int | None) -> Tensor:
         c = self.config
@@ -372,7 +391,7 @@ def _scalars(values: dict[str, float]) -> dict[str, Tensor]:
     return dict(zip(values, tensors, strict=True))
 
 
-def _checked(batch: Batch, policy: DiffusionPolicy) -> Batch:
+def checked_batch(batch: Batch, policy: DiffusionPolicy) -> Batch:
     """The batch as plain data; refuses what does not fit, and what would broadcast (published rewards are [B, 1])."""
     if not isinstance(batch, Batch):
         raise TypeError(f"batch must be a dql.Batch, got {type(batch).__name__}; use dql.Batch(states, actions, ...)")

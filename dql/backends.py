@@ -97,7 +97,7 @@ class Backend(ABC):
         """
         return None
 
-    def normal(self, seed: int, K: int, B: int, A: int, like: Tensor) -> Tensor:
+    def normal(self, seed: int | Tensor, K: int, B: int, A: int, like: Tensor) -> Tensor:
         """`dql.noise.normal` [K, B, A] in the dtype and on the device of `like`."""
         return noise_stream.normal(seed, K, B, A, dtype=like.dtype, device=like.device)
 

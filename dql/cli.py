@@ -161,6 +161,8 @@ class TrainArguments:
     """Offline model selection takes the checkpoint whose bc_loss ranks this (0 is the lowest)."""
     threads: int = RunConfig.threads
     """CPU threads; 0 leaves torch's choice."""
+    graphed: bool = RunConfig.graphed
+    """On a GPU, record the update as a CUDA graph and replay it: one launch instead of one for each small kernel."""
     agent: tyro.conf.OmitArgPrefixes[Config] = field(default_factory=Config)
 
 

@@ -153,6 +153,8 @@ class RunConfig:
     """Offline model selection takes the checkpoint whose bc_loss ranks this (0 is the lowest)."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
+    graphed: bool = False
+    """On a GPU, record the update as a CUDA graph and replay it: one launch instead of one for each small kernel."""
 
     def __post_init__(self) -> None:
         for name in ("log_every", "checkpoint_every", "keep", "eval_episodes"):

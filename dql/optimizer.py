@@ -15,8 +15,11 @@ class FlatAdam:
         self.module, self.lr, self.grad_norm = module, lr, grad_norm
         self.adam = torch.optim.Adam([module.flat], lr=lr, fused=True)
 
-    def step(self, loss: Tensor, lr_scale: float) -> Tensor:
-        """Backpropagates the loss and takes a step; returns the gradient's norm before clipping."""
+    def step(self, loss: Tensor, lr_scale: float | Tensor) -> Tensor:
+        """Backpropagates the loss and takes a step; returns the gradient's norm before clipping.
+
+        A scalar tensor of the module's device may scale the learning rate: then the step can be recorded.
+        """
         if self.adam.param_groups[0]["params"][0] is not self.module.flat:
             self._reattach()
         self.module.zero_grad()
@@ -26,7 +29,9 @@ class FlatAdam:
         norm = torch.linalg.vector_norm(gradient)
         if self.grad_norm > 0:
             gradient.mul_((self.grad_norm / (norm + 1e-6)).clamp_(max=1))
-        self.adam.param_groups[0]["lr"] = self.lr * lr_scale
+        group = self.adam.param_groups[0]
+        # torch wants "capturable" for a CUDA graph; the fused step keeps its count on the device with or without it
+        group["lr"], group["capturable"] = self.lr * lr_scale, isinstance(lr_scale, Tensor) and lr_scale.is_cuda
         self.adam.step()
         torch.autograd.graph.increment_version(self.module.flat)  # the fused step does not say that it wrote
         return norm

@@ -27,6 +27,7 @@ from dql.checkpoint import CheckpointError, checked_device
 from dql.config import Config, RunConfig
 from dql.data import DatasetInfo, TransitionDataset, load_dataset
 from dql.evaluate import Evaluation, Scored, evaluate, select_checkpoints, worth_keeping
+from dql.graphed_update import GraphedUpdate
 from dql.rundir import RunDir, RunError, append_row, drop_rows_after
 
 _PLAIN_LINE_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
@@ -75,6 +76,15 @@ def resolve_device(name: str) -> torch.device:
     return checked_device(name)
 
 
+def _device_of(run: RunConfig) -> torch.device:
+    device = resolve_device(run.device)
+    if run.graphed and device.type != "cuda":
+        raise RunError(
+            f"--graphed records a CUDA graph, and this run is on {device}; leave it out or use --device cuda"
+        )
+    return device
+
+
 def train(run: RunConfig, *, dataset: TransitionDataset | None = None, console: Console | None = None) -> RunResult:
     """Starts a run and takes it to its end.
 
@@ -104,7 +114,7 @@ def train(run: RunConfig, *, dataset: TransitionDataset | None = None, console: 
                 f"`dql train --resume {shlex.quote(str(folder.path))}`, or choose another folder with --run-dir"
             )
         folder.clean()
-        device = resolve_device(run.device)
+        device = _device_of(run)
         if run.threads > (os.cpu_count() or 1):
             raise RunError(f"--threads {run.threads} is more than the {os.cpu_count()} cores of this machine")
         if run.threads:
@@ -148,7 +158,7 @@ def resume(path: Path, *, num_updates: int | None = None, console: Console | Non
             if num_updates < done:
                 raise RunError(f"{path} has done {done:,} updates already; --num-updates {num_updates:,} is fewer")
             run = run.with_agent(num_updates=num_updates)
-        device = resolve_device(run.device)
+        device = _device_of(run)
         torch.set_num_threads(written["threads"])  # sums over rows depend on how threads split them
         data = load_dataset(run.dataset, reward_tune=run.agent.reward_tune).to(device)
         fingerprint = _fingerprint(data)
@@ -260,6 +270,7 @@ class _Loop:
         state: dict[str, Any] | None = None,
     ) -> None:
         self.config, self.folder, self.data, self.info, self.agent = run, folder, data, info, agent
+        self.update = GraphedUpdate(agent, run.agent.batch_size).update if run.graphed else agent.update
         self.console = console
         state = state or {}
         self.seconds: float = state.get("seconds", 0.0)
@@ -308,7 +319,7 @@ class _Loop:
 
     def _update(self) -> None:
         c = self.config.agent
-        metrics = self.agent.update(self.data.sample(c.batch_size, c.seed, self.agent.step))
+        metrics = self.update(self.data.sample(c.batch_size, c.seed, self.agent.step))
         self.names = list(metrics)
         values = torch.stack(list(metrics.values())).double()
         self.since_log.add(values)

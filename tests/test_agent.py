@@ -263,11 +263,12 @@ def test_cosine_by_hand():
 
 def test_the_actors_step_leaves_the_critic_alone():
     agent = dql.DiffusionQL(S, A, CONFIG, dtype=torch.float64)
-    batch, seeds = make_batch(0), UpdateSeeds.of(CONFIG.seed, 0)
-    agent._update_critic(batch, seeds, EagerBackend())
+    batch = make_batch(0)
+    draws = agent.draws(len(batch.states))
+    agent._update_critic(batch, draws, EagerBackend())
     values, gradient = agent.critic.flat.detach().clone(), agent.critic.flat.grad.clone()
     target = agent.critic_target.flat.detach().clone()
-    agent._update_actor(batch, seeds, EagerBackend())
+    agent._update_actor(batch, draws, EagerBackend())
     assert torch.equal(agent.critic.flat, values)
     assert torch.equal(agent.critic.flat.grad, gradient)
     assert torch.equal(agent.critic_target.flat, target)

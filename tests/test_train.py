@@ -224,6 +224,24 @@ def test_a_device_that_is_not_there(device, run_config):
     assert_not_begun(run)
 
 
+def test_a_graph_needs_a_gpu(run_config):
+    run = replace(run_config, graphed=True)
+    with pytest.raises(RunError, match="--graphed records a CUDA graph, and this run is on cpu; leave it out or use"):
+        train_quietly(run)
+    assert_not_begun(run)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: torch.cuda.is_available() is False")
+def test_a_graphed_run_is_as_the_other(run_config, tmp_path):
+    runs = [replace(run_config, device="cuda", graphed=g, run_dir=tmp_path / f"graphed-{g}") for g in (True, False)]
+    for run in runs:
+        train_quietly(run)
+    got, want = (read_rows(run.run_dir / "metrics.csv") for run in runs)
+    assert [row["step"] for row in got] == [row["step"] for row in want] == [10, 20, 25]
+    for name in ("critic/loss", "actor/bc_loss", "actor/q_loss"):
+        assert [row[name] for row in got] == pytest.approx([row[name] for row in want], rel=1e-3)
+
+
 def test_a_backend_that_is_not_there(run_config):
     with pytest.raises(ValueError, match="unknown backend 'magic'"):
         train_quietly(run_config.with_agent(backend="magic"))

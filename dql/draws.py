@@ -1,0 +1,47 @@
+"""The randomness of an update: its seeds, and what is drawn or scheduled from them before anything is computed."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dql import noise
+
+
+@dataclass(frozen=True)
+class UpdateSeeds:
+    """The seeds of one update's randomness, see `dql.noise`."""
+
+    target: int
+    """Chain of the next actions: normal(target, K, B * N, A)."""
+    bc_t: int
+    """Timesteps of the bc_loss: integers(bc_t, T, B)."""
+    bc_noise: int
+    """Noise of the bc_loss: normal(bc_noise, 1, B, A)[0]."""
+    actor: int
+    """Chain of the actor's actions: normal(actor, K, B, A)."""
+    coin: int
+    """integers(coin, 2, 1): 1 if Q_1 is maximised and |Q_2| divides, else the other way round."""
+
+    @classmethod
+    def of(cls, seed: int, step: int) -> "UpdateSeeds":
+        return cls(*(noise.derive(seed, name, step) for name in ("target", "bc_t", "bc_noise", "actor", "coin")))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What one update has of its own: numbers, or tensors on the device that hold them while it is recorded."""
+
+    target: int | Tensor
+    """Seed, as in UpdateSeeds; a tensor is int64 [1] with its bits."""
+    bc_noise: int | Tensor
+    """Seed."""
+    actor: int | Tensor
+    """Seed."""
+    t: Tensor
+    """Timesteps of the bc_loss, int64 [B] on the device."""
+    maximised: int | Tensor
+    """Which Q is maximised, 1 or 2; a tensor is [2] with a 1 for it, and a 0."""
+    lr_scale: float | Tensor
+    """Factor of the learning rates; a tensor is a scalar."""
+    ema_weight: float | Tensor
+    """How far the averaged actor goes towards the actor; 0 in most updates."""

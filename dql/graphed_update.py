@@ -1,0 +1,125 @@
+"""An update of an agent, recorded once as a CUDA graph: a replay of its many small kernels costs the host one call."""
+
+from collections.abc import Callable
+
+import torch
+
+from dql import native_update, noise
+from dql.agent import DiffusionBC, DiffusionQL, checked_batch
+from dql.data import Batch
+from dql.draws import Draws, UpdateSeeds
+
+Tensor = torch.Tensor
+_WARM_UPS = 2  # load kernels and tables, and let cuBLAS choose, which a graph cannot hold
+_SEEDS = ("target", "bc_noise", "actor")
+
+
+class GraphedUpdate:
+    """`agent.update` for batches of one size, with the same randomness: update by update the same up to rounding.
+
+    The agent stays what it is: it can be saved, act, or be updated without the graph in between. Its networks must stay
+    where they are and its config as it is.
+
+    Args:
+        agent: on a GPU; recording leaves it unchanged.
+        batch_size: B of every batch.
+
+    Raises:
+        ValueError: the agent is not on a GPU, or batch_size is no positive integer.
+        BackendUnavailable: the backend that the agent's config names cannot run this here.
+    """
+
+    def __init__(self, agent: DiffusionBC | DiffusionQL, batch_size: int) -> None:
+        if agent.device.type != "cuda":
+            raise ValueError(
+                f"a CUDA graph needs the agent on a GPU, it is on {agent.device}; make it with device='cuda', "
+                "or call agent.update"
+            )
+        self._prepare(agent, batch_size)
+
+    def _prepare(self, agent: DiffusionBC | DiffusionQL, batch_size: int) -> None:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+        self.agent, self.batch_size = agent, batch_size
+        S, A, device, dtype = agent.policy.state_dim, agent.policy.action_dim, agent.device, agent.policy.dtype
+        with torch.inference_mode(False):
+            shapes = ((batch_size, S), (batch_size, A), (batch_size,), (batch_size, S), (batch_size,))
+            self._batch = Batch(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes))
+            # One copy to the device brings all that an update has of its own: seeds, timesteps, four numbers. A seed
+            # takes 16 bytes, as kernels want pointers to be aligned; a double has as many as the integers around it.
+            self._numbers = torch.zeros(2 * len(_SEEDS) + batch_size + 4, dtype=torch.int64, device=device)
+        seeds, self._t, scalars = self._numbers.split((2 * len(_SEEDS), batch_size, 4))
+        self._seeds, self._scalars = [seed[:1] for seed in seeds.split(2)], scalars.view(torch.float64)
+        self._backend = native_update.backend_of(agent, self._batch)
+        self._flats = [module.flat for module in agent._modules().values()]
+        self._stage(batch_size)
+        self._replay, self._metrics = record(self._body, agent)
+
+    def _body(self) -> dict[str, Tensor]:
+        """What is recorded: everything that it reads of an update lies in `_numbers` and `_batch`."""
+        scalars = self._scalars.to(self.agent.policy.dtype)
+        target, bc_noise, actor = self._seeds
+        draws = Draws(target, bc_noise, actor, self._t, scalars[:2], scalars[2], scalars[3])
+        return self.agent._compute(self._batch, draws, self._backend)
+
+    def _stage(self, B: int) -> None:
+        """Brings the next update's numbers to the device."""
+        agent = self.agent
+        seeds = UpdateSeeds.of(agent.config.seed, agent.step)
+        first = float(int(noise.integers(seeds.coin, 2, 1)))
+        scalars = torch.tensor([first, 1 - first, agent.lr_scale(), agent._ema_weight()], dtype=torch.float64)
+        given = torch.tensor([[_signed(getattr(seeds, name)), 0] for name in _SEEDS]).flatten()
+        host = torch.cat([given, noise.integers(seeds.bc_t, agent.policy.T, B), scalars.view(torch.int64)])
+        if self._numbers.is_cuda:
+            host = host.pin_memory()  # the copy need not wait, and torch keeps the memory until it is done
+        self._numbers.copy_(host, non_blocking=True)
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """One update from a batch, as `agent.update`.
+
+        Args:
+            batch: [batch_size, ...], on the agent's device and in its dtype; it is copied.
+
+        Returns:
+            the same scalars; the next update writes over them.
+
+        Raises:
+            ValueError: a batch of another size, dtype or device.
+            RuntimeError: a network was moved or cast after the recording.
+        """
+        agent = self.agent
+        batch = checked_batch(batch, agent.policy)
+        if len(batch.states) != self.batch_size:
+            raise ValueError(
+                f"the batch has {len(batch.states)} rows, this update was recorded for {self.batch_size}; make another "
+                "GraphedUpdate for another batch size"
+            )
+        if any(module.flat is not flat for module, flat in zip(agent._modules().values(), self._flats, strict=True)):
+            raise RuntimeError("a network of the agent was moved or cast after its update was recorded; record it anew")
+        self._stage(self.batch_size)
+        torch._foreach_copy_(list(vars(self._batch).values()), list(vars(batch).values()))
+        self._replay()
+        for flat in self._flats:  # who keeps what belongs to a version must notice
+            torch.autograd.graph.increment_version(flat)
+        agent.step += 1
+        return self._metrics
+
+
+def record(body: Callable[[], dict[str, Tensor]], agent: DiffusionBC) -> tuple[Callable[[], None], dict[str, Tensor]]:
+    """(replay, what the body returned): a CUDA graph of the body, on the agent's GPU; the agent is left as it was."""
+    with torch.cuda.device(agent.device), torch.enable_grad(), torch.inference_mode(False), agent.unchanged():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UPS):
+                body()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            metrics = body()
+    return graph.replay, metrics
+
+
+def _signed(seed: int) -> int:
+    """The same 64 bits as int64 has them."""
+    return seed - (1 << 64) if seed >> 63 else seed
