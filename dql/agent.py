@@ -327,7 +327,7 @@ class DiffusionQL(DiffusionBC):
 
     def _update_critic(self, batch: Batch, draws: Draws, backend: Backend) -> dict[str, Tensor]:
         target_q = self.target_q(batch, draws.target, backend)
-        q1, q2 = q_values(self.critic, batch.states, batch.actions, backend)
+        q1, q2 = q_values(self.critic, batch.states, batch.actions, backend, at_once=True)
         loss = F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q)
         norm = self._critic_adam.step(loss, draws.lr_scale)
         return {
@@ -339,7 +339,7 @@ class DiffusionQL(DiffusionBC):
 
     def _update_actor(self, batch: Batch, draws: Draws, backend: Backend) -> dict[str, Tensor]:
         bc_loss = self._bc_loss(batch, draws, backend)
-        actions = run_chain(batch.states, self.policy, backend=self.config.backend, seed=draws.actor)
+        actions = run_chain(batch.states, self.policy, backend=self.config.backend, seed=draws.actor, at_once=True)
         with _frozen(self.critic):
             q_loss = self._q_loss(batch.states, actions, draws.maximised, backend)
         loss = bc_loss + self.config.eta * q_loss

@@ -84,7 +84,7 @@ class Backend(ABC):
     def backward(
         self, chain: Chain, saved: Any, d_actions: Tensor, need_parameters: bool, need_states: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(d_flat [P], d_states [B, S]), None where not needed."""
+        """(d_flat [P], zero where no parameter lies, d_states [B, S]), None where not needed."""
 
     def prepare(
         self, chain: Chain, places: tuple[Any, ...], held: tuple[Any, ...]

@@ -5,6 +5,7 @@ optimiser, the gradient norm, EMA and the target update are one elementwise pass
 """
 
 import numbers
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -134,6 +135,18 @@ class FlatModule(nn.Module):
                 )
         return parameters  # type: ignore[return-value]
 
+    def gradient_leaves(self, at_once: bool) -> list[nn.Parameter]:
+        """What a backward pass gives a gradient: the parameters, or `flat` in their stead if all of them want one.
+
+        Args:
+            at_once: for who calls `backward`: one addition to `flat.grad` then, instead of one for each parameter.
+
+        Raises:
+            RuntimeError: as `flat_parameters`.
+        """
+        parameters = self.flat_parameters()
+        return [self.flat] if at_once and all(p.requires_grad for p in parameters) else parameters
+
     def check_intact(self) -> None:
         """`flat_parameters` for who needs no list: in one native call, if there is one.
 
@@ -202,6 +215,15 @@ class FlatModule(nn.Module):
                 "load_state_dict(assign=True) would take the parameters out of their flat buffer; leave assign out"
             )
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def leaf_gradients(layout: FlatLayout, d_flat: Tensor | None, need: Sequence[bool]) -> Iterator[Tensor | None]:
+    """The gradient of each of `FlatModule.gradient_leaves`, where it is needed."""
+    if d_flat is None or len(need) == 1:
+        yield from (d_flat if needed else None for needed in need)
+        return
+    views = layout.views(d_flat)
+    yield from (views[slot.name] if needed else None for slot, needed in zip(layout.slots, need, strict=True))
 
 
 def _sizes(**sizes: Any) -> list[int]:

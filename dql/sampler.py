@@ -11,7 +11,7 @@ import torch
 from dql import noise as noise_stream
 from dql.backends import PRECISIONS, Backend, BackendUnavailable, Chain, pick, registry
 from dql.kernels import native
-from dql.networks import Denoiser, TwinCritic
+from dql.networks import Denoiser, TwinCritic, leaf_gradients
 from dql.policy import DiffusionPolicy
 from dql.schedule import StepTable, check_rows
 
@@ -66,11 +66,8 @@ class _ChainFunction(torch.autograd.Function):
     def backward(ctx: Any, d_actions: Tensor) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors  # raises if one was changed in place
         need_states, *need = ctx.needs_input_grad[2:]
-        layout = ctx.chain.spec.layout
         d_flat, d_states = ctx.backend.backward(ctx.chain, ctx.saved, d_actions, any(need), need_states)
-        views = layout.views(d_flat) if d_flat is not None else {}
-        d_parameters = (views[slot.name] if needed else None for slot, needed in zip(layout.slots, need, strict=True))
-        return None, None, d_states, *d_parameters
+        return None, None, d_states, *leaf_gradients(ctx.chain.spec.layout, d_flat, need)
 
 
 def sample(
@@ -280,12 +277,16 @@ def run_chain(
     sampler: str | StepTable = "ddpm",
     num_steps: int | None = None,
     precision: str = "fp32",
+    at_once: bool = False,
 ) -> Tensor:
-    """`sample` for states that are known to be good: training uses it, whose data were checked when loaded."""
+    """`sample` for states that are known to be good: training uses it, whose data were checked when loaded.
+
+    With `at_once` the parameters' gradient is added to `flat.grad` as a whole, see `FlatModule.gradient_leaves`.
+    """
     denoiser: Denoiser = policy._modules["denoiser"]  # type: ignore[assignment]  # past nn.Module's slow attributes
     chain = _chain(states, policy, denoiser, num_candidates, noise, seed, sampler, num_steps, precision)
     runner = pick(backend, chain)
-    parameters = denoiser.flat_parameters() if torch.is_grad_enabled() else ()
+    parameters = denoiser.gradient_leaves(at_once) if torch.is_grad_enabled() else ()
     if chain.states.shape[0] == 0:
         shape = (0, policy.action_dim) if num_candidates is None else (0, num_candidates, policy.action_dim)
         return states.new_zeros(shape, requires_grad=states.requires_grad or any(p.requires_grad for p in parameters))

@@ -92,7 +92,7 @@ class Problem:
             d_flat, d_states = self.runner.backward(self.flat, saved, self.states, self.d_actions, wanted, wanted)
         if d_flat is None or d_states is None:
             return []
-        return [*self.runner.spec.layout.views(d_flat).values(), d_states]  # between its slots d_flat holds anything
+        return [*self.runner.spec.layout.views(d_flat).values(), d_states]
 
     def call(self, kind: str, tile: Tile, saved: Any = None) -> Callable[[], object]:
         """What is timed; a backward pass needs `saved`."""

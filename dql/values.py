@@ -6,7 +6,7 @@ import torch
 
 from dql.backends import Backend
 from dql.gpu_backend import on_device_of
-from dql.networks import TwinCritic
+from dql.networks import TwinCritic, leaf_gradients
 
 Tensor = torch.Tensor
 
@@ -33,13 +33,12 @@ class _QFunction(torch.autograd.Function):
             d_flat, d_states, d_actions = ctx.runner.backward(
                 ctx.buffer, ctx.saved, states, actions, d_q.contiguous(), any(need), need_states, need_actions
             )
-        layout = ctx.critic.spec.layout
-        views = layout.views(d_flat) if d_flat is not None else {}
-        d_parameters = (views[slot.name] if needed else None for slot, needed in zip(layout.slots, need, strict=True))
-        return None, None, None, d_states, d_actions, *d_parameters
+        return None, None, None, d_states, d_actions, *leaf_gradients(ctx.critic.spec.layout, d_flat, need)
 
 
-def q_values(critic: TwinCritic, states: Tensor, actions: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
+def q_values(
+    critic: TwinCritic, states: Tensor, actions: Tensor, backend: Backend, at_once: bool = False
+) -> tuple[Tensor, Tensor]:
     """(Q_1, Q_2), each [B] for actions [B, A] and [B, N] for actions [B, N, A]: `critic(states, actions)`.
 
     Args:
@@ -47,6 +46,8 @@ def q_values(critic: TwinCritic, states: Tensor, actions: Tensor, backend: Backe
         states: [B, S].
         actions: [B, A] or [B, N, A].
         backend: asked for kernels; without any, torch computes.
+        at_once: the kernels' gradient of the parameters is added to `flat.grad` as a whole, see
+            `FlatModule.gradient_leaves`.
     """
     runner = backend.critic(critic)
     if runner is None:
@@ -54,7 +55,7 @@ def q_values(critic: TwinCritic, states: Tensor, actions: Tensor, backend: Backe
     flat_actions = actions.reshape(-1, actions.shape[-1]).contiguous()  # [R, A]
     N = 1 if actions.dim() == 2 else actions.shape[1]
     inputs = (states.contiguous(), flat_actions)
-    parameters = critic.flat_parameters() if torch.is_grad_enabled() else []
+    parameters = critic.gradient_leaves(at_once) if torch.is_grad_enabled() else []
     if any(t.requires_grad for t in (*inputs, *parameters)) and torch.is_grad_enabled():
         critic.attach_gradients()
         q = _QFunction.apply(runner, critic, N, *inputs, *parameters)

@@ -112,7 +112,7 @@ class ChainRunner:
             need_states: compute d_states.
 
         Returns:
-            (d_flat [P], d_states [B, S]), None where not needed. Where no parameter lies, d_flat holds anything.
+            (d_flat [P], d_states [B, S]), None where not needed. Where no parameter lies, d_flat is zero.
         """
         B, R, K, s, RP = len(states), len(d_actions), len(self.table), self.sizes, saved.rows
         tile = self._tile("backward", R)

@@ -225,6 +225,7 @@ def _chain_finish(
     W_3: tl.constexpr,
     B_3: tl.constexpr,
     TIME_END: tl.constexpr,  # the time MLP lies before it
+    END: tl.constexpr,  # and nothing from here on; between other slots there are no gaps
     W_0: tl.constexpr,
     W_TIME: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -247,7 +248,7 @@ def _chain_finish(
         in_first = (i >= W_0) & (i < W_0 + H * STRIDE)
         of_time = (i < TIME_END) | ((i >= BIAS) & (i < BIAS + H))
         of_time |= in_first & ((i - W_0) % STRIDE >= W_TIME - W_0) & ((i - W_0) % STRIDE < W_TIME - W_0 + D)
-        mine = (i < P) & (of_time == 0)
+        mine = (i < END) & (of_time == 0)
         total = tl.zeros((BLOCK,), tl.float32)
         for part in range(parts):
             total += tl.load(images + part * size + i, mine, 0.0)
@@ -344,7 +345,7 @@ class ChainGradients:
             )  # fmt: skip
         if not need_parameters:
             return None, d_states
-        d_flat = torch.empty(P, dtype=torch.float32, device=self.device)
+        d_flat = torch.zeros(P, dtype=torch.float32, device=self.device)  # where no parameter lies nobody writes
         blocks = triton.cdiv(P, _BLOCK) + s.HP // min(_COLUMNS, s.HP) + 1
         self.finish.launch((blocks, 1, 1), flat, embedding, images, d_flat, K, parts)
         return d_flat, d_states
@@ -405,6 +406,7 @@ def finish_kernel(spec: DenoiserSpec, precision: str) -> Kernel:
         first_layer(spec),
         spec.time_dim,
     )
+    last = spec.layout.slots[-1]
     return Kernel.of(
         _chain_finish,
         num_warps=8,
@@ -420,6 +422,7 @@ def finish_kernel(spec: DenoiserSpec, precision: str) -> Kernel:
         W_3=slots["time_mlp.3.weight"],
         B_3=slots["time_mlp.3.bias"],
         TIME_END=slots["mid_layer.0.weight"],
+        END=last.offset + last.size,
         W_0=slots["mid_layer.0.weight"],
         W_TIME=first.states - D,
         STRIDE=first.stride,

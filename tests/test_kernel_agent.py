@@ -7,6 +7,7 @@ from cuda_cases import not_emulated
 
 import dql
 from dql.backends import EagerBackend, registry
+from dql.sampler import run_chain
 from dql.values import q_values, value_and_other
 
 Tensor = torch.Tensor
@@ -143,3 +144,30 @@ def test_noise_is_the_stream(backend):
         got = registry()[backend].normal(seed, K, rows, actions, like).cpu()
         torch.testing.assert_close(got, dql.noise.normal(seed, K, rows, actions), rtol=1e-6, atol=1e-6)
     assert registry()[backend].normal(1, 1, 2, 3, like.double()).dtype is torch.float64
+
+
+@pytest.mark.parametrize("time_dim", [16, 6])
+def test_gradients_added_at_once(backend, time_dim):
+    """They are the parameters' own, and zero where none lies: a norm over the buffer counts nothing else."""
+    torch.manual_seed(0)
+    policy = dql.DiffusionPolicy(S, A, hidden_dim=H, num_hidden=2, T=3, time_dim=time_dim).to(DEVICE)
+    critic, batch = dql.TwinCritic(S, A, H, 2).to(DEVICE), make_batch(0)
+    with torch.no_grad():
+        torch.full((1 << 16,), torch.nan, device=DEVICE)  # what is allocated next may hold it
+    gradients = []
+    for at_once in (True, False):
+        policy.denoiser.zero_grad()
+        critic.zero_grad()
+        actions = run_chain(batch.states, policy, backend=backend, seed=1, at_once=at_once)
+        q1, q2 = q_values(critic, batch.states, batch.actions, registry()[backend], at_once=at_once)
+        (actions.square().mean() + q1.mean() - q2.square().mean()).backward()
+        gradients.append([policy.denoiser.flat.grad.clone(), critic.flat.grad.clone()])
+    for module, got, want in zip((policy.denoiser, critic), *gradients, strict=True):
+        assert torch.equal(got, want)
+        assert all(view.any() for view in module.layout.views(got).values())
+        for view in module.layout.views(got).values():
+            view.zero_()
+        assert not got.any()
+    for parameter in policy.parameters():
+        parameter.requires_grad_(False)
+    assert policy.denoiser.gradient_leaves(at_once=True) == list(policy.denoiser.parameters())
