@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import not_interpreted
 
+from dql.backends import registry
 from dql.kernels import cuda_native
 from dql.kernels.cuda_plan import Tiling
 
@@ -31,6 +33,14 @@ def not_emulated() -> str | None:
     if done.returncode != 0:
         return f"the emulated kernels cannot be compiled: {(done.stderr or done.stdout).strip().splitlines()[-1]}"
     return cuda_native.unavailable()
+
+
+def cannot_run(backend: str) -> str | None:
+    """Why its kernels run neither on a GPU nor, emulated or interpreted, in its place; or None."""
+    stand_ins = {"cuda": not_emulated, "triton": not_interpreted}
+    if backend in stand_ins and not torch.cuda.is_available():
+        return stand_ins[backend]()
+    return registry()[backend].check()
 
 
 def skip_without_emulator() -> None:

@@ -111,7 +111,7 @@ def test_without_a_compiler_pip_install_succeeds_and_the_doctor_says_why(missing
     doctor = subprocess.run(
         [sys.executable, "-c", DOCTOR_OF_THIS_INSTALL],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(target)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(target), os.environ.get("PYTHONPATH", "")]))},
         capture_output=True,
         text=True,
         check=False,

@@ -304,6 +304,7 @@ def test_describe_without_complete_episodes():
 
 def test_importing_data_is_light():
     code = "import sys, dql.data; print([m for m in ('minari', 'gymnasium', 'h5py') if m in sys.modules])"
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    path = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

@@ -224,7 +224,8 @@ def test_an_environment_of_other_spaces():
 def run_without(module, code):
     """Runs code in a fresh interpreter where `module` cannot be imported."""
     program = f"import sys; sys.modules[{module!r}] = None\n" + textwrap.dedent(code)
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    path = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
     return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True).stdout
 
 

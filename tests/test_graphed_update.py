@@ -6,12 +6,11 @@ import math
 import pytest
 import torch
 from cases import TOLERANCES, assert_close
-from cuda_cases import not_emulated
+from cuda_cases import cannot_run
 from test_kernel_agent import CONFIG, DEVICE, A, S, make_batch
 
 import dql
 from dql import graphed_update
-from dql.backends import registry
 from dql.graphed_update import GraphedUpdate
 
 Tensor = torch.Tensor
@@ -27,8 +26,7 @@ VARIANTS = {
 
 @pytest.fixture(params=["eager", "triton", "cuda"])
 def backend(request) -> str:
-    reason = not_emulated() if request.param == "cuda" and NO_GPU else registry()[request.param].check()
-    if reason is not None:
+    if (reason := cannot_run(request.param)) is not None:
         pytest.skip(reason)
     return request.param
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import TOLERANCES, assert_close
-from cuda_cases import not_emulated
+from cuda_cases import cannot_run
 
 import dql
 from dql.backends import EagerBackend, registry
@@ -28,8 +28,7 @@ CONFIG = {
 @pytest.fixture(params=["triton", "cuda"])
 def backend(request) -> str:
     """Its kernels on the GPU, or interpreted or emulated where there is none."""
-    reason = not_emulated() if request.param == "cuda" and DEVICE == "cpu" else registry()[request.param].check()
-    if reason is not None:
+    if (reason := cannot_run(request.param)) is not None:
         pytest.skip(reason)
     return request.param
 

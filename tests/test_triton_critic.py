@@ -3,18 +3,14 @@
 from types import ModuleType
 
 import pytest
-import torch
+from cuda_cases import cannot_run
 from kernel_critic import *  # noqa: F403
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton (Linux only)")
 
 from dql.kernels import twin_critic
-from dql.kernels.launch import INTERPRETED
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() and not INTERPRETED,
-    reason="no CUDA device, and TRITON_INTERPRET=1 was not set before triton was imported",
-)
+pytestmark = pytest.mark.skipif(cannot_run("triton") is not None, reason=str(cannot_run("triton")))
 
 
 @pytest.fixture
