@@ -6,7 +6,6 @@ a second slows both halves. The published stand-in is a contender too: its row i
 that ratio lies from 1 is how far the others can be trusted.
 """
 
-import json
 import os
 import time
 from collections.abc import Callable, Generator
@@ -17,6 +16,7 @@ import machine
 import pytest
 import rows
 import torch
+from json_files import write_json
 from rows import Row, Tables
 
 import dql
@@ -231,4 +231,4 @@ def _write_report(config: pytest.Config, exit_status: int | None) -> None:
         "tables": config.stash[_TABLES],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(path, report)  # killed while it is written, the one before remains

@@ -13,9 +13,12 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from dql.kernels.capture import mend_after_capture
 
 WARM_SECONDS = 0.03  # of replays before the first sample: an idle GPU's clocks are low
 SECONDS = 0.1  # of samples
@@ -109,18 +112,15 @@ def _replay(graph: torch.cuda.CUDAGraph) -> float:
     return start.elapsed_time(end) * 1e-3
 
 
-def mend_after_capture() -> None:
-    """After a failed capture torch stays on its stream, and its generator believes that one is under way."""
-    torch.cuda.set_stream(torch.cuda.default_stream())
-    device = torch.cuda.current_device()
-    fresh = torch.Generator(device=f"cuda:{device}")
-    fresh.manual_seed(0)
-    torch.cuda.default_generators[device].graphsafe_set_state(fresh.graphsafe_get_state())
-    torch.cuda.synchronize()
+def _on_device(profiler: Any) -> list[Any]:
+    """The kernels, copies and fills that it saw; not the spans that torch draws around an optimizer's."""
+    from torch.autograd import DeviceType
+
+    events = profiler.events()
+    return [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
 
 
 def _profiled(call: Call, reason: str) -> DeviceTime:
-    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     call()
@@ -135,7 +135,7 @@ def _profiled(call: Call, reason: str) -> DeviceTime:
             for _ in range(calls):
                 call()
             torch.cuda.synchronize()
-        kernels = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+        kernels = _on_device(profiler)
         if i > 0:  # the first profile also starts the profiler
             if not kernels:
                 raise RuntimeError("the profiler saw nothing on the device; may this user read CUPTI's activities?")
@@ -154,7 +154,6 @@ class Launches:
 
 def launches(call: Call) -> Launches:
     """Of a call that was made before, as the profiler saw it."""
-    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]):  # the first one also starts the profiler
@@ -162,7 +161,9 @@ def launches(call: Call) -> Launches:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
-    events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    events = _on_device(profiler)
+    if not events:
+        raise RuntimeError("the profiler saw nothing on the device; may this user read CUPTI's activities?")
     copies = sum(event.name.startswith(("Memcpy", "Memset")) for event in events)
     return Launches(len(events) - copies, copies, sum(event.self_device_time_total for event in events) * 1e-6)
 

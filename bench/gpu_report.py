@@ -56,7 +56,12 @@ class Report:
             read_json(path)
             for path in sorted(self.scratch.glob("bench-*.json")) + sorted(self.scratch.glob("update-*.json"))
         ]
-        self.content = self.machine | {
+        # What is built on this machine, a process has seen that began after the installation.
+        seen = next((report for report in timed if report), {})
+        built = {key: seen[key] for key in ("native_variant", "cuda_extension") if key in seen}
+        self.content = {
+            **self.machine,
+            **built,
             "parts": {name: vars(outcome) for name, outcome in done.items()},
             **{name: tests for name in TEST_PARTS if (tests := tests_of(self.scratch / f"{name}.jsonl")) is not None},
             "sanitizer": read_json(self.scratch / "sanitizer.json"),
@@ -73,7 +78,8 @@ class Report:
     def pack(self) -> None:
         """The logs as one file, the training run as another: few files are easily carried away."""
         with tarfile.open(self.path.with_name(f"{self.path.stem}-logs.tar.gz"), "w:gz") as archive:
-            for name in ("logs", "profile.csv", "tests.jsonl", "suite.jsonl", "sanitizer"):
+            outcomes_of_tests = sorted(path.name for path in self.scratch.glob("*.jsonl"))
+            for name in ("logs", "profile.csv", "profile.log", *outcomes_of_tests):
                 if (self.scratch / name).exists():
                     archive.add(self.scratch / name, name)
         if (self.scratch / "run").is_dir():
@@ -103,7 +109,7 @@ def tests_of(path: Path) -> dict[str, Any] | None:
         "failed": counts["failed"] + len(died),
         "errors": counts["error"],
         "skipped": counts["skipped"],
-        "not_reached": max(collected - len(found) - len(died), 0),
+        "not_reached": max(collected - sum(map(outcomes.is_test, found)) - len(died), 0),
         "skipped_for_want_of_a_device": sum(n for why, n in skipped.items() if any(text in why for text in NO_DEVICE)),
         "skip_reasons": dict(skipped.most_common()),
         "failures": failures,
@@ -145,11 +151,11 @@ def _last_line(text: str) -> str:
 
 
 def _merged_tables(reports: list[dict[str, Any] | None]) -> dict[str, list[dict[str, Any]]]:
-    """Of several processes of one bench: what each of them measures to begin with is there once for each."""
+    """Of several processes of one bench, each row with its process: what one broke, the next went on with."""
     merged: dict[str, list[dict[str, Any]]] = {}
-    for report in reports:
+    for i, report in enumerate(reports):
         for title, found in (report or {}).get("tables", {}).items():
-            merged.setdefault(title, []).extend(found)
+            merged.setdefault(title, []).extend(row | {"process": i} for row in found)
     return merged
 
 

@@ -2,8 +2,9 @@
 
     stage       parts, side by side
     install     install: wheels from bench/wheels/ if there are any, then the package, its CUDA kernels built here
-    check       doctor; tests (of the GPU tier); suite (all others); kernels (what Triton made of each for this GPU);
-                rivals (torch.compile's graphs, for bench); data (a Minari dataset, and first updates on the CPU)
+    check       doctor; tests (of the GPU tier); suite (all others); kernels (what Triton made of those of 256 hidden
+                units for this GPU); rivals (torch.compile's graphs and Triton's kernels are compiled, for bench and
+                update); data (a Minari dataset, and first updates on the CPU)
     bench       device and whole-call times, each beside its bound
     update      an update of training: time, launches
     profile     the chain's kernels under Nsight Compute
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import gpu_report
 import outcomes
-from parts import Outcome, Part, Task, run_stages
+from parts import NothingToDoError, Outcome, OutOfTimeError, Part, Task, run_stages
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 540.0
@@ -53,7 +54,7 @@ LIMITS = {
     "sanitize": (65, 400),
     "train": (45, 3600),
 }
-A_TEST = 90  # seconds after which a test hangs, as a kernel does whose barrier nobody reaches
+A_TEST = 150  # seconds after which a test hangs, as a kernel does whose barrier nobody reaches
 MOST_RESTARTS = 8  # of a pytest whose process broke
 ALSO_ON_A_GPU = ("test_device.py", "test_graphed_update.py")
 DATASET = "dql/hopper/medium-expert-v0"
@@ -129,10 +130,14 @@ class Run:
         self.continued: Path | None = options.continue_run and options.continue_run.absolute()
         self.site = scratch / "site"
         path = [str(ROOT / "bench"), str(self.site), os.environ.get("PYTHONPATH", "")]
+        self.compiled = scratch / "inductor"
         self.environment = dict(os.environ) | {
             "PYTHONPATH": os.pathsep.join(filter(None, path)),
             "PYTHONUNBUFFERED": "1",
             "MINARI_DATASETS_PATH": str(scratch / "datasets"),
+            "TORCHINDUCTOR_CACHE_DIR": str(self.compiled),
+            # Unset, torch.compile sets it when it is first used: our kernels would be compiled again within the bench.
+            "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR") or str(Path.home() / ".triton" / "cache"),
         }
 
     def stages(self) -> list[list[Part]]:
@@ -160,12 +165,11 @@ class Run:
         return "the CUDA kernels cannot be built" if code == 0 else f"pip's exit code {code}"
 
     def is_installed(self) -> bool:
-        return (
-            Task("import", self.logs / "install.log", time.monotonic() + 60, self.environment).run(
-                [sys.executable, "-c", "import dql.kernels"]
-            )
-            == 0
-        )
+        task = Task("import", self.logs / "install.log", time.monotonic() + 60, self.environment)
+        try:
+            return task.run([sys.executable, "-c", "import dql.kernels"]) == 0
+        except OutOfTimeError:
+            return False
 
     def doctor(self, task: Task) -> str | None:
         code = "import json, dql.doctor; print(json.dumps(dql.doctor.examine(), indent=1))"
@@ -182,25 +186,30 @@ class Run:
 
     def suite(self, task: Task) -> str | None:
         rest = ["tests", "--ignore-glob=*/test_gpu*.py", *(f"--ignore=tests/{name}" for name in ALSO_ON_A_GPU)]
-        return self._pytest(task, [*rest, "--continue-on-collection-errors"], "suite", workers=_cores(0.3), a_test=300)
+        return self._pytest(task, [*rest, "--continue-on-collection-errors"], "suite", workers=_cores(0.4), a_test=300)
 
     def kernels(self, task: Task) -> str | None:
         arch = 'arch = "sm_%d%d" % (torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0))'
-        table = f"sys.exit(kernels(arch, jobs={_cores(0.25)}, as_json=True))"
+        only = "*H256*,noise*,critic_finish*,choose*"  # of all sizes they would take longer than the stage has
+        table = f"sys.exit(kernels(arch, only={only!r}, jobs={_cores(0.25)}, as_json=True))"
         code = f"import sys, torch; from dql.kernel_table import kernels; {arch}; {table}"
         failed = task.run([sys.executable, "-c", code], output=self.scratch / "kernels.json")
         return "a kernel does not compile, spills or does not fit; see kernels in the report" if failed else None
 
     def rivals(self, task: Task) -> str | None:
-        """Compiled here, beside the tests, they come from torch's cache when they are timed."""
-        command = ["bench/bench_gpu.py", "-k", "compile", "--benchmark-disable", "--device", self.device]
-        return self._pytest(task, command, "rivals", workers=_cores(0.2))
+        """Compiled here, beside the tests, they come from torch's and Triton's caches when they are timed."""
+        benches = ["bench/bench_gpu.py", "bench/bench_update.py"]
+        command = [*benches, "-k", "compile or triton", "--benchmark-disable", "--device", self.device]
+        return self._pytest(task, command, "rivals", workers=_cores(0.25))
 
     def data(self, task: Task) -> str | None:
         """The dataset that `train` takes, and the first updates on the CPU, that it is compared with."""
+        task.environment["OMP_NUM_THREADS"] = "1"
         return self._train(task, "prepare", DATASET)
 
     def bench(self, task: Task) -> str | None:
+        for path in self.compiled.rglob("*.best_config"):
+            path.unlink()  # what torch.compile found fastest while tests kept the GPU busy: it looks again, alone
         return self._timed(task, "bench/bench_gpu.py")
 
     def update(self, task: Task) -> str | None:
@@ -233,7 +242,9 @@ class Run:
 
     def _timed(self, task: Task, bench: str) -> str | None:
         """Times of one process after another, if one breaks; each has a JSON file of its own."""
-        return self._pytest(task, [bench, "--benchmark-only", "--device", self.device], task.name, reports=True)
+        return self._pytest(
+            task, [bench, "--benchmark-only", "--device", self.device], task.name, reports=True, a_test=75
+        )
 
     def _pytest(
         self,
@@ -245,8 +256,9 @@ class Run:
         a_test: int = A_TEST,
     ) -> str | None:
         """Runs pytest, again for what is left where its process broke; returns what failed."""
+        task.environment["TORCHINDUCTOR_COMPILE_THREADS"] = "4"  # processes that live on beside what is timed
         if workers:  # one of many processes
-            task.environment |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
+            task.environment["OMP_NUM_THREADS"] = "1"
         path = self.scratch / f"{name}.jsonl"
         command: list[str | Path] = [sys.executable, "-m", "pytest", "-p", "outcomes", "--outcomes", path, "-q"]
         command += ["-p", "no:cacheprovider", "--deselect-known"]
@@ -257,13 +269,22 @@ class Run:
         for i in range(MOST_RESTARTS):
             report = ["--bench-json", self.scratch / f"{name}-{i}.json"] if reports else []
             code = task.run([*command, *arguments, *report])
-            if code in (0, 1, 2, 5):  # 2 is an error of the collection, 5 that nothing is left
+            # 2 is an error of the collection, 5 that nothing is left; a test that hangs ends its process with 1, too
+            if code in (0, 2, 5) or (code == 1 and not outcomes.read(path)[2]):
                 break
-        collected, found, died = outcomes.read(path)
-        failed = sum(outcome["outcome"] in ("failed", "error") for outcome in found.values()) + len(died)
-        if not collected:
+        told = gpu_report.tests_of(path)
+        if not told or not any(told[key] for key in ("passed", "failed", "errors", "skipped")):
             return f"pytest ran nothing, exit code {code}"
-        return f"{failed} of {collected} failed" if failed else None
+        counts = {"failed": told["failed"] + told["errors"], "not reached": told["not_reached"]}
+        if any(counts.values()):
+            wrong = " and ".join(f"{n} of {told['collected']} {what}" for what, n in counts.items() if n)
+            return wrong if code in (0, 1) else f"{wrong}, exit code {code}"
+        if not told["passed"]:
+            why = f"all were skipped: {next(iter(told['skip_reasons']))}"
+            if self.device == "cuda":
+                return why
+            raise NothingToDoError(why)
+        return None
 
 
 def _cores(share: float) -> int:

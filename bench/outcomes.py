@@ -7,8 +7,9 @@ with an outcome of passed, failed, error or skipped, `why` being a failure's las
 was started and has no outcome was running when the process died.
 
 A test after which CUDA answers with nothing but errors (a kernel wrote where it must not) ends its process with exit
-code 17: everything after it would fail for no fault of its own. pytest-xdist replaces such a worker; without it
-whoever started pytest may start it again for the tests that have no line yet (`--deselect-known`).
+code 17: everything after it would fail for no fault of its own. So does one after which a capture of a CUDA graph is
+still under way. pytest-xdist replaces such a worker; without it whoever started pytest may start it again for the tests
+that have no line yet (`--deselect-known`).
 """
 
 import json
@@ -34,10 +35,13 @@ def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("outcomes")
     if path is None:
         return
-    is_worker = hasattr(config, "workerinput")
-    config.pluginmanager.register(_Worker() if is_worker else _Writer(path.absolute()), "outcomes-of-this-process")
-    if not is_worker:
-        config.pluginmanager.register(_Worker(), "outcomes-end-of-a-broken-process")
+    if (given := getattr(config, "workerinput", None)) is not None:
+        left_out = set(given["left_out"])
+    else:
+        writer = _Writer(path.absolute(), config.getoption("deselect_known"))
+        config.pluginmanager.register(writer, "outcomes-of-this-process")
+        left_out = writer.left_out
+    config.pluginmanager.register(_Worker(left_out), "outcomes-of-a-process-with-tests")
 
 
 def read(path: Path) -> tuple[int, dict[str, dict[str, Any]], list[str]]:
@@ -59,15 +63,20 @@ def read(path: Path) -> tuple[int, dict[str, dict[str, Any]], list[str]]:
     return collected, outcomes, [test for test in started if test not in outcomes]
 
 
+def is_test(name: str) -> bool:
+    """Or else a file that was skipped, or could not be collected."""
+    return "::" in name
+
+
 class _Writer:
     """Of the process that knows all outcomes: the only one, or pytest-xdist's controller."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, deselect_known: bool) -> None:
         self.path = path
-        self.known: set[str] = set()
+        self.left_out: set[str] = set()
         if path.exists():
             _, outcomes, died = read(path)
-            self.known = {*outcomes, *died}
+            self.left_out = {name for name in (*outcomes, *died) if is_test(name) and deselect_known}
             for test in died:
                 self.write(test=test, outcome="failed", why="its process died or was killed", seconds=None)
 
@@ -75,16 +84,19 @@ class _Writer:
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        if config.getoption("deselect_known"):
-            config.hook.pytest_deselected(items=[item for item in items if item.nodeid in self.known])
-            items[:] = [item for item in items if item.nodeid not in self.known]
-        self.write(collected=len(items) + len(self.known))
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.collected(len(session.items))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        node.workerinput["left_out"] = sorted(self.left_out)  # the same for a later worker in another's place
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, node: Any, ids: Iterable[str]) -> None:
-        self.write(collected=len(list(ids)))
+        self.collected(len(list(ids)))
+
+    def collected(self, new: int) -> None:
+        self.write(collected=new + len(self.left_out))
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -106,10 +118,16 @@ class _Writer:
 
 
 class _Worker:
-    """Of every process that runs tests."""
+    """Of every process that runs tests, all but those that are left out."""
 
-    def __init__(self) -> None:
+    def __init__(self, left_out: set[str]) -> None:
+        self.left_out = left_out
         self.failed = False
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in self.left_out])
+        items[:] = [item for item in items if item.nodeid not in self.left_out]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.failed = self.failed or report.failed
@@ -128,9 +146,10 @@ def _device_is_broken() -> bool:
         return False
     try:
         torch.cuda.synchronize()
+        torch.rand(1, device="cuda").item()  # refused where a failed capture left the generator in it
     except RuntimeError:
         return True
-    return False
+    return bool(torch.cuda.current_stream() != torch.cuda.default_stream())  # or torch on its stream
 
 
 def _tail(text: str) -> str:

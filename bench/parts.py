@@ -1,11 +1,13 @@
 """Parts of a long run on a borrowed machine: each a command with a limit of time, a log, and an outcome that is said.
 
 Stages follow each other, the parts of one stage run side by side. There is one deadline for all: a part gets what is
-left of it, less what the later stages need at least. Whoever is not done then is interrupted, and after a while killed
-with everything it started. Nothing that happens to one part stops the others.
+left of it, less what the later stages need at least. Whoever is not done then is interrupted, and after a while
+killed. What a command started is killed when it ends, however it ends: nothing runs on into the time of another part.
+Nothing that happens to one part stops the others.
 """
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -17,6 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 NOTHING_TO_DO = 77  # a command's exit code: its last line says why
+MARK = "DQL_BENCH_PART"  # in the environment of a command and of all that it starts, in sessions of their own or not
+TO_DIE = 10.0  # seconds; a process that a broken device does not let go of is left behind
+
+_numbers = itertools.count()
 
 
 @dataclass
@@ -113,18 +119,22 @@ class Task:
             log.write(f"$ {' '.join(words)}\n".encode())
             log.flush()
             out = log if output is None else files.enter_context(output.open("wb"))
+            # One that runs in a command itself adds to that one's mark.
+            mark = f"{os.environ.get(MARK, '')}/{os.getpid()}.{next(_numbers)}"
+            environment = self.environment | {MARK: mark}
             # A session of its own, to kill it with its children.
             process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=out, stderr=log, env=self.environment, start_new_session=True
+                words, stdin=subprocess.DEVNULL, stdout=out, stderr=log, env=environment, start_new_session=True
             )
             try:
                 code = process.wait(limit)
             except subprocess.TimeoutExpired:
-                _end(process, self.patience)
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(self.patience)
                 raise OutOfTimeError from None
-            except BaseException:
-                _kill(process)
-                raise
+            finally:
+                _kill(process, mark)
         if code == NOTHING_TO_DO:
             lines = (self.log if output is None else output).read_text(errors="replace").strip().splitlines()
             raise NothingToDoError(lines[-1] if lines else "it gave no reason")
@@ -180,14 +190,26 @@ def _said(part: Part, outcome: Outcome) -> Outcome:
     return outcome
 
 
-def _end(process: "subprocess.Popen[bytes]", patience: float) -> None:
-    process.send_signal(signal.SIGINT)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(patience)
-    _kill(process)
-
-
-def _kill(process: "subprocess.Popen[bytes]") -> None:
-    with contextlib.suppress(ProcessLookupError):
+def _kill(process: "subprocess.Popen[bytes]", mark: str) -> None:
+    """Kills what is left of a command and of what it started, and waits until it is gone."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    stop = time.monotonic() + TO_DIE
+    while (alive := _marked(mark)) and time.monotonic() < stop:
+        for pid in alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(max(stop - time.monotonic(), 0.1))
+
+
+def _marked(mark: str) -> list[int]:
+    """Processes whose environment has the mark, or one that was added to."""
+    words = (f"{MARK}={mark}".encode(), f"{MARK}={mark}/".encode())
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # gone meanwhile, or somebody else's
+            if any(word == words[0] or word.startswith(words[1]) for word in path.read_bytes().split(b"\0")):
+                found.append(int(path.parent.name))
+    return found

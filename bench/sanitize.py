@@ -9,24 +9,27 @@ over, 77 where there is nothing to run. --json PATH gets a line for each backend
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import shutil
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from json_files import write_json
 from parts import OutOfTimeError, Task
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 BACKENDS = ("cuda", "triton")
 NOTHING_TO_RUN = 77
+STARTED = time.monotonic()  # before torch is imported, which takes part of the limit
+TO_WRITE = 3.0  # seconds of the limit, to end what still runs and say so
 FOUND = 9  # compute-sanitizer's exit code, by our wish, where it found something
+FINDING = re.compile(r"^=+ (?:Invalid|(?:Error|Warning): Race|Uninit|Barrier)", re.MULTILINE)  # its first line
 TOLERANCES = {"fp32": 1e-3, "tf32": 5e-2, "bf16": 3e-1}  # that it is right is the tests' business
 # B, N or None, S, A, H, hidden layers, T: one row, ends of tiles, paddings, the paper's network
 Size = tuple[int, int | None, int, int, int, int, int]
@@ -146,7 +149,7 @@ def main(options: argparse.Namespace) -> int:
 
     import dql
 
-    end = time.monotonic() + options.seconds
+    end = STARTED + options.seconds - TO_WRITE
     tools = [name for name in TOOLS if name in options.names] or TOOLS
     chosen = [name for name in BACKENDS if name in options.names] or BACKENDS
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
@@ -162,36 +165,45 @@ def main(options: argparse.Namespace) -> int:
             checks += [Check(backend, tool, "not run", reason) for tool in tools]
     runnable = [] if missing else [name for name in chosen if reasons[name] is None]
     # The compiler and the assembler, which Triton starts, are none of the sanitizer's business.
-    common = [sanitizer or "", "--error-exitcode", str(FOUND), "--target-processes", "application-only", "--tool"]
+    # torch and its libraries ask the driver for functions that it may not have, which would count as errors.
+    common = [sanitizer or "", "--error-exitcode", str(FOUND), "--report-api-errors", "no"]
+    common += ["--target-processes", "application-only", "--tool"]
 
     def cases(backend: str) -> list[str]:
         return [sys.executable, str(Path(__file__).resolve()), "--cases", backend]
 
+    def write() -> None:
+        if options.json is not None:
+            write_json(options.json, [vars(check) for check in checks])
+
+    write()
     with tempfile.TemporaryDirectory() as logs, ThreadPoolExecutor(options.jobs) as pool:
         folder = Path(logs)
-        alone = {name: pool.submit(_check, name, "no tool", cases(name), end, folder) for name in runnable}
-        checks += [future.result() for future in alone.values()]
-        right = [check.backend for check in checks if check.outcome == "passed"]
-        pairs = [(tool, backend) for tool in tools for backend in right]
+        alone = [pool.submit(_check, name, "no tool", cases(name), end, folder) for name in runnable]
+        for future in alone:
+            check = future.result()
+            checks.append(check)
+            if check.outcome != "passed":
+                checks += [Check(check.backend, tool, "not run", "its calls fail without a tool") for tool in tools]
+            write()
+        right = {check.backend: check.cases for check in checks if check.outcome == "passed"}
         futures = [
-            pool.submit(_check, backend, tool, [*common, tool, *cases(backend)], end, folder) for tool, backend in pairs
+            pool.submit(_check, backend, tool, [*common, tool, *cases(backend)], end, folder, wanted)
+            for tool in tools
+            for backend, wanted in right.items()
         ]
-        checks += [future.result() for future in futures]
-    checks += [
-        Check(name, tool, "not run", "its calls fail without a tool")
-        for name in runnable
-        if name not in right
-        for tool in tools
-    ]
-    if options.json is not None:
-        options.json.write_text(json.dumps([vars(check) for check in checks], indent=1) + "\n")
+        for future in as_completed(futures):
+            checks.append(future.result())
+            write()
     if not runnable:
         print(f"nothing was checked: {missing or 'no backend runs on a CUDA device here'}")
         return NOTHING_TO_RUN
+    wrong = [f"{check.backend} {check.tool} {check.outcome}" for check in checks if check.outcome != "passed"]
+    print(", ".join(wrong) or "all passed")
     return int(any(check.outcome not in ("passed", "not run") for check in checks))
 
 
-def _check(backend: str, tool: str, command: list[str], end: float, folder: Path) -> Check:
+def _check(backend: str, tool: str, command: list[str], end: float, folder: Path, wanted: int = 1) -> Check:
     started, output = time.monotonic(), folder / f"{backend}-{tool.replace(' ', '-')}.log"
     alone = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
@@ -199,7 +211,7 @@ def _check(backend: str, tool: str, command: list[str], end: float, folder: Path
     except OutOfTimeError:
         code = None
     text = output.read_text(errors="replace") if output.exists() else ""
-    check = judge(backend, tool, code, text, time.monotonic() - started)
+    check = judge(backend, tool, code, text, time.monotonic() - started, wanted)
     said = (
         f"== {backend}, {tool}: {check.outcome}, {check.findings} findings, {check.cases} cases, {check.seconds:.0f} s"
     )
@@ -207,20 +219,30 @@ def _check(backend: str, tool: str, command: list[str], end: float, folder: Path
     return check
 
 
-def judge(backend: str, tool: str, code: int | None, output: str, seconds: float) -> Check:
-    """What a tool's exit code (None: out of time) and output amount to."""
+def judge(backend: str, tool: str, code: int | None, output: str, seconds: float, wanted: int = 1) -> Check:
+    """What a tool's exit code (None: out of time) and output amount to, of so many cases at least."""
     summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", output)
-    findings = int(summaries[-1]) if summaries else len(re.findall(r"^=+ (?:Invalid|Error|Race|Uninit)", output, re.M))
+    findings = int(summaries[-1]) if summaries else len(FINDING.findall(output))
     cases = output.count(": largest error")
     lines = [line for line in output.splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith("=========")]
+    said = [line for line in lines if not line.startswith("=========")]
+
+    def check(outcome: str, why: str | None, findings: int = findings) -> Check:
+        return Check(backend, tool, outcome, why, findings, cases, seconds)
+
     if code is None:
-        return Check(backend, tool, "not done", "its time was over", findings, cases, seconds)
-    if code == 0:
-        return Check(backend, tool, "passed", None, findings, cases, seconds)
-    if code == FOUND or findings:
-        found = [line for line in lines if line.startswith("=========")]
-        return Check(backend, tool, "found", "\n".join(found[:40]), max(findings, 1), cases, seconds)
-    return Check(backend, tool, "failed", f"exit code {code}: {lines[-1] if lines else ''}", findings, cases, seconds)
+        return check("not done", "its time was over")
+    if code == FOUND or findings:  # a race that is only a warning may leave the exit code 0
+        return check("found", "\n".join(told[:40]), max(findings, 1))
+    if code != 0:
+        last = " / ".join([*said[-1:], *told[-2:]])
+        return check("failed", f"exit code {code}: {last}")
+    if cases < wanted:
+        return check("failed", f"it saw {cases} of {wanted} cases: {' / '.join(told[-2:])}")
+    if tool != "no tool" and not summaries:
+        return check("failed", f"it ended without a summary: {' / '.join(told[-2:])}")
+    return check("passed", None)
 
 
 if __name__ == "__main__":

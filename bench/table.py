@@ -103,7 +103,9 @@ def gpu_table(rows: list[Row]) -> str:
         for row in group:
             name = row["contender"] + {"graph": "", "profiler": " (kernels alone)"}[row["device_method"]]
             rates = f"{row['rows_per_s'] / 1e6:.3g}", f"{row['tflops']:.3g}", f"{100 * row['of_matmul']:.2g}%"
-            over = [*_ratios(row, _published(row, group)), *_ratios(row, _graphed_rival(row, group))]
+            rival = _graphed_rival(row, group)
+            mark = _in_float32(row, rival) if rival else ""
+            over = [*_ratios(row, _published(row, group)), *(ratio + mark for ratio in _ratios(row, rival))]
             lines.append([f"{row['B']:,}", name, *(_spread(row[key]) for key in _TIMES), *rates, _bound(row), *over])
         parts.append(_markdown(lines))
     return "\n\n".join(parts)
@@ -113,8 +115,8 @@ def gpu_summary(report: dict[str, Any]) -> str:
     """A line for each contender, a column for each batch size: what was not measured says so.
 
     A cell holds the device's time, in brackets the host's of a whole call, which is a graph's replay where that was
-    timed, how many times faster that call is than the published chain's in eager torch and than the graphed rival's,
-    and the device time's share of the bound.
+    timed, how many times faster that call is than the published chain's in eager torch and than the graphed rival's
+    (marked where that computes in float32 and the row does not), and the share that the bound is of the device's time.
     """
     measured = report.get("tables", {}).get(GPU_TITLE, [])
     if not measured and report.get("device") != "cuda":
@@ -128,6 +130,8 @@ def gpu_summary(report: dict[str, Any]) -> str:
         lines = [[problem, *(f"B = {B:,}" for B in sizes)]]
         lines += [[_contender(name), *(_gpu_cell(name, B, group) for B in sizes)] for name in names]
         parts.append(_markdown(lines))
+    if (processes := len({row.get("process") for row in measured})) > 1:
+        parts.append(f"Measured in {processes} processes, each after another broke: a ratio may be of two of them.")
     launched = report.get("tables", {}).get(UPDATE_TITLE, [])
     parts.append(_update_table(report.get("rows", []), launched))
     return "\n\n".join(parts)
@@ -144,10 +148,12 @@ def _gpu_cell(name: str, B: int, group: list[Row]) -> str:
         return NOT_MEASURED
     row = found[name]
     call = found.get(f"{name}+graph", row)
-    rivals = [_published(row, group), _graphed_rival(row, group)] if name.startswith("dql-") else []
-    over = [f"{_median(rival, 'call_us') / _median(call, 'call_us'):.3g}x" for rival in rivals if rival]
+    published, rival = (_published(row, group), _graphed_rival(row, group)) if name.startswith("dql-") else (None, None)
+    over = [f"{_median(published, 'call_us') / _median(call, 'call_us'):.3g}x"] if published else []
+    over += [f"{_median(rival, 'call_us') / _median(call, 'call_us'):.3g}x{_in_float32(row, rival)}"] if rival else []
     share = [f"{100 * row['share']:.0f}%"] if row.get("share") is not None else []
-    times = f"{time(_median(row, 'device_us'))} ({time(_median(call, 'call_us'))})"
+    kernels_alone = " kernels alone" if row.get("device_method") == "profiler" else ""
+    times = f"{time(_median(row, 'device_us'))}{kernels_alone} ({time(_median(call, 'call_us'))})"
     return ", ".join([times, *over, *share])
 
 
@@ -210,6 +216,11 @@ def _graphed_rival(row: Row, group: list[Row]) -> Row | None:
     names = ["compile-lean-bf16+graph"] * (row["precision"] == "bf16") + ["compile-lean+graph"]
     found = (r for name in names for r in group if r["contender"] == name and r["B"] == row["B"])
     return next(found, None)
+
+
+def _in_float32(row: Row, rival: Row) -> str:
+    """What marks a ratio over a rival that computes in float32, of a row that does not."""
+    return " (fp32)" if row["precision"] != "fp32" and "bf16" not in rival["contender"] else ""
 
 
 def _median(row: Row, key: str) -> float:

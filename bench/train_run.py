@@ -22,6 +22,7 @@ from typing import Any
 
 from json_files import read_json, write_json
 
+STARTED = time.monotonic()  # before torch is imported, which takes part of the limit
 FIRST_UPDATES, FIRST_LOG = 300, 10
 UPDATES, EVAL_EVERY, EVAL_EPISODES = 1_000_000, 50_000, 10
 FOR_THE_END = 15.0  # seconds for the last evaluation and the files
@@ -58,7 +59,7 @@ def run(folder: Path, dataset: str, seconds: float, continued: Path | None, devi
     from dql.rundir import read_rows
     from dql.train import resume, train
 
-    end = time.monotonic() + seconds
+    end = STARTED + seconds
     contender, why = fastest_backend(folder)
     backend, _, graph = contender.partition("+")
     graphed = bool(graph) and device != "cpu"
@@ -74,18 +75,18 @@ def run(folder: Path, dataset: str, seconds: float, continued: Path | None, devi
     if continued is not None:
         with tarfile.open(continued) as archive:
             archive.extractall(folder, filter="data")
-    # As Ctrl-C would: after the update at hand the run writes a checkpoint and ends.
-    timer = threading.Timer(max(end - time.monotonic() - FOR_THE_END, 1.0), os.kill, (os.getpid(), signal.SIGTERM))
-    timer.daemon = True
-    timer.start()
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: None)  # one that comes before the run listens
+    threading.Thread(target=_stop_at, args=(end - FOR_THE_END, ended), daemon=True).start()
     if continued is None:
         agent = Config(backend=backend, num_updates=UPDATES)
         evaluation = {"eval_every": EVAL_EVERY, "eval_episodes": EVAL_EPISODES}
         result = train(RunConfig(dataset, agent, path, device, **evaluation, graphed=graphed))
     else:
         result = resume(path)
-    timer.cancel()
-    curve = read_rows(path / "metrics.csv")
+    ended.set()
+    curve = read_rows(path / "metrics.csv") if (path / "metrics.csv").exists() else []
+    rates = [row["updates_per_second"] for row in curve] or [result.step / max(result.seconds, 1e-9)]
     evaluations = read_rows(path / "evaluations.csv") if (path / "evaluations.csv").exists() else []
     here |= {
         "continued": continued is not None,
@@ -94,7 +95,7 @@ def run(folder: Path, dataset: str, seconds: float, continued: Path | None, devi
         "of": UPDATES,
         "stopped_by": result.stopped_by,
         "seconds": result.seconds,
-        "updates_per_second": statistics.median(row["updates_per_second"] for row in curve),
+        "updates_per_second": statistics.median(rates),
         "curve": curve[:: max(len(curve) // CURVE_POINTS, 1)],
         "evaluations": evaluations,
     }
@@ -103,6 +104,12 @@ def run(folder: Path, dataset: str, seconds: float, continued: Path | None, devi
         here["last_evaluation"] = {"step": result.step} | _evaluation(result.agent, dataset)
         write_json(folder / "train.json", here)
     print(f"{result.step:,} updates, {here['updates_per_second']:.1f} a second", flush=True)
+
+
+def _stop_at(end: float, ended: threading.Event) -> None:
+    """As Ctrl-C would: after the update at hand the run writes a checkpoint and ends. Until it listens, again."""
+    while not ended.wait(max(end - time.monotonic(), 1.0)):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _evaluation(agent: Any, dataset: str) -> dict[str, Any]:

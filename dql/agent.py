@@ -208,13 +208,15 @@ class DiffusionBC:
     def unchanged(self) -> Iterator[None]:
         """Whatever the block does to networks and optimizers is undone at its end, in their own memory."""
         before = {name: tensor.clone() for name, tensor in self.tensors().items()}
-        yield
-        with torch.no_grad():
-            for name, tensor in self.tensors().items():
-                if name in before:
-                    tensor.copy_(before[name])
-                else:  # an optimizer's, made by its first step, which begins with zeros
-                    tensor.zero_()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, tensor in self.tensors().items():
+                    if name in before:
+                        tensor.copy_(before[name])
+                    else:  # an optimizer's, made by its first step, which begins with zeros
+                        tensor.zero_()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes `agent.safetensors` (networks, optimizers, config, step) into the folder, atomically.

@@ -2,6 +2,7 @@
 
 import torch
 
+from dql.kernels.capture import capturing
 from dql.networks import TwinCritic
 from dql.policy import DiffusionPolicy
 from dql.sampler import check_states_fit, checked_table, sample, select
@@ -82,7 +83,7 @@ class GraphedSampler:
                     call()
             torch.cuda.current_stream().wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            with capturing(self._graph):
                 self.actions = call()
         # The graph reads their memory: it must stay theirs as long as the graph lives.
         owners = [policy.denoiser] if critic is None else [policy.denoiser, critic]

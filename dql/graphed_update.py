@@ -8,6 +8,7 @@ from dql import native_update, noise
 from dql.agent import DiffusionBC, DiffusionQL, checked_batch
 from dql.data import Batch
 from dql.draws import Draws, UpdateSeeds
+from dql.kernels.capture import capturing
 
 Tensor = torch.Tensor
 _WARM_UPS = 2  # load kernels and tables, and let cuBLAS choose, which a graph cannot hold
@@ -17,8 +18,8 @@ _SEEDS = ("target", "bc_noise", "actor")
 class GraphedUpdate:
     """`agent.update` for batches of one size, with the same randomness: update by update the same up to rounding.
 
-    The agent stays what it is: it can be saved, act, or be updated without the graph in between. Its networks must stay
-    where they are and its config as it is.
+    The agent stays what it is: it can be saved, act, or be updated without the graph in between, on one stream. Its
+    networks must stay where they are and its config as it is.
 
     Args:
         agent: on a GPU; recording leaves it unchanged.
@@ -54,12 +55,17 @@ class GraphedUpdate:
         self._flats = [module.flat for module in agent._modules().values()]
         self._stage(batch_size)
         self._replay, self._metrics = record(self._body, agent)
+        # The graph reads tables, too: their memory must stay theirs as long as the graph lives.
+        tables = [policy.step_table() for policy in (agent.policy, getattr(agent, "ema_policy", agent.policy))]
+        owners = (*tables, *agent._modules().values())
+        self._held = (tables, agent.policy.q_sample_table(self._batch.actions), [dict(owner.kept) for owner in owners])
 
     def _body(self) -> dict[str, Tensor]:
         """What is recorded: everything that it reads of an update lies in `_numbers` and `_batch`."""
         scalars = self._scalars.to(self.agent.policy.dtype)
         target, bc_noise, actor = self._seeds
-        draws = Draws(target, bc_noise, actor, self._t, scalars[:2], scalars[2], scalars[3])
+        lr_scale = scalars[2].float()  # whatever the parameters are, a rate in device memory is float32 to torch
+        draws = Draws(target, bc_noise, actor, self._t, scalars[:2], lr_scale, scalars[3])
         return self.agent._compute(self._batch, draws, self._backend)
 
     def _stage(self, B: int) -> None:
@@ -115,7 +121,7 @@ def record(body: Callable[[], dict[str, Tensor]], agent: DiffusionBC) -> tuple[C
                 body()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with capturing(graph):
             metrics = body()
     return graph.replay, metrics
 

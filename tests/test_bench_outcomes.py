@@ -4,10 +4,14 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import gpu_report
+import gpu_run
 import outcomes
 import pytest
+from parts import Task
 
 TESTS = """
 import os, pytest, torch
@@ -95,6 +99,39 @@ def test_several_processes(folder):
     assert (collected, len(found)) == (9, 9)
     failed = {name.partition("::")[2] for name, record in found.items() if record["outcome"] in ("failed", "error")}
     assert failed == {"test_wrong", "test_error", "test_dies", "test_breaks"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("xdist") is None, reason="pytest-xdist is not installed")
+def test_several_processes_leave_out_what_is_known(folder):
+    (folder / "test_it.py").write_text(TESTS)
+    assert pytest_run(folder, "-k", "right or wrong") == 1
+    assert pytest_run(folder, "-n", "2", "--deselect-known") == 1
+    lines = (folder / "out.jsonl").read_text().splitlines()
+    assert sum('"test": "test_it.py::test_right"' in line for line in lines) == 1
+    collected, found, died = outcomes.read(folder / "out.jsonl")
+    assert (collected, len(found), died) == (6, 6, [])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_test_that_hangs_costs_no_other(folder, tmp_path, workers):
+    """What hangs ends its process with exit code 1, as failed tests do."""
+    for module in ("xdist", "pytest_timeout"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed")
+    code = "import time\ndef test_hangs(): time.sleep(60)\ndef test_after(): pass\n"
+    (folder / "test_it.py").write_text(code)
+    options = gpu_run._parse(["--device", "cpu"])
+    (tmp_path / "scratch").mkdir()
+    run = gpu_run.Run(tmp_path / "scratch", options)
+    task = Task("hang", run.logs / "hang.log", time.monotonic() + 60, run.environment)
+    assert run._pytest(task, [folder / "test_it.py"], "hang", workers=workers, a_test=2) == "1 of 2 failed"
+    assert gpu_report.tests_of(run.scratch / "hang.jsonl")["passed"] == 1
+
+
+def test_a_skipped_file_is_no_test(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_text('{"collected": 1}\n{"test": "test_a.py", "outcome": "skipped", "why": "no", "seconds": null}\n')
+    assert gpu_report.tests_of(path)["not_reached"] == 1
 
 
 def test_a_line_that_was_cut_off(tmp_path):

@@ -83,6 +83,15 @@ def test_out_of_time_leaves_nothing_running(tmp_path):
         task.run(python("print(1)"))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="it looks for processes in /proc")
+def test_what_a_command_leaves_behind_is_gone(tmp_path):
+    """In a session of its own, too, and whether the command ended well or not."""
+    start = f"import subprocess, sys; subprocess.Popen(['sleep', '{SECONDS}'], start_new_session=True); sys.exit(3)"
+    task = Task("untidy", tmp_path / "untidy.log", time.monotonic() + 20)
+    assert task.run(python(start)) == 3
+    assert not sleepers()
+
+
 def test_an_interrupt_comes_first(tmp_path):
     code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('report written')"
     task = Task("slow", tmp_path / "slow.log", time.monotonic() + 2)
