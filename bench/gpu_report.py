@@ -76,7 +76,7 @@ class Report:
         write_json(self.path, self.content)
 
     def pack(self) -> None:
-        """The logs as one file, the training run as another: few files are easily carried away."""
+        """The logs as one file, the training run with its last checkpoint as another: easily carried away."""
         with tarfile.open(self.path.with_name(f"{self.path.stem}-logs.tar.gz"), "w:gz") as archive:
             outcomes_of_tests = sorted(path.name for path in self.scratch.glob("*.jsonl"))
             for name in ("logs", "profile.csv", "profile.log", *outcomes_of_tests):
@@ -84,7 +84,10 @@ class Report:
                     archive.add(self.scratch / name, name)
         if (self.scratch / "run").is_dir():
             with tarfile.open(self.path.with_name(f"{self.path.stem}-run.tar.gz"), "w:gz") as archive:
-                archive.add(self.scratch / "run", "run")
+                older = [
+                    f"run/checkpoints/{path.name}" for path in sorted(self.scratch.glob("run/checkpoints/step-*"))
+                ][:-1]
+                archive.add(self.scratch / "run", "run", filter=lambda file: None if file.name in older else file)
 
     def summary(self) -> str:
         return f"{summary(self.content)}\nwritten: {self.path}"

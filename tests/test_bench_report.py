@@ -8,6 +8,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import gpu_report
 import gpu_run
 import machine
 import profile_kernels
@@ -60,6 +61,19 @@ def test_a_run_from_end_to_end(tmp_path):
     again = subprocess.run([*command[:-4], "doctor"], env=os.environ | {"OUT": str(tmp_path)}, capture_output=True)
     assert again.returncode == 0
     assert len(list(tmp_path.glob("*.json"))) == 2  # no report replaces another
+
+
+def test_a_run_is_packed_with_its_last_checkpoint(tmp_path):
+    for step in (5, 10, 15):
+        folder = tmp_path / "run" / "checkpoints" / f"step-{step:09}"
+        folder.mkdir(parents=True)
+        (folder / "agent.safetensors").write_text("weights")
+    (tmp_path / "run" / "metrics.csv").write_text("step\n")
+    report = gpu_report.Report(tmp_path, tmp_path, tmp_path / "logs", "cpu")
+    report.pack()
+    with tarfile.open(report.path.with_name(f"{report.path.stem}-run.tar.gz")) as archive:
+        files = {member.name for member in archive if member.isfile()}
+    assert files == {"run/metrics.csv", "run/checkpoints/step-000000015/agent.safetensors"}
 
 
 def test_the_least_of_all_parts_fits_into_the_limit():
