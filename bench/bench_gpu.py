@@ -21,15 +21,16 @@ import pytest
 import rivals
 import torch
 from device_time import Call, spread
+from parts import SAID
 from rivals import FLOPS, A, H, LeanActor, PublishedAgent, S, T
 from table import COPY_TITLE, GPU_TITLE, MATMUL_TITLE
 from torch import Tensor
 
 import dql
 
-BATCH_SIZES, SHORT_BATCH_SIZES = (1, 50, 256, 2500, 65536), (1, 256)
+BATCH_SIZES, SHORT_BATCH_SIZES = (256, 65536, 1, 2500, 50), (256, 1)  # the headline first: time may run out
 GRAPHED_BATCH_SIZES = (1, 50, 256, 2500)  # beyond, the host's part no longer shows
-OURS = [f"dql-{backend}-{precision}" for backend in ("triton", "cuda") for precision in device_time.PRODUCTS]
+OURS = [f"dql-{backend}-{precision}" for precision in ("bf16", "fp32", "tf32") for backend in ("cuda", "triton")]
 CANDIDATES = 50
 CRITIC_FLOPS = 2 * 2 * ((S + A) * H + 2 * H * H + H)  # of a row, both networks
 CALL_SECONDS, MIN_ROUNDS, MAX_ROUNDS = 0.15, 10, 300
@@ -44,14 +45,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     config = metafunc.config
     sizes = SHORT_BATCH_SIZES if config.getoption("short") else BATCH_SIZES
-    compiled = _compile_sizes(config.getoption("compile_sizes"))
+    sizes = _sizes(config.getoption("sizes"), "--sizes") or sizes
+    compiled = {"all": sizes, "none": ()}.get(told := config.getoption("compile_sizes")) or _sizes(
+        told, "--compile-sizes"
+    )
     forward = metafunc.function is test_forward
     pairs = []
     for B in sizes:
-        names = ["published"]
+        names = [*(_with_graphs(OURS) if B in GRAPHED_BATCH_SIZES else OURS), "dql-eager", "published"]
         # Two graphs a size forward, in fp32 and bf16, one forward and backward; test_select adds one.
         names += _with_graphs(["compile-lean", *(["compile-lean-bf16"] if forward else [])]) if B in compiled else []
-        names += ["dql-eager", *(_with_graphs(OURS) if B in GRAPHED_BATCH_SIZES else OURS)]
         pairs += [(B, name) for name in names]
     metafunc.parametrize(("B", "contender"), pairs, ids=[f"B{B}-{name}" for B, name in pairs])
 
@@ -61,19 +64,23 @@ def _with_graphs(names: list[str]) -> list[str]:
     return [name + suffix for name in names for suffix in ("", "+graph")]
 
 
-def _compile_sizes(option: str) -> tuple[int, ...]:
-    if option in ("all", "none"):
-        return BATCH_SIZES if option == "all" else ()
+def _sizes(option: str | None, name: str) -> tuple[int, ...]:
     try:
-        return tuple(int(size) for size in option.split(","))
+        return tuple(int(size) for size in option.split(",")) if option not in (None, "none") else ()
     except ValueError:
-        raise pytest.UsageError(f"--compile-sizes must be all, none or sizes like 1,256, got {option!r}") from None
+        raise pytest.UsageError(f"{name} must be sizes like 256,1, got {option!r}") from None
 
 
 @pytest.fixture(autouse=True)
-def _on_a_gpu(device: torch.device) -> None:
-    if device.type != "cuda":
-        pytest.skip(f"it compares device times; run with --device cuda, this is {device}")
+def _on_a_gpu(device: torch.device, request: pytest.FixtureRequest) -> None:
+    if device.type == "cuda":
+        return
+    if request.config.getoption("sizes") is None:
+        pytest.skip(
+            f"it compares device times; run with --device cuda, this is {device} (--sizes 8,1 tries it all the same)"
+        )
+    if "contender" not in request.fixturenames or request.getfixturevalue("contender").endswith("+graph"):
+        pytest.skip("it needs a GPU")
 
 
 Measure = Callable[..., None]
@@ -110,7 +117,8 @@ def measure(device: torch.device, benchmark: Any, record: Callable[..., None]) -
 
         def synchronized() -> None:
             whole()
-            torch.cuda.synchronize()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
 
         synchronized()
         timer = benchmark._timer
@@ -122,9 +130,13 @@ def measure(device: torch.device, benchmark: Any, record: Callable[..., None]) -
         if benchmark.stats is None:
             return
         calls = list(benchmark.stats.stats.data)
+        print(
+            f"{SAID}{problem}, B={B}, {contender}: call {1e6 * spread(calls)[1]:.1f} us, error {error:.1e}", flush=True
+        )
         on_device = on_device or device_time.device_time(body, no_graph)  # the profiler would have slowed the calls
         rate = flops / on_device.median
-        least = _bound(problem, B, precision, device) if contender.startswith("dql-") else None
+        on_gpu = device.type == "cuda"
+        least = _bound(problem, B, precision, device) if contender.startswith("dql-") and on_gpu else None
         record(
             GPU_TITLE,
             problem=problem,
@@ -133,7 +145,7 @@ def measure(device: torch.device, benchmark: Any, record: Callable[..., None]) -
             device_us=[t * 1e6 for t in spread(on_device.seconds)],
             call_us=[t * 1e6 for t in spread(calls)],
             tflops=rate / 1e12,
-            of_matmul=rate / _matmul(precision, device)[0],
+            of_matmul=rate / _matmul(precision, device)[0] if on_gpu else None,
             rows_per_s=B / on_device.median,
             bound_us=None if least is None else least.us,
             share=None if least is None else least.us * 1e-6 / on_device.median,

@@ -39,6 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cpu", help="cpu (default), cuda, cuda:1, ..., or auto: cuda if there is one")
     group.addoption("--short", action="store_true", help="B = 1 and 256, few rounds, fewer rivals")
     group.addoption("--bench-json", metavar="PATH", type=Path, help="write times, ratios and the machine to PATH")
+    group.addoption("--sizes", help="B that bench_gpu.py takes, in this order, such as 256,1")
     group.addoption("--compile-sizes", default="all", help="B that bench_gpu.py compiles rivals for, all or none")
     group.addoption("--histogram", metavar="PATH", type=Path, help="draw the control loop's latencies (png, svg, pdf)")
 

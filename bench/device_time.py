@@ -38,7 +38,8 @@ class DeviceTime:
 
     Attributes:
         seconds: a call's, one of each sample.
-        method: "graph" (replays, gaps between kernels included) or "profiler" (the kernels' own time added up).
+        method: "graph" (replays, gaps between kernels included), "profiler" (the kernels' own time added up), or "host"
+            (whole calls, to try the benches where there is no GPU).
         calls: in one sample.
         reason: why no graph was taken; None if one was.
     """
@@ -66,6 +67,8 @@ def device_time(call: Call, no_graph: str | None = None) -> DeviceTime:
         call: queues work on the current stream.
         no_graph: why it cannot be captured, where that is known; then the profiler is asked.
     """
+    if not torch.cuda.is_available():
+        return DeviceTime([host_time(call, samples=1) * 1e-6] * 2, "host", 1, "there is no GPU")
     if no_graph is not None:
         return _profiled(call, no_graph)
     try:
@@ -81,6 +84,18 @@ def device_time(call: Call, no_graph: str | None = None) -> DeviceTime:
         _replay(graph)
     samples = max(MIN_SAMPLES, min(int(SECONDS / _replay(graph)), MAX_SAMPLES))
     return DeviceTime([_replay(graph) / calls for _ in range(samples)], "graph", calls)
+
+
+def host_time(call: Call, samples: int = 50) -> float:
+    """Median microseconds of a whole call, from the host until the device is idle."""
+    times: list[float] = []
+    for _ in range(samples):
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(1e6 * (time.perf_counter() - start))
+    return statistics.median(times[samples // 10 :])
 
 
 def capture(call: Call, calls: int = 1) -> torch.cuda.CUDAGraph:

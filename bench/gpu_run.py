@@ -1,111 +1,122 @@
-"""What `bench/gpu.sh` runs: everything that only a GPU can show, within one limit of time, into one report.
+"""What `bench/gpu.sh` runs: what only a GPU can show, within one limit of time, into one report.
 
     stage       parts, side by side
-    install     install: wheels from bench/wheels/ if there are any, then the package, its CUDA kernels built here
-    check       doctor; tests (of the GPU tier); suite (all others); kernels (what Triton made of those of 256 hidden
-                units for this GPU); rivals (torch.compile's graphs and Triton's kernels are compiled, for bench and
-                update); data (a Minari dataset, and first updates on the CPU)
-    bench       device and whole-call times, each beside its bound
-    update      an update of training: time, launches
+    build       build: the CUDA kernels for this GPU, in the tree; nothing if they are there, of these sources
+                triton: every kind of call checked and timed, a process each (`gpu_checks.py`); nothing installed
+                wheels: what bench/wheels/ holds, into a folder of its own, for `data` and `train` alone
+    cuda        the same checks of the CUDA kernels, and each way in which they cut a problem
+    quick       bench_gpu.py at B = 256, 1, 65,536, its gradient at 256, an update; without torch.compile
+    tests       tests of the GPU tier, a pytest for each backend, side by side, 20 s a test at most
+                rivals: torch.compile's graphs are compiled, for `bench`; data: a Minari dataset
+    bench       bench_gpu.py in full
+    update      bench_update.py
     profile     the chain's kernels under Nsight Compute
-    sanitize    memcheck, racecheck, initcheck, synccheck
-    train       `dql train` for what time remains; a million updates at most
+    sanitize    memcheck, racecheck, initcheck, synccheck of small calls
+    train       `dql train` for what time remains
 
-`bench`, `update` and `train` have the machine to themselves. Whatever was cut off or left out is in the report, too.
+`first` is build, triton, cuda, quick and tests in 195 s. Parts that are named have all the time there is. `quick`,
+`bench`, `update` and `train` have the machine to themselves. Report, logs, built objects and Triton's cache are packed
+after each stage, so a run that is killed leaves what it had. What lies in bench/carried/ of an earlier run (its
+*-objects.tar.gz and *-triton.tar.gz) is unpacked at the start.
 """
 
 import argparse
 import importlib.util
+import json
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
+import gpu_checks
 import gpu_report
+import gpu_tools
 import outcomes
-from parts import NothingToDoError, Outcome, OutOfTimeError, Part, Task, run_stages
+from gpu_report import BUILT
+from parts import SAID, NothingToDoError, Outcome, OutOfTimeError, Part, Task, run_stages, say
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 540.0
-TO_FINISH = 20.0  # of them, to stop what still runs and to pack logs
+CHECKS = [sys.executable, str(ROOT / "bench" / "gpu_checks.py")]
+WHEELS, CARRIED = ROOT / "bench" / "wheels", ROOT / "bench" / "carried"
+SECONDS, FIRST_SECONDS = 540.0, 195.0
+TO_FINISH = 8.0  # of them, to write and pack
 STAGES = (
-    ("install",),
-    ("doctor", "tests", "suite", "kernels", "rivals", "data"),
+    ("build", "triton", "wheels"),
+    ("cuda",),
+    ("quick",),
+    ("tests", "rivals", "data"),
     ("bench",),
     ("update",),
     ("profile",),
     ("sanitize",),
     ("train",),
 )
-# (at least, at most) seconds: what a part may count on, and when it is ended though others would leave it more
-LIMITS = {
-    "install": (60, 300),
-    "doctor": (30, 60),
-    "tests": (130, 300),
-    "suite": (130, 400),
-    "kernels": (120, 300),
-    "rivals": (120, 300),
-    "data": (100, 240),
-    "bench": (150, 300),
-    "update": (15, 90),
-    "profile": (25, 90),
-    "sanitize": (65, 400),
-    "train": (45, 3600),
-}
-A_TEST = 150  # seconds after which a test hangs, as a kernel does whose barrier nobody reaches
-MOST_RESTARTS = 8  # of a pytest whose process broke
-ALSO_ON_A_GPU = ("test_device.py", "test_graphed_update.py")
+PARTS = tuple(name for stage in STAGES for name in stage)
+FIRST = ("build", "triton", "cuda", "quick", "tests")
+LEAST = {"build": 60, "triton": 40, "wheels": 10, "cuda": 20, "quick": 40, "tests": 55, "rivals": 55, "data": 55}
+LEAST |= {"bench": 90, "update": 25, "profile": 25, "sanitize": 55, "train": 60}  # seconds kept for each
+A_CHECK, A_TEST, A_TIME = 20, 20, 60  # seconds after which one hangs
+QUICK_SIZES, QUICK = "256,1,65536", "not graph and (not backward or B256)"
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+PLUGINS = {"pytest-xdist": "xdist", "pytest-timeout": "pytest_timeout", "pytest-benchmark": "pytest_benchmark"}
+NOT_REACHED = "no time was left"
+TIER = ("test_gpu.py", "test_gpu_calls.py", "test_gpu_tilings.py", "test_device.py", "test_graphed_update.py")
 DATASET = "dql/hopper/medium-expert-v0"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parse(arguments)
     started = time.monotonic()
+    options = _parse(arguments)
+    os.chdir(ROOT)
     out = Path(os.environ.get("OUT") or ROOT / "bench" / "results").absolute()
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="dql-gpu-") as folder:
         run = Run(Path(folder), options)
-        report = gpu_report.Report(out, run.scratch, run.logs, options.device)
+        report = gpu_report.Report(out, run.scratch, options.device)
+        say("{device_name}: python {python}, torch {torch}, triton {triton}".format(**report.machine))
         done: dict[str, Outcome] = {}
         for of_stage in run_stages(run.stages(), started + options.seconds - TO_FINISH, run.logs, run.environment):
             done |= of_stage
-            report.write(done)  # after each stage: of a run that is killed remains what it had
-            if "install" in of_stage and not run.is_installed():
-                print("dql cannot be imported, so nothing else can run", flush=True)
-                break
-        for name in run.parts:
-            done.setdefault(name, Outcome("not run", "the package could not be installed"))
-        report.write(done)
-        report.pack()
-        print(f"== in short, after {time.monotonic() - started:.0f} of {options.seconds:.0f} s")
-        print(report.summary(), flush=True)
+            try:
+                report.write(done)
+                report.pack(run.caches)
+            except Exception as error:  # a part may have left anything; the next stage is worth more
+                say(f"the report cannot be written yet: {type(error).__name__}: {error}")
+        say(f"== in short, after {time.monotonic() - started:.0f} of {options.seconds:.0f} s")
+        say(report.summary())
     return 0 if all(outcome.is_fine for outcome in done.values()) else 1
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    names = [name for stage in STAGES for name in stage]
     parser = argparse.ArgumentParser("bench/gpu.sh", description="Tests, benches and trains on a machine with a GPU.")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {' '.join(names)}; all by default")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="limit of it all (%(default).0f)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"first, or of {' '.join(PARTS)}; all by default")
+    parser.add_argument("--seconds", type=float, help=f"limit of it all ({SECONDS:.0f}; of first {FIRST_SECONDS:.0f})")
+    parser.add_argument("--tests-from", type=Path, metavar="REPORT", help="tests that it has as red or not reached")
+    parser.add_argument("--sizes", help="B that bench and quick take, in this order, such as 256,1")
+    parser.add_argument("--compile-sizes", help="B that bench compiles rivals for, all or none")
     parser.add_argument("--continue-run", type=Path, metavar="RUN.tar.gz", help="a training run to take further")
-    parser.add_argument(
-        "--device", default="cuda", choices=("cuda", "cpu"), help="cpu is for trying this out without one"
-    )
-    parser.add_argument("--no-install", action="store_true", help="the package as it is installed already")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu tries this without a GPU")
     options = parser.parse_args(arguments)
-    if unknown := [name for name in options.parts if name not in names]:
-        parser.error(f"there is no part {', '.join(unknown)}; there are {' '.join(names)}")
-    if options.continue_run and not options.continue_run.is_file():
-        parser.error(f"--continue-run {options.continue_run}: there is no such file")
-    if options.seconds < 2 * TO_FINISH:
-        parser.error(f"--seconds must be at least {2 * TO_FINISH:.0f}, got {options.seconds:g}")
-    options.parts = [name for name in names if name in options.parts or not options.parts or name == "install"]
-    if options.no_install:
-        options.parts.remove("install")
-    if "train" in options.parts and "data" not in options.parts:
-        options.parts.append("data")
+    if unknown := [name for name in options.parts if name not in (*PARTS, "first")]:
+        parser.error(f"there is no part {', '.join(unknown)}; there are first {' '.join(PARTS)}")
+    for path, option in ((options.continue_run, "--continue-run"), (options.tests_from, "--tests-from")):
+        if path and not path.is_file():
+            parser.error(f"{option} {path}: there is no such file")
+    options.chosen_tests = gpu_report.tests_to_repeat(options.tests_from) if options.tests_from else None
+    if options.chosen_tests == []:
+        parser.error(f"--tests-from {options.tests_from}: it has no test that is red or was not reached")
+    first_alone = options.parts == ["first"]
+    options.seconds = options.seconds or (FIRST_SECONDS if first_alone else SECONDS)
+    if options.seconds < 4 * TO_FINISH:
+        parser.error(f"--seconds must be at least {4 * TO_FINISH:.0f}, got {options.seconds:g}")
+    named = {*options.parts, *(FIRST if "first" in options.parts else ())} or {*PARTS}
+    named |= {"build"} if named - {"triton", "wheels", "data"} else set()
+    named |= {"data", "wheels"} if "train" in named else set()
+    options.parts = [name for name in PARTS if name in named]
     return options
 
 
@@ -115,185 +126,234 @@ class Run:
     Args:
         scratch: an empty folder for what they write.
         options: of the command line.
-
-    Attributes:
-        logs: the folder of the parts' logs.
-        environment: of every command.
-        parts: names of those chosen.
     """
 
     def __init__(self, scratch: Path, options: argparse.Namespace) -> None:
-        self.scratch, self.logs = scratch, scratch / "logs"
+        self.scratch, self.logs, self.options = scratch, scratch / "logs", options
         self.logs.mkdir()
-        self.parts: list[str] = options.parts
-        self.device: str = options.device
-        self.continued: Path | None = options.continue_run and options.continue_run.absolute()
-        self.site = scratch / "site"
-        path = [str(ROOT / "bench"), str(self.site), os.environ.get("PYTHONPATH", "")]
-        self.compiled = scratch / "inductor"
+        self.device, self.site = options.device, scratch / "site"
+        triton = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+        self.small = ["--small"] if self.device == "cpu" else []
+        self.caches = {"objects": [ROOT / "kernels" / name for name in BUILT], "triton": [triton]}
+        path = [str(ROOT), str(ROOT / "bench"), str(self.site), os.environ.get("PYTHONPATH", "")]
         self.environment = dict(os.environ) | {
             "PYTHONPATH": os.pathsep.join(filter(None, path)),
             "PYTHONUNBUFFERED": "1",
             "MINARI_DATASETS_PATH": str(scratch / "datasets"),
-            "TORCHINDUCTOR_CACHE_DIR": str(self.compiled),
+            "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+            "TORCHINDUCTOR_COMPILE_THREADS": "4",  # processes that live on beside what is timed
             # Unset, torch.compile sets it when it is first used: our kernels would be compiled again within the bench.
-            "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR") or str(Path.home() / ".triton" / "cache"),
+            "TRITON_CACHE_DIR": str(triton),
         }
+        if self.device == "cpu":
+            self.environment |= {"TRITON_INTERPRET": "1", "DQL_CUDA_EMULATE": "1", "OMP_NUM_THREADS": "1"}
+        gpu_report.unpack(CARRIED, self.caches)
 
     def stages(self) -> list[list[Part]]:
-        """The chosen ones."""
-        chosen = [[name for name in stage if name in self.parts] for stage in STAGES]
-        return [
-            [Part(name, getattr(self, name), *LIMITS[name], vital=name == "install") for name in stage]
-            for stage in chosen
-            if stage
-        ]
+        """The chosen ones; one that is alone has all the time there is."""
+        chosen = [[name for name in stage if name in self.options.parts] for stage in STAGES]
+        return [[Part(name, getattr(self, name), LEAST[name]) for name in stage] for stage in chosen if stage]
 
-    def install(self, task: Task) -> str | None:
-        """The package, editable; what no network can bring comes from bench/wheels/, into a folder of its own."""
-        wheels = sorted((ROOT / "bench" / "wheels").glob("*.whl"))
-        pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
-        if wheels and task.run([*pip, "--no-index", "--no-deps", "--no-compile", "--target", self.site, *wheels]):
-            return "the wheels in bench/wheels/ cannot be installed"
-        package = [*pip, "-e", ".", "--no-build-isolation", "--no-deps"]
-        task.environment["DQL_REQUIRE_CUDA"] = "1"
-        if task.run(package) == 0:
+    def build(self, task: Task) -> str | None:
+        capability = gpu_tools.capability(self.device)
+        if (why := gpu_tools.is_built(capability)) is not None:
+            say(f"build: {why}")
             return None
-        del task.environment["DQL_REQUIRE_CUDA"]
-        task.environment["DQL_NO_CUDA"] = "1"
-        code = task.run(package)
-        return "the CUDA kernels cannot be built" if code == 0 else f"pip's exit code {code}"
+        if self.device == "cpu":
+            return _failure(task, task.run([sys.executable, "setup.py", "-q", "build_cuda_emulator"]))
+        task.environment |= {"DQL_REQUIRE_CUDA": "1", "DQL_CUDA_ARCHS": os.environ.get("DQL_CUDA_ARCHS") or capability}
+        return _failure(task, task.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"]))
 
-    def is_installed(self) -> bool:
-        task = Task("import", self.logs / "install.log", time.monotonic() + 60, self.environment)
-        try:
-            return task.run([sys.executable, "-c", "import dql.kernels"]) == 0
-        except OutOfTimeError:
-            return False
+    def wheels(self, task: Task) -> str | None:
+        found = sorted(WHEELS.glob("*.whl"))
+        if not found:
+            raise NothingToDoError("bench/wheels/ holds none")
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-index", "--no-deps"]
+        return _failure(task, task.run([*pip, "--no-compile", "--target", self.site, *found]))
 
-    def doctor(self, task: Task) -> str | None:
-        code = "import json, dql.doctor; print(json.dumps(dql.doctor.examine(), indent=1))"
-        failed = task.run([sys.executable, "-c", code], output=self.scratch / "doctor.json")
-        return f"exit code {failed}" if failed else None
+    def triton(self, task: Task) -> str | None:
+        return self._checks(task, "triton", _cores(0.5))
+
+    def cuda(self, task: Task) -> str | None:
+        return self._checks(task, "cuda", _cores(0.75))
+
+    def _checks(self, task: Task, backend: str, jobs: int) -> str | None:
+        """Each kind in a process of its own, `jobs` at a time; a line as each ends."""
+        done: list[dict[str, Any]] = []
+
+        def check(precision: str, kind: str) -> dict[str, Any]:
+            output = self.scratch / f"check-{backend}-{precision}-{kind}.out"
+            own = task.of(f"check-{backend}-{precision}-{kind}")
+            command = [*CHECKS, backend, precision, kind, "--device", self.device, *self.small]
+            began, why = time.monotonic(), None
+            try:
+                code: int | None = own.run(command, output, most=A_CHECK)
+                if code not in (0, 1):
+                    why = f"its process ended with {code}: {_last_line(own.log)}"
+            except OutOfTimeError:
+                hung = time.monotonic() - began > A_CHECK - 1
+                why = f"ended after {A_CHECK} s: it hangs, or compiles too long" if hung else NOT_REACHED
+            except NothingToDoError:
+                pass  # it says why itself
+            found = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+            if not found and why is None:
+                why = _last_line(own.log)
+            here = {"backend": backend, "precision": precision, "kind": kind, "why": why, "found": found}
+            return here | {"seconds": time.monotonic() - began}
+
+        with ThreadPoolExecutor(jobs) as pool:
+            futures = [pool.submit(check, *kind) for kind in gpu_checks.kinds(backend, bool(self.small))]
+            for future in as_completed(futures):
+                done.append(future.result())
+                say(gpu_report.check_line(done[-1]))
+                (self.scratch / f"checks-{backend}.json").write_text(json.dumps(done))
+        if all(gpu_report.nothing_ran(check) for check in done):
+            raise NothingToDoError(done[0]["found"][-1]["why"])
+        missed = sum(check["why"] == NOT_REACHED for check in done)
+        wrong = sum(gpu_report.check_is_wrong(check) for check in done) - missed
+        if wrong or not missed:
+            return f"{wrong} of {len(done)} checks are wrong, {missed} were not reached" if wrong else None
+        raise OutOfTimeError
+
+    def quick(self, task: Task) -> str | None:
+        sizes = self.options.sizes or (QUICK_SIZES if self.device == "cuda" else "8,1")
+        wrong = self._timed(task, "bench_gpu.py", "-k", QUICK, "--sizes", sizes, "--compile-sizes", "none")
+        return self._timed(task, "bench_update.py", "-k", "test_update and plain", "--short") or wrong
 
     def tests(self, task: Task) -> str | None:
-        tier = [*sorted(ROOT.glob("tests/test_gpu*.py")), *(ROOT / "tests" / name for name in ALSO_ON_A_GPU)]
-        failed = self._pytest(task, tier, "tests", workers=_cores(0.6))
-        told = gpu_report.tests_of(self.scratch / "tests.jsonl")
-        if failed is None and self.device == "cuda" and told and told["skipped_for_want_of_a_device"]:
-            return f"{told['skipped_for_want_of_a_device']} were skipped for want of a device, though there is one"
-        return failed
+        """One pytest a backend, side by side; those that want the GPU for themselves, afterwards."""
+        ids = self.options.chosen_tests
+        tests = [str(ROOT / "tests" / name) for name in TIER] if ids is None else ids
+        each = ["-n", str(_cores(0.4)), "--max-worker-restart", "100000", "--timeout", str(A_TEST), "-m", "not alone"]
 
-    def suite(self, task: Task) -> str | None:
-        rest = ["tests", "--ignore-glob=*/test_gpu*.py", *(f"--ignore=tests/{name}" for name in ALSO_ON_A_GPU)]
-        return self._pytest(task, [*rest, "--continue-on-collection-errors"], "suite", workers=_cores(0.4), a_test=300)
+        def run(backend: str) -> str | None:
+            return self._pytest(
+                task.of(f"tests-{backend}"), [*tests, *each, "--only-backend", backend], f"tests-{backend}"
+            )
 
-    def kernels(self, task: Task) -> str | None:
-        arch = 'arch = "sm_%d%d" % (torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0))'
-        only = "*H256*,noise*,critic_finish*,choose*"  # of all sizes they would take longer than the stage has
-        table = f"sys.exit(kernels(arch, only={only!r}, jobs={_cores(0.25)}, as_json=True))"
-        code = f"import sys, torch; from dql.kernel_table import kernels; {arch}; {table}"
-        failed = task.run([sys.executable, "-c", code], output=self.scratch / "kernels.json")
-        return "a kernel does not compile, spills or does not fit; see kernels in the report" if failed else None
+        with ThreadPoolExecutor(2) as pool:
+            wrong = [why for why in pool.map(run, ("cuda", "triton")) if why is not None]
+        if task.left > A_TEST:
+            last = self._pytest(task, [*tests, "-p", "no:xdist", "--timeout", "60", "-m", "alone"], "tests-alone")
+            wrong += [last] if last else []
+        if self.device == "cuda" and ids is None:
+            wrong += gpu_report.untested(self.scratch, gpu_tools.capability(self.device))
+        return "; ".join(wrong) or None
 
     def rivals(self, task: Task) -> str | None:
-        """Compiled here, beside the tests, they come from torch's and Triton's caches when they are timed."""
-        benches = ["bench/bench_gpu.py", "bench/bench_update.py"]
-        command = [*benches, "-k", "compile or triton", "--benchmark-disable", "--device", self.device]
-        return self._pytest(task, command, "rivals", workers=_cores(0.25))
+        """Compiled here, beside the tests, they come from torch's cache when they are timed."""
+        benches = [str(ROOT / "bench" / name) for name in ("bench_gpu.py", "bench_update.py")]
+        given = ["--benchmark-disable", "--device", self.device, *self._sizes(), "-n", str(_cores(0.25))]
+        return self._pytest(task, [*benches, "-k", "compile", *given], "rivals")
 
     def data(self, task: Task) -> str | None:
-        """The dataset that `train` takes, and the first updates on the CPU, that it is compared with."""
-        task.environment["OMP_NUM_THREADS"] = "1"
-        return self._train(task, "prepare", DATASET)
+        return _failure(task, task.run([sys.executable, "-m", "dql.cli", "data", "make", "hopper-medium-expert"]))
 
     def bench(self, task: Task) -> str | None:
-        for path in self.compiled.rglob("*.best_config"):
+        for path in (self.scratch / "inductor").rglob("*.best_config"):
             path.unlink()  # what torch.compile found fastest while tests kept the GPU busy: it looks again, alone
-        return self._timed(task, "bench/bench_gpu.py")
+        return self._timed(task, "bench_gpu.py", *self._sizes())
 
     def update(self, task: Task) -> str | None:
-        return self._timed(task, "bench/bench_update.py")
+        return self._timed(task, "bench_update.py")
 
     def profile(self, task: Task) -> str | None:
-        seconds = f"--seconds={task.left - 5:.0f}"
-        return self._script(task, "profile_kernels.py", self.scratch / "profile.json", seconds)
+        ncu = gpu_tools.tool("ncu")
+        wanted = [word for name in gpu_tools.NCU_SECTIONS for word in ("--section", name)]
+        wrong = []
+        for backend in ("cuda", "triton"):
+            command = [ncu, *gpu_tools.NCU_OPTIONS, *wanted, *CHECKS, backend, "any", "profile"]
+            code = task.run(command, output=self.scratch / f"profile-{backend}.csv")
+            wrong += [f"{backend}: ncu ended with {code}"] if code else []
+        return "; ".join(wrong) or None
 
     def sanitize(self, task: Task) -> str | None:
-        seconds = f"--seconds={task.left - 5:.0f}"
-        return self._script(
-            task, "sanitize.py", "--json", self.scratch / "sanitizer.json", "--jobs", str(_cores(0.5)), seconds
-        )
+        """Small calls of both backends under each tool, each tensor in an allocation of its own."""
+        sanitizer, done = gpu_tools.tool("compute-sanitizer"), []
+        task.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+
+        def check(backend: str, tool: str) -> dict[str, Any]:
+            own = task.of(f"sanitize-{backend}-{tool}")
+            calls = [*CHECKS, backend, "any", "all", "--small"]
+            try:
+                code: int | None = own.run([sanitizer, *gpu_tools.SANITIZER_OPTIONS, tool, *calls])
+            except OutOfTimeError:
+                code = None
+            return {"backend": backend, "tool": tool} | gpu_tools.judge(code, own.log.read_text(errors="replace"))
+
+        with ThreadPoolExecutor(_cores(0.5)) as pool:
+            futures = [pool.submit(check, backend, tool) for tool in SANITIZERS for backend in ("cuda", "triton")]
+            for future in as_completed(futures):
+                done.append(future.result())
+                say("{backend}, {tool}: {outcome}, {findings} findings, {cases} cases".format(**done[-1]))
+                (self.scratch / "sanitizer.json").write_text(json.dumps(done))
+        wrong = [f"{row['backend']} {row['tool']} {row['outcome']}" for row in done if row["outcome"] != "passed"]
+        return ", ".join(sorted(wrong)) or None
 
     def train(self, task: Task) -> str | None:
-        return self._train(task, "run", DATASET, f"--seconds={task.left - 10:.0f}")
+        """Until the time is over, when it writes a checkpoint and ends; --continue-run goes on exactly."""
+        command = [sys.executable, "-m", "dql.cli", "train"]
+        if self.options.continue_run:
+            gpu_tools.unpack_run(self.options.continue_run, self.scratch)
+            command += ["--resume", self.scratch / "run"]
+        else:
+            contender, why = gpu_tools.fastest_backend(self.scratch)
+            say(f"train: backend {contender}, {why}")
+            graphed = ["--graphed"] if contender.endswith("+graph") else []
+            command += ["--dataset", DATASET, "--run-dir", self.scratch / "run", "--device", self.device, *graphed]
+            command += ["--backend", contender.removesuffix("+graph"), "--eval-every", "50000"]
+        wait = max(task.left - 20, 1)
+        code = task.run(["timeout", "-s", "TERM", f"{wait:.0f}", *command])
+        return None if code in (0, 124, 143) else _failure(task, code)
 
-    def _train(self, task: Task, command: str, *arguments: str) -> str | None:
-        continued = ["--continue-run", str(self.continued)] if self.continued else []
-        device = ["--device", self.device] if command == "run" else []
-        return self._script(task, "train_run.py", command, self.scratch, *arguments, *continued, *device)
+    def _sizes(self) -> list[str]:
+        named = {"--sizes": self.options.sizes, "--compile-sizes": self.options.compile_sizes}
+        return [word for option, value in named.items() if value for word in (option, value)]
 
-    def _script(self, task: Task, script: str, *arguments: str | Path) -> str | None:
-        code = task.run([sys.executable, ROOT / "bench" / script, *arguments])
-        if code == 0:
-            return None
-        last = [line for line in task.log.read_text(errors="replace").splitlines() if line.strip()][-1:]
-        return f"exit code {code}: {last[0][:200] if last else 'no output'}"
-
-    def _timed(self, task: Task, bench: str) -> str | None:
+    def _timed(self, task: Task, bench: str, *more: str) -> str | None:
         """Times of one process after another, if one breaks; each has a JSON file of its own."""
-        return self._pytest(
-            task, [bench, "--benchmark-only", "--device", self.device], task.name, reports=True, a_test=75
-        )
+        given = ["--benchmark-only", "--device", self.device, "-p", "no:xdist", "--timeout", str(A_TIME), *more]
+        return self._pytest(task, [str(ROOT / "bench" / bench), *given], task.name, Path(bench).stem)
 
-    def _pytest(
-        self,
-        task: Task,
-        arguments: Sequence[str | Path],
-        name: str,
-        workers: int = 0,
-        reports: bool = False,
-        a_test: int = A_TEST,
-    ) -> str | None:
-        """Runs pytest, again for what is left where its process broke; returns what failed."""
-        task.environment["TORCHINDUCTOR_COMPILE_THREADS"] = "4"  # processes that live on beside what is timed
-        if workers:  # one of many processes
-            task.environment["OMP_NUM_THREADS"] = "1"
-        path = self.scratch / f"{name}.jsonl"
-        command: list[str | Path] = [sys.executable, "-m", "pytest", "-p", "outcomes", "--outcomes", path, "-q"]
-        command += ["-p", "no:cacheprovider", "--deselect-known"]
-        if _has("pytest_timeout"):
-            command += [f"--timeout={a_test}", "--timeout-method=thread"]
-        if workers > 1 and _has("xdist"):
-            command += ["-n", str(workers), "--max-worker-restart=50"]
-        for i in range(MOST_RESTARTS):
-            report = ["--bench-json", self.scratch / f"{name}-{i}.json"] if reports else []
-            code = task.run([*command, *arguments, *report])
-            # 2 is an error of the collection, 5 that nothing is left; a test that hangs ends its process with 1, too
-            if code in (0, 2, 5) or (code == 1 and not outcomes.read(path)[2]):
+    def _pytest(self, task: Task, arguments: Sequence[str], name: str, times: str | None = None) -> str | None:
+        """Runs pytest, and again for what was not reached when its process broke; returns what failed."""
+        if missing := [package for package, module in PLUGINS.items() if importlib.util.find_spec(module) is None]:
+            return f"{', '.join(missing)} is not installed"
+        path, round_ = self.scratch / f"{name}{'-' + times if times else ''}.jsonl", 0
+        base = [sys.executable, "-m", "pytest", "-p", "outcomes", "--outcomes", path, "-q", "-p", "no:cacheprovider"]
+        base += ["--timeout-method", "thread", "-s", "--tb", "short"]
+        files = [word for word in arguments if ".py" in word]
+        options = [word for word in arguments if word not in files]
+        while True:
+            listed = self.scratch / f"{path.stem}.txt"
+            listed.write_text("\n".join(files))
+            report = ["--bench-json", self.scratch / f"{times}-{name}-{round_}.json"] if times else []
+            code = task.run([*base, f"@{listed}", *options, *report])
+            collected, found = outcomes.read(path)
+            left = [test for test in collected if test not in found]
+            if not left or (round_ and len(left) >= len(files)):
                 break
-        told = gpu_report.tests_of(path)
-        if not told or not any(told[key] for key in ("passed", "failed", "errors", "skipped")):
-            return f"pytest ran nothing, exit code {code}"
-        counts = {"failed": told["failed"] + told["errors"], "not reached": told["not_reached"]}
-        if any(counts.values()):
-            wrong = " and ".join(f"{n} of {told['collected']} {what}" for what, n in counts.items() if n)
-            return wrong if code in (0, 1) else f"{wrong}, exit code {code}"
-        if not told["passed"]:
-            why = f"all were skipped: {next(iter(told['skip_reasons']))}"
-            if self.device == "cuda":
-                return why
-            raise NothingToDoError(why)
-        return None
+            files, round_ = left, round_ + 1
+        if not collected:
+            return f"pytest ended with {code} and had collected nothing: {_last_line(task.log)}" if code != 5 else None
+        failed = sum(record["outcome"] in ("failed", "error") for record in found.values())
+        wrong = [f"{failed} of {len(collected)} failed"] if failed else []
+        wrong += [f"{len(left)} were not reached"] if left else []
+        return f"{name}: {', '.join(wrong)}" if wrong else None
+
+
+def _failure(task: Task, code: int) -> str | None:
+    return f"exit code {code}: {_last_line(task.log)}" if code else None
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
+    return lines[-1].removeprefix(SAID)[:200] if lines else "no output"
 
 
 def _cores(share: float) -> int:
-    """That share of the cores; those of a stage add up to more than all, since most also wait for the GPU."""
-    return max(int((os.cpu_count() or 1) * share), 1)
-
-
-def _has(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+    """That share of the cores, and two at least: those of a stage add up to more than all, most wait for the GPU."""
+    return max(int((os.cpu_count() or 1) * share), 2)
 
 
 if __name__ == "__main__":

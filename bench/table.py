@@ -86,31 +86,6 @@ def ceiling_table(rows: list[Row]) -> str:
     return _markdown(lines)
 
 
-def gpu_table(rows: list[Row]) -> str:
-    """A table a problem: the device's time of the work, the host's of a call, what the work costs at least, and both
-    times against the published chain in eager torch and against the graphed rival.
-
-    Times are medians, with the 10th and 90th percentile. The bound is `bounds.bound_us`, in brackets its share of the
-    device's time. The rival is the lean chain under torch.compile, replayed as a CUDA graph, at the same B: the one in
-    bf16 for what computes in bf16, where there is one, else the float32 one.
-    """
-    parts = []
-    for problem in dict.fromkeys(row["problem"] for row in rows):
-        group = [row for row in rows if row["problem"] == problem]
-        title = "device", "whole call", "million rows/s", "TFLOP/s", "of a matrix product", "bound (share)"
-        ratios = "published: device", "... whole call", "compile + graph: device", "... whole call"
-        lines = [["B", problem, *title, f"times faster than {ratios[0]}", ratios[1], f"than {ratios[2]}", ratios[3]]]
-        for row in group:
-            name = row["contender"] + {"graph": "", "profiler": " (kernels alone)"}[row["device_method"]]
-            rates = f"{row['rows_per_s'] / 1e6:.3g}", f"{row['tflops']:.3g}", f"{100 * row['of_matmul']:.2g}%"
-            rival = _graphed_rival(row, group)
-            mark = _in_float32(row, rival) if rival else ""
-            over = [*_ratios(row, _published(row, group)), *(ratio + mark for ratio in _ratios(row, rival))]
-            lines.append([f"{row['B']:,}", name, *(_spread(row[key]) for key in _TIMES), *rates, _bound(row), *over])
-        parts.append(_markdown(lines))
-    return "\n\n".join(parts)
-
-
 def gpu_summary(report: dict[str, Any]) -> str:
     """A line for each contender, a column for each batch size: what was not measured says so.
 
@@ -174,42 +149,8 @@ def _update_table(rows: list[Row], launched: list[Row]) -> str:
     return _markdown(lines)
 
 
-def train_lines(train: dict[str, Any]) -> list[str]:
-    """A training run in a few lines."""
-    graphed = " + graph" if train["graphed"] else ""
-    lines = [f"train: backend {train.get('run_backend', train['backend'])}{graphed} ({train['backend_because']})"]
-    worst = train["first_updates"]["worst"]
-    if worst is not None:
-        first = ", ".join(f"{name} {value:.2g}" for name, value in worst.items())
-        lines.append(f"train: largest difference to the CPU over the first updates, relative to the curve: {first}")
-    if "updates" not in train:
-        return [*lines, "train: the run itself did not end in time"]
-    rate = f"{train['updates_per_second']:,.0f} updates a second"
-    lines.append(f"train: {train['updates']:,} of {train['of']:,} updates in {train['seconds']:,.0f} s, {rate}")
-    scores = [*train["evaluations"], *([train["last_evaluation"]] if "last_evaluation" in train else [])]
-    lines += [
-        f"train: update {score['step']:,.0f}: return {score['return_mean']:,.1f}, normalised score "
-        + (f"{score['normalized_score']:.1f}" if score.get("normalized_score") is not None else "unknown")
-        for score in scores
-    ]
-    return lines
-
-
-def _ratios(row: Row, other: Row | None) -> list[str]:
-    return [f"{_median(other, key) / _median(row, key):.2f}x" if other else "" for key in _TIMES]
-
-
-def _bound(row: Row) -> str:
-    if row.get("bound_us") is None:  # of others, and in reports from before there were bounds
-        return ""
-    return f"{time(row['bound_us'])} ({100 * row['share']:.0f}%)"
-
-
 def _published(row: Row, group: list[Row]) -> Row | None:
     return next((r for r in group if r["contender"] == "published" and r["B"] == row["B"]), None)
-
-
-_TIMES = ("device_us", "call_us")
 
 
 def _graphed_rival(row: Row, group: list[Row]) -> Row | None:
@@ -225,11 +166,6 @@ def _in_float32(row: Row, rival: Row) -> str:
 
 def _median(row: Row, key: str) -> float:
     return row[key][1]
-
-
-def _spread(times: list[float]) -> str:
-    low, median, high = times
-    return f"{time(median)} ({time(low)} to {time(high)})"
 
 
 def further_table(rows: list[Row]) -> str:
@@ -255,7 +191,7 @@ def tables(report: dict[str, Any]) -> str:
     rows = report["rows"]
     parts = [gpu_summary(report), race_table(rows), ceiling_table(rows)]
     for title, table in report.get("tables", {}).items():
-        parts.append(f"{title}:\n\n{gpu_table(table) if title == GPU_TITLE else further_table(table)}")
+        parts.append(f"{title}:\n\n{further_table(table)}" if title != GPU_TITLE else "")
     return "\n\n".join(part for part in parts if part)
 
 

@@ -176,6 +176,7 @@ def test_a_million_rows(precision, backend):
     assert_close(drawn[-100:], end, tolerance, what="drawn noise")
 
 
+@pytest.mark.alone
 def test_offsets_beyond_32_bits(backend):
     """K * R * H is 2.7e9 in each layer's activations. Only the last rows count in the loss."""
     B, H, few = 1 << 20, 512, 64
