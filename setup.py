@@ -1,7 +1,9 @@
 """The package's layout, and the build of its C++ extension `dql.kernels._native`.
 
-The folder kernels/ is installed as dql.kernels, never as a top-level module. The extension is optional: without a
-compiler the installation succeeds, and a record beside the extension says in one sentence what was missing.
+The folder kernels/ is installed as dql.kernels, never as a top-level module. In a checkout dql/kernels is a link to it, so
+that an editable installation needs no more than the checkout on Python's path, which type checkers and editors see,
+too. The extension is optional: without a compiler the installation succeeds, and a record beside the extension says in
+one sentence what was missing.
 
     DQL_REQUIRE_NATIVE=1    the build fails if the extension cannot be built
     DQL_NO_NATIVE=1         it is not built
@@ -34,6 +36,7 @@ from typing import Any, ClassVar
 
 from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.editable_wheel import editable_wheel
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
@@ -394,6 +397,17 @@ def _tools(extension: Any, workers: int, force: bool = False) -> SimpleNamespace
     )
 
 
+class EditableWheel(editable_wheel):
+    """An editable installation as a path entry where the link dql/kernels is there; setuptools' own way is an import
+    hook, which type checkers do not see and which a folder called dql in the working folder hides."""
+
+    def finalize_options(self) -> None:
+        """Lays the packages out as the checkout has them."""
+        if (ROOT / "dql" / "kernels" / "__init__.py").is_file():
+            self.distribution.package_dir = {"": "."}
+        super().finalize_options()
+
+
 class BuildCudaEmulator(Command):
     """For tests: the CUDA kernels for this machine's CPU, `dql.kernels._cuda_emulated`, into kernels/."""
 
@@ -443,7 +457,7 @@ setup(
     version=version[1],
     packages=["dql", "dql.datasets", "dql.kernels", "dql.behaviours"],
     package_dir={"dql": "dql", "dql.kernels": "kernels"},
-    package_data={"dql.behaviours": ["*.npz", "*.md"]},
+    package_data={"dql": ["py.typed"], "dql.behaviours": ["*.npz", "*.md"]},
     ext_modules=[
         Extension(
             "dql.kernels._native",
@@ -451,6 +465,6 @@ setup(
             py_limited_api=True,
         )
     ],
-    cmdclass={"build_ext": BuildNative, "build_cuda_emulator": BuildCudaEmulator},
+    cmdclass={"build_ext": BuildNative, "editable_wheel": EditableWheel, "build_cuda_emulator": BuildCudaEmulator},
     options=limited,
 )

@@ -65,6 +65,7 @@ class FlatModule(nn.Module):
         kept: what backends derive from the module and keep with it, such as packed weights.
     """
 
+    spec: Any  # a DenoiserSpec or a CriticSpec, as the subclass says
     layout: FlatLayout
     flat: nn.Parameter
     buffer: Tensor
@@ -260,6 +261,8 @@ class Denoiser(FlatModule):
         ValueError: a size that is no positive integer, an odd time_dim, an unknown activation.
     """
 
+    spec: DenoiserSpec
+
     def __init__(
         self,
         state_dim: int,
@@ -317,6 +320,8 @@ class TwinCritic(FlatModule):
     Raises:
         ValueError: a size that is no positive integer, an unknown activation.
     """
+
+    spec: CriticSpec
 
     def __init__(
         self, state_dim: int, action_dim: int, hidden_dim: int = 256, num_hidden: int = 3, activation: str = "mish"

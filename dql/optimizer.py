@@ -39,6 +39,7 @@ class FlatAdam:
     def step_natively(self, lr_scale: float) -> float:
         """`step` for a gradient that is in `flat.grad` already, in one native call; it leaves that unclipped."""
         flat = self.module.flat
+        assert flat.grad is not None
         if self.adam.param_groups[0]["params"][0] is not flat:
             self._reattach()
         state = self.adam.state[flat]

@@ -36,7 +36,7 @@ class Extension:
 NATIVE, CUDA = Extension("_native"), Extension("_cuda")
 VARIANTS = ("avx512bf16", "avx512", "avx2", "generic")  # fastest first
 
-_HERE = Path(__file__).parent
+_HERE = Path(__file__).resolve().parent  # in a checkout dql/kernels is a link to this folder
 _CHECKOUT = _HERE.parent  # of an editable installation; otherwise the installed package dql
 
 

@@ -39,7 +39,7 @@ def can_build_without_isolation() -> bool:
 def dist(tmp_path_factory) -> Path:
     """Builds the sdist from a copy of the sources, and the wheel from the sdist alone."""
     folder = tmp_path_factory.mktemp("packaging")
-    shutil.copytree(ROOT, folder / "sources", ignore=shutil.ignore_patterns(*IGNORED))
+    shutil.copytree(ROOT, folder / "sources", symlinks=True, ignore=shutil.ignore_patterns(*IGNORED))
     for name in LEFT_BEHIND:  # of an editable installation: no concern of the sdist, and not what the wheel gets
         (folder / "sources" / "kernels" / name).write_text("left behind")
     isolation = ["--no-isolation"] if can_build_without_isolation() else []
@@ -90,6 +90,7 @@ def test_the_wheel_holds_dql_and_nothing_else(wheel):
     wanted |= {f"dql/{name}" for name in sources("kernels", "*.py")}
     assert not wanted - names, f"missing: {sorted(wanted - names)}"
     assert {"dql/kernels/__init__.py", "dql/kernels/reference.py", "dql/behaviours/hopper-0.npz"} <= names
+    assert "dql/py.typed" in names
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "bench/", "csrc/"))]
     assert not [name for name in names if name.endswith((".cpp", ".h", ".cu", ".o"))]
     assert not [name for name in names if "__pycache__" in name]
@@ -131,12 +132,13 @@ def test_the_wheel_describes_itself(wheel):
 
 
 def test_the_sdist_holds_all_that_building_needs(sdist):
-    wanted = {"pyproject.toml", "setup.py", "README.md", "LICENSE", "dql/__init__.py"}
+    wanted = {"pyproject.toml", "setup.py", "README.md", "LICENSE", "dql/__init__.py", "dql/py.typed"}
     wanted |= sources("kernels", "*.py") | sources("dql", "*.py") | sources("dql/behaviours", "*.npz")
     wanted |= {name for name in sources("csrc", "**/*") if name.endswith((".cpp", ".h", ".cu", ".py"))}
     assert not wanted - sdist, f"missing: {sorted(wanted - sdist)}"
     assert {"csrc/variant.cpp", "csrc/cuda/build.py", "csrc/cuda/prologue.cu"} <= sdist
     assert any(name.startswith("csrc/tests/") for name in sdist)
+    assert not [name for name in sdist if name.startswith("dql/kernels")]  # a link in a checkout; here once is enough
     assert not [name for name in sdist if "__pycache__" in name or name.endswith(LEFT_BEHIND)]
 
 
