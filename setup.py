@@ -1,7 +1,7 @@
 """The package's layout, and the build of its C++ extension `dql.kernels._native`.
 
-The folder kernels/ is installed as dql.kernels, never as a top-level module. In a checkout dql/kernels is a link to it, so
-that an editable installation needs no more than the checkout on Python's path, which type checkers and editors see,
+The folder kernels/ is installed as dql.kernels, never as a top-level module. In a checkout dql/kernels is a link to it,
+so that an editable installation needs no more than the checkout on Python's path, which type checkers and editors see,
 too. The extension is optional: without a compiler the installation succeeds, and a record beside the extension says in
 one sentence what was missing.
 

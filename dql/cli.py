@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from dql.config import TUNED, Config, RunConfig, tuned_eval_episodes
+from dql.terminal import make_console
 
 if TYPE_CHECKING:
     from dql.evaluate import Evaluation
@@ -36,7 +36,7 @@ def demo(
     """
     from dql.demo import demo as run_demo
 
-    run_demo(out, updates=updates, episodes=episodes, seed=seed, fresh=fresh, console=Console())
+    run_demo(out, updates=updates, episodes=episodes, seed=seed, fresh=fresh, console=make_console())
     return 0
 
 
@@ -53,7 +53,7 @@ def data_list(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> i
     if as_json:
         print(json.dumps([asdict(d) for d in found], indent=2))
         return 0
-    console = Console()
+    console = make_console()
     table = Table(title=f"datasets in {datasets_root()}")
     for header in ("id", "steps", "episodes", "MB", "environment", "random .. expert return"):
         table.add_column(header, justify="right" if header in ("steps", "episodes", "MB") else "left", overflow="fold")
@@ -94,7 +94,7 @@ def data_info(dataset: tyro.conf.Positional[str], as_json: Annotated[bool, tyro.
     for key, value in facts.items():
         if value not in (None, ""):
             table.add_row(key.replace("_", " "), _brief(value))
-    Console().print(table)
+    make_console().print(table)
     return 0
 
 
@@ -122,11 +122,10 @@ def data_make(
     from dql.collect import make_dataset
 
     made = make_dataset(recipe, steps=steps, seed=seed, overwrite=overwrite)
-    Console().print(
+    make_console().print(
         f"{made.dataset_id}: {made.steps:,} steps in {made.episodes:,} episodes, return {made.return_mean:.1f} ± "
         f"{made.return_std:.1f} ({made.return_min:.1f} to {made.return_max:.1f}), random {made.ref_min_score:.1f}, "
         f"expert {made.ref_max_score:.1f}; {made.seconds:.0f} s\ntrain on it: dql train --dataset {made.dataset_id}",
-        highlight=False,
     )
     return 0
 
@@ -178,7 +177,7 @@ def train(arguments: list[str]) -> int:
             defaults, tuned=task, agent=agent, top_k=TUNED[task].top_k, eval_episodes=tuned_eval_episodes(task)
         )
     args = _parse_train(arguments, defaults)
-    console = Console()
+    console = make_console()
     if args.resume is not None:
         changed = _value_of("--num-updates", arguments)
         _only(("--resume", "--num-updates"), arguments)
@@ -194,16 +193,12 @@ def train(arguments: list[str]) -> int:
         console.print(
             f"stopped by {result.stopped_by} after update {result.step:,}, checkpoint written; continue with\n"
             f"    dql train --resume {shlex.quote(str(result.path))}",
-            highlight=False,
-            markup=False,
             soft_wrap=True,
         )
         return _SIGNALS.get(result.stopped_by, 1)
     console.print(
         f"{result.step:,} updates in {result.seconds:.0f} s ({result.step / max(result.seconds, 1e-9):.1f}/s); "
         f"evaluate with\n    dql eval {shlex.quote(str(result.path))}",
-        highlight=False,
-        markup=False,
         soft_wrap=True,
     )
     return 0
@@ -300,7 +295,7 @@ def evaluate(
             f"[{row['return_low']:.1f}, {row['return_high']:.1f}]",
             "" if score is None else f"{score:.1f}",
         )
-    Console().print(table)
+    make_console().print(table)
     return 0
 
 
@@ -346,11 +341,9 @@ def export(
     policy.export_onnx(target, sampler=sampler, num_steps=num_steps, num_candidates=num_candidates)
     K, rows = policy.T if num_steps is None else num_steps, "B" if num_candidates is None else f"B, {num_candidates}"
     A = policy.action_dim
-    Console().print(
+    make_console().print(
         f"{target}: states [B, {policy.state_dim}], noise [{K}, {rows}, {A}] -> actions [{rows}, {A}], float32; "
         f"{sampler}, {target.stat().st_size / 1e6:.1f} MB; noise is standard normal, drawn anew for every call",
-        highlight=False,
-        markup=False,
         soft_wrap=True,
     )
     return 0
@@ -441,7 +434,7 @@ def doctor(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> int:
     if as_json:
         print(json.dumps(facts, indent=2))
         return 0
-    console = Console()
+    console = make_console()
     table = Table(show_header=False, title=f"dql {facts['dql']}")
     packages = facts["packages"].items()
     table.add_row("python", f"{facts['python']} on {facts['platform']}")

@@ -341,10 +341,11 @@ def _interrupts_deferred() -> Iterator[None]:
 @contextlib.contextmanager
 def _progress_bar(recipe: Recipe, steps: int, progress: bool) -> Iterator[Callable[[int], None]]:
     """Gives a function that takes the number of steps held so far."""
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    from dql.terminal import make_console
+
+    console = make_console(stderr=True)
     columns = (
         TextColumn(recipe.id),
         BarColumn(),

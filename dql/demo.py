@@ -116,7 +116,7 @@ def demo(folder: Path, *, updates: int, episodes: int, seed: int, fresh: bool, c
     policy_path = folder / "policy.safetensors"
     agents["Diffusion-QL"].policy.save(policy_path)
     spent = ", ".join(f"{name} {s:.0f}" for name, s in seconds.items())
-    plain = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    plain = partial(console.print, soft_wrap=True)
     plain(f"seconds: {spent}; {time.perf_counter() - started:.0f} in all, {torch.get_num_threads()} thread(s)")
     plain(f"pictures: {folder / 'learning_curve.png'}, {folder / 'actions.png'}")
     plain(
@@ -188,7 +188,7 @@ def _train(run: RunConfig, console: Console) -> DiffusionBC:
         if replace(old, agent=replace(old.agent, max_action=run.agent.max_action)) != run:
             raise RunError(f"{run.run_dir} holds a demo with other settings; start over with --fresh, or choose --out")
         if folder.policy_path.exists():
-            console.print(f"  already trained: {run.run_dir}", markup=False, soft_wrap=True)
+            console.print(f"  already trained: {run.run_dir}", soft_wrap=True)
             return load(folder.checkpoint_path(folder.steps()[-1]))
         result = resume(run.run_dir, console=console)
     else:

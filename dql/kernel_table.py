@@ -7,11 +7,12 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dql.kernels import native_build
 from dql.kernels.aot import ARCHITECTURES, Examined, architecture, examine_all, fits, matches
+from dql.terminal import make_console
 
 _COLUMNS = (
     "kernel",
@@ -52,11 +53,11 @@ def kernels(arch: str, *, only: str = "*", jobs: int | None = None, as_json: boo
             "pip install triton" if sys.platform == "linux" else f"it exists for Linux, not for {platform.system()}"
         )
         raise ImportError(f"the kernels are compiled by Triton, which is not installed here: {remedy}")
-    stderr = Console(stderr=True)
+    stderr = make_console(stderr=True)
     if stderr.is_terminal:
         with stderr.status("starting") as status:
             found = examine_all(
-                architectures, only, jobs, lambda i, n, label: status.update(f"{i} of {n} compiled, now {label}")
+                architectures, only, jobs, lambda i, n, label: status.update(Text(f"{i} of {n} compiled, now {label}"))
             )
     else:
         found = examine_all(architectures, only, jobs)
@@ -89,7 +90,7 @@ def cuda_kernels(*, only: str = "*", as_json: bool = False) -> int:
     if as_json:
         print(json.dumps(rows, indent=2))
     else:
-        console = Console()
+        console = make_console()
         table = Table(title=f"by {record['compiler']}; shared memory is asked for at launch", title_justify="left")
         columns = ("kernel", "arch", "registers", "stack", "spill_stores", "spill_loads")
         for column in columns:
@@ -122,9 +123,7 @@ def _failure(examined: Examined) -> str | None:
 
 
 def _print(found: list[Examined], architectures: list[int]) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)  # a file has no width; a folded table is hard to search
+    console = make_console()
     for arch in architectures:
         rows, limits = [e for e in found if e.arch == arch], ARCHITECTURES[arch]
         if not rows:
@@ -144,7 +143,7 @@ def _print(found: list[Examined], architectures: list[int]) -> None:
             warnings = e.report.warnings if e.report is not None else ()
             for text in (_failure(e), *warnings):
                 if text:
-                    console.print(f"{e.label}: {text}", highlight=False, markup=False, soft_wrap=True)
+                    console.print(f"{e.label}: {text}", soft_wrap=True)
 
 
 def _row(examined: Examined) -> list[str]:

@@ -29,6 +29,7 @@ from dql.data import DatasetInfo, TransitionDataset, load_dataset
 from dql.evaluate import Evaluation, Scored, evaluate, select_checkpoints, worth_keeping
 from dql.graphed_update import GraphedUpdate
 from dql.rundir import RunDir, RunError, append_row, drop_rows_after
+from dql.terminal import make_console
 
 _PLAIN_LINE_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 
@@ -100,7 +101,7 @@ def train(run: RunConfig, *, dataset: TransitionDataset | None = None, console: 
         CheckpointError: the disk is full or not writable.
         TrainingDivergedError: a loss became NaN.
     """
-    console = console or Console()
+    console = console or make_console()
     folder = RunDir(run.run_dir or default_run_dir(run))
     folder.lock()
     try:
@@ -145,7 +146,7 @@ def resume(path: Path, *, num_updates: int | None = None, console: Console | Non
 
     Raises: as `train`; also RunError for a folder that is no run, has no checkpoint, or whose dataset has changed.
     """
-    console = console or Console()
+    console = console or make_console()
     folder = RunDir(path)
     written = folder.read_config()
     run = RunConfig.from_dict(written["run"])
@@ -360,6 +361,7 @@ class _Loop:
         self.console.print(
             f"update {step:,}: return {result.return_mean:.1f} [{low:.1f}, {high:.1f}] "
             f"over {run.eval_episodes} episodes{score}",
+            markup=False,
             soft_wrap=True,
         )
 
@@ -429,7 +431,9 @@ def _progress(config: Config, step: int, console: Console) -> Iterator[Callable[
                 spoken = time.monotonic()
                 left = (total - step) / max(rate, 1e-9)
                 console.print(
-                    f"{step:,}/{total:,}  {rate:.1f} updates/s  {left:.0f} s left  {text(means)}", soft_wrap=True
+                    f"{step:,}/{total:,}  {rate:.1f} updates/s  {left:.0f} s left  {text(means)}",
+                    markup=False,
+                    soft_wrap=True,
                 )
 
         yield line

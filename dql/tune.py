@@ -370,9 +370,9 @@ class _Progress:
     """A line on a terminal, nothing elsewhere."""
 
     def __enter__(self) -> "_Progress":
-        from rich.console import Console
+        from dql.terminal import make_console
 
-        console = Console(stderr=True)
+        console = make_console(stderr=True)
         self._status = console.status("compiling") if console.is_terminal else None
         if self._status is not None:
             self._status.start()
@@ -387,7 +387,9 @@ class _Progress:
 
     def tell(self, said: str) -> None:
         if self._status is not None:
-            self._status.update(said)
+            from rich.text import Text
+
+            self._status.update(Text(said))  # or it would be markup
 
 
 def _text(tile: Tile | None) -> str:
@@ -399,19 +401,17 @@ def _microseconds(seconds: float | None) -> str:
 
 
 def _print(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)  # a file has no width; a folded table is hard to search
+    from dql.terminal import make_console
+
+    console = make_console()
     table = Table(title=title, title_justify="left")
     for column in columns:
         left = column in ("pass", "precision", "dropped because") or column.endswith("tile")
         table.add_column(column, justify="left" if left else "right", overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*row)
     console.print(table)
 
 
