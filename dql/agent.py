@@ -101,11 +101,12 @@ class DiffusionBC:
     def device(self) -> torch.device:
         return self.policy.device
 
-    def lr_scale(self) -> float:
-        """Factor of both learning rates at this step: 1, or a cosine from 1 to 0 over config.num_updates."""
+    def lr_scale(self, step: int | None = None) -> float:
+        """Factor of both learning rates at this or another step: 1, or a cosine from 1 to 0 over config.num_updates."""
         if self.config.lr_schedule == "constant":
             return 1.0
-        return 0.5 * (1 + math.cos(math.pi * min(self.step / self.config.num_updates, 1.0)))
+        step = self.step if step is None else step
+        return 0.5 * (1 + math.cos(math.pi * min(step / self.config.num_updates, 1.0)))
 
     @torch.enable_grad()
     def update(self, batch: Batch) -> dict[str, Tensor]:
@@ -134,9 +135,11 @@ class DiffusionBC:
         if self.device.type == "cuda":
             t = t.pin_memory().to(self.device, non_blocking=True)  # from other memory the copy may wait for the GPU
         maximised = 1 if int(noise.integers(seeds.coin, 2, 1)) else 2
-        return Draws(seeds.target, seeds.bc_noise, seeds.actor, t, maximised, self.lr_scale(), self._ema_weight())
+        return Draws(
+            seeds.target, seeds.bc_noise, seeds.actor, t, maximised, self.lr_scale(), self._ema_weight(self.step)
+        )
 
-    def _ema_weight(self) -> float:
+    def _ema_weight(self, step: int) -> float:
         return 0.0
 
     def _compute(self, batch: Batch, draws: Draws, backend: Backend) -> dict[str, Tensor]:
@@ -307,7 +310,7 @@ class DiffusionQL(DiffusionBC):
         metrics["critic/grad_norm"] = self._critic_adam.step_natively(self.lr_scale())
         metrics |= native_update.actor_gradient(self, batch, seeds)
         metrics["actor/grad_norm"] = self._actor_adam.step_natively(self.lr_scale())
-        self._update_averages(native.lerp, self._ema_weight())
+        self._update_averages(native.lerp, self._ema_weight(self.step))
         return _scalars(metrics)
 
     @torch.no_grad()
@@ -361,9 +364,9 @@ class DiffusionQL(DiffusionBC):
         q, other = value_and_other(self.critic, maximised, states, actions, backend)
         return -q.mean() / other.abs().mean()
 
-    def _ema_weight(self) -> float:
+    def _ema_weight(self, step: int) -> float:
         c = self.config
-        return 1 - c.ema_decay if self.step >= c.ema_start and self.step % c.ema_every == 0 else 0.0
+        return 1 - c.ema_decay if step >= c.ema_start and step % c.ema_every == 0 else 0.0
 
     @torch.no_grad()
     def _update_averages(self, lerp: Callable[[Tensor, Tensor, Any], object], ema_weight: float | Tensor) -> None:

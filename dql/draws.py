@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from dql import noise
@@ -45,3 +46,17 @@ class Draws:
     """Factor of the learning rates; a tensor is a scalar."""
     ema_weight: float | Tensor
     """How far the averaged actor goes towards the actor; 0 in most updates."""
+
+
+SEEDS = ("target", "bc_noise", "actor")  # those that kernels read, in the order in which they stand
+
+
+def drawn(seed: int, first: int, n: int, T: int, B: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What `UpdateSeeds` of n updates from `first` on amount to, in one pass.
+
+    Returns:
+        the bits of the seeds of SEEDS, int64 [n, 3]; the timesteps of the bc_loss, int64 [n, B]; the coins, int64 [n].
+    """
+    of = {name: noise.derived(seed, name, first, n) for name in (*SEEDS, "bc_t", "coin")}
+    t, coins = noise.integers_of((of["bc_t"], T, B), (of["coin"], 2, 1))
+    return np.stack([of[name] for name in SEEDS], axis=1).view(np.int64), t, coins[:, 0]

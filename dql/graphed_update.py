@@ -1,18 +1,30 @@
 """An update of an agent, recorded once as a CUDA graph: a replay of its many small kernels costs the host one call."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from dql import native_update, noise
+from dql import draws, native_update
 from dql.agent import DiffusionBC, DiffusionQL, checked_batch
+from dql.config import Config
 from dql.data import Batch
-from dql.draws import Draws, UpdateSeeds
+from dql.draws import SEEDS, Draws
 from dql.kernels.capture import capturing
 
 Tensor = torch.Tensor
 _WARM_UPS = 2  # load kernels and tables, and let cuBLAS choose, which a graph cannot hold
-_SEEDS = ("target", "bc_noise", "actor")
+AHEAD = 32  # updates whose numbers are drawn at once
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """The numbers of AHEAD updates from `first` on, for this config; each row as `_numbers` wants it, on the device."""
+
+    config: Config
+    first: int
+    rows: tuple[Tensor, ...]
 
 
 class GraphedUpdate:
@@ -48,12 +60,13 @@ class GraphedUpdate:
             self._batch = Batch(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes))
             # One copy to the device brings all that an update has of its own: seeds, timesteps, four numbers. A seed
             # takes 16 bytes, as kernels want pointers to be aligned; a double has as many as the integers around it.
-            self._numbers = torch.zeros(2 * len(_SEEDS) + batch_size + 4, dtype=torch.int64, device=device)
-        seeds, self._t, scalars = self._numbers.split((2 * len(_SEEDS), batch_size, 4))
+            self._numbers = torch.zeros(2 * len(SEEDS) + batch_size + 4, dtype=torch.int64, device=device)
+        seeds, self._t, scalars = self._numbers.split((2 * len(SEEDS), batch_size, 4))
         self._seeds, self._scalars = [seed[:1] for seed in seeds.split(2)], scalars.view(torch.float64)
         self._backend = native_update.backend_of(agent, self._batch)
         self._flats = [module.flat for module in agent._modules().values()]
-        self._stage(batch_size)
+        self._drawn: _Drawn | None = None
+        self._stage()
         self._replay, self._metrics = record(self._body, agent)
         # The graph reads tables, too: their memory must stay theirs as long as the graph lives.
         tables = [policy.step_table() for policy in (agent.policy, getattr(agent, "ema_policy", agent.policy))]
@@ -65,20 +78,34 @@ class GraphedUpdate:
         scalars = self._scalars.to(self.agent.policy.dtype)
         target, bc_noise, actor = self._seeds
         lr_scale = scalars[2].float()  # whatever the parameters are, a rate in device memory is float32 to torch
-        draws = Draws(target, bc_noise, actor, self._t, scalars[:2], lr_scale, scalars[3])
-        return self.agent._compute(self._batch, draws, self._backend)
+        given = Draws(target, bc_noise, actor, self._t, scalars[:2], lr_scale, scalars[3])
+        return self.agent._compute(self._batch, given, self._backend)
 
-    def _stage(self, B: int) -> None:
-        """Brings the next update's numbers to the device."""
-        agent = self.agent
-        seeds = UpdateSeeds.of(agent.config.seed, agent.step)
-        first = float(int(noise.integers(seeds.coin, 2, 1)))
-        scalars = torch.tensor([first, 1 - first, agent.lr_scale(), agent._ema_weight()], dtype=torch.float64)
-        given = torch.tensor([[_signed(getattr(seeds, name)), 0] for name in _SEEDS]).flatten()
-        host = torch.cat([given, noise.integers(seeds.bc_t, agent.policy.T, B), scalars.view(torch.int64)])
+    def _stage(self) -> None:
+        """Brings the next update's numbers to the device: one row of a block that was drawn ahead, and copied at once.
+
+        They depend on step and config alone: a step that was loaded, or done without the graph, finds its own.
+        """
+        agent, drawn = self.agent, self._drawn
+        if drawn is None or drawn.config is not agent.config or not 0 <= agent.step - drawn.first < AHEAD:
+            drawn = self._drawn = self._draw()
+        self._numbers.copy_(drawn.rows[agent.step - drawn.first])
+
+    def _draw(self) -> "_Drawn":
+        agent, first = self.agent, self.agent.step
+        steps = range(first, first + AHEAD)
+        host = np.zeros((AHEAD, len(self._numbers)), np.int64)
+        seeds, host[:, 2 * len(SEEDS) : -4], coins = draws.drawn(
+            agent.config.seed, first, AHEAD, agent.policy.T, self.batch_size
+        )
+        host[:, : 2 * len(SEEDS) : 2] = seeds
+        scalars = host[:, -4:].view(np.float64)
+        scalars[:, 0], scalars[:, 1] = coins, 1 - coins
+        scalars[:, 2:] = [(agent.lr_scale(step), agent._ema_weight(step)) for step in steps]
+        block = torch.from_numpy(host)
         if self._numbers.is_cuda:
-            host = host.pin_memory()  # the copy need not wait, and torch keeps the memory until it is done
-        self._numbers.copy_(host, non_blocking=True)
+            block = block.pin_memory()  # the copy need not wait, and torch keeps the memory until it is done
+        return _Drawn(agent.config, first, block.to(self._numbers.device, non_blocking=True).unbind())
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One update from a batch, as `agent.update`.
@@ -102,7 +129,7 @@ class GraphedUpdate:
             )
         if any(module.flat is not flat for module, flat in zip(agent._modules().values(), self._flats, strict=True)):
             raise RuntimeError("a network of the agent was moved or cast after its update was recorded; record it anew")
-        self._stage(self.batch_size)
+        self._stage()
         torch._foreach_copy_(list(vars(self._batch).values()), list(vars(batch).values()))
         self._replay()
         for flat in self._flats:  # who keeps what belongs to a version must notice
@@ -124,8 +151,3 @@ def record(body: Callable[[], dict[str, Tensor]], agent: DiffusionBC) -> tuple[C
         with capturing(graph):
             metrics = body()
     return graph.replay, metrics
-
-
-def _signed(seed: int) -> int:
-    """The same 64 bits as int64 has them."""
-    return seed - (1 << 64) if seed >> 63 else seed

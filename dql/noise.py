@@ -88,9 +88,12 @@ def _keys(seed: int) -> np.ndarray:
     return (np.array([[seed & MASK32], [seed >> 32]], np.uint64) + _KEY_STEPS) & _MASK
 
 
-def _philox(even: np.ndarray, odd: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Philox4x32-10 of the counter words (even[0], odd[0], even[1], odd[1]), each in uint64 [2, n]; output alike."""
-    for key in _keys(seed):
+def _philox(even: np.ndarray, odd: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Philox4x32-10 of the counter words (even[0], odd[0], even[1], odd[1]), each in uint64 [2, n]; output alike.
+
+    The keys are those of a seed, [rounds, 2, 1], or of each counter, [rounds, 2, n].
+    """
+    for key in keys:
         product = even * _MULTIPLIERS
         even = (product >> _HALF)[::-1] ^ odd
         even ^= key
@@ -222,9 +225,10 @@ def normal(
         else:
             build = _kept_counters if count <= _CHUNK else _build_counters
             even, odd = build(K, B, blocks, row_offset, offset)
+            keys = _keys(seed)
             for start in range(0, count, _CHUNK):
                 chunk = slice(start, start + _CHUNK)
-                _box_muller(np.stack(_philox(even[:, chunk], odd[:, chunk], seed)), values[chunk])
+                _box_muller(np.stack(_philox(even[:, chunk], odd[:, chunk], keys)), values[chunk])
         return torch.from_numpy(values.reshape(K, B, blocks * 4)[:, :, :A]).to(dtype)
     k = torch.arange(K, device=device)[:, None, None]
     row = torch.arange(row_offset, row_offset + B, device=device)[:, None]
@@ -242,7 +246,7 @@ def _words(seed: int, count: int, step: int, offset: int) -> np.ndarray:
     """Output words [4, count] at the counters (0 .. count - 1, step, 0, offset)."""
     even = np.stack([np.arange(count, dtype=np.uint64), np.zeros(count, np.uint64)])
     odd = np.repeat(np.array([[step], [offset]], np.uint64), count, axis=1)
-    even, odd = _philox(even, odd, check_seed(seed))
+    even, odd = _philox(even, odd, _keys(check_seed(seed)))
     return np.stack([even[0], odd[0], even[1], odd[1]])
 
 
@@ -267,3 +271,36 @@ def integers(seed: int, high: int, count: int, *, offset: int = 0) -> Tensor:
         raise ValueError(f"high must be from 1 to 2^32, got {high}")
     words = _words(seed, (count + 3) // 4, INTEGER_STEP, offset).T.reshape(-1)[:count]
     return torch.from_numpy((words * np.uint64(high) >> np.uint64(32)).astype(np.int64))
+
+
+def derived(seed: int, tag: str, first: int, n: int) -> np.ndarray:
+    """`derive(seed, tag, i)` for i of first .. first + n - 1, uint64 [n]."""
+    head = f"({check_seed(seed)}, {tag!r}, "
+    digests = [hashlib.blake2b(f"{head}{i})".encode(), digest_size=8).digest() for i in range(first, first + n)]
+    return np.frombuffer(b"".join(digests), "<u8")
+
+
+def integers_of(*groups: tuple[np.ndarray, int, int]) -> list[np.ndarray]:
+    """Of each (seeds, high, count) `integers(seed, high, count)` of each seed: int64 [n, count] for uint64 [n].
+
+    All in one pass: NumPy's calls on few numbers cost more than the numbers.
+    """
+    blocks = [(count + 3) // 4 for _, _, count in groups]
+    # The counters of the first group's first seed, of its second one, ...
+    index = np.concatenate(
+        [np.tile(np.arange(b, dtype=np.uint64), len(g[0])) for g, b in zip(groups, blocks, strict=True)]
+    )
+    of_each = np.concatenate([np.repeat(g[0], b) for g, b in zip(groups, blocks, strict=True)])
+    keys = (
+        np.stack([of_each & np.uint64(MASK32), of_each >> np.uint64(32)]) + _KEY_STEPS
+    ) & _MASK  # [rounds, 2, total]
+    zero = np.zeros_like(index)
+    even, odd = _philox(np.stack([index, zero]), np.stack([np.full_like(index, INTEGER_STEP), zero]), keys)
+    words = np.stack([even[0], odd[0], even[1], odd[1]], axis=1).reshape(-1)  # as they follow each other
+    found, start = [], 0
+    for (seeds, high, count), b in zip(groups, blocks, strict=True):
+        end = start + 4 * b * len(seeds)
+        of_group = words[start:end].reshape(len(seeds), 4 * b)[:, :count]
+        found.append((of_group * np.uint64(high) >> np.uint64(32)).astype(np.int64))
+        start = end
+    return found

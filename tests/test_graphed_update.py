@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from cuda_cases import cannot_run
 from test_kernel_agent import CONFIG, DEVICE, A, S, make_batch
 
 import dql
-from dql import graphed_update
-from dql.graphed_update import GraphedUpdate
+from dql import graphed_update, noise
+from dql.draws import UpdateSeeds
+from dql.graphed_update import AHEAD, GraphedUpdate
 
 Tensor = torch.Tensor
 B = 24
@@ -130,6 +132,28 @@ def test_a_recorded_agent_is_saved_as_any(tmp_path, record_update):
     loaded.update(make_batch(3))
     agents[1].update(make_batch(3))
     assert_same(loaded, agents[1], "loaded")
+
+
+def test_what_is_drawn_ahead_is_what_an_update_draws(record_update):
+    """To the bit: over blocks, after a step that jumps, with another seed and schedule, on any default device."""
+    agent = make_agent("eager", lr_schedule="cosine", num_updates=100)
+    agent.config = replace(agent.config, ema_start=3)
+    with torch.device("meta"):
+        update = record_update(agent)
+    steps = [*range(2 * AHEAD + 3), 1000, 1001, 7, 2**40, AHEAD - 1, AHEAD]
+    for i, step in enumerate(steps):
+        if i == len(steps) - 2:
+            agent.config = replace(agent.config, seed=2**64 - 1, lr_schedule="constant")
+        agent.step = step
+        with torch.device("meta"):
+            update._stage()
+        seeds, config = UpdateSeeds.of(agent.config.seed, step), agent.config
+        for name, tensor in zip(("target", "bc_noise", "actor"), update._seeds, strict=True):
+            assert int(tensor) % 2**64 == getattr(seeds, name)
+        assert torch.equal(update._t.cpu(), noise.integers(seeds.bc_t, agent.policy.T, B))
+        first = int(noise.integers(seeds.coin, 2, 1))
+        average = 1 - config.ema_decay if step >= 3 and step % config.ema_every == 0 else 0.0
+        assert update._scalars.tolist() == [first, 1 - first, agent.lr_scale(), average]
 
 
 def test_what_does_not_fit_is_refused(record_update):

@@ -27,7 +27,9 @@ SEEDS = [0, 1, ONES, 1 << 32, 0x299F31D0A4093822, (1 << 64) - 1]
 
 
 def philox_numpy(counter, seed):
-    even, odd = noise._philox(*(np.array([[counter[i]], [counter[i + 2]]], np.uint64) for i in (0, 1)), seed)
+    even, odd = noise._philox(
+        *(np.array([[counter[i]], [counter[i + 2]]], np.uint64) for i in (0, 1)), noise._keys(seed)
+    )
     return int(even[0, 0]), int(odd[0, 0]), int(even[1, 0]), int(odd[1, 0])
 
 
@@ -238,3 +240,14 @@ def test_seed_from_torch_follows_manual_seed():
         assert noise.seed_from_torch() == first != second
     finally:
         torch.set_rng_state(state)
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**64 - 1])
+def test_many_seeds_at_once(seed):
+    """The same bits as one after the other, of several groups in one pass."""
+    derived = {tag: noise.derived(seed, tag, 5, 9) for tag in ("bc_t", "coin")}
+    assert [int(s) for s in derived["coin"]] == [noise.derive(seed, "coin", i) for i in range(5, 14)]
+    found = noise.integers_of((derived["bc_t"], 5, 37), (derived["coin"], 2, 1), (derived["coin"][:2], 2**32, 8))
+    wanted = [(derived["bc_t"], 5, 37), (derived["coin"], 2, 1), (derived["coin"][:2], 2**32, 8)]
+    for got, (seeds, high, count) in zip(found, wanted, strict=True):
+        assert torch.equal(torch.from_numpy(got), torch.stack([noise.integers(int(s), high, count) for s in seeds]))
