@@ -96,8 +96,8 @@ def sample(
         sampler: "ddpm" (the paper's), "ddim", "dpm-solver++", or a StepTable of your own.
         num_steps: K; None means the T steps of the training. Fewer cost reward: a policy trained with T = 5 fell
             from 87.9 to 11.6 in a published table.
-        precision: "fp32" (strict), "tf32" ("triton") or "bf16" (operands of the products; "triton", and "cpp" where the
-            CPU has it).
+        precision: "fp32" (strict), or the operands of the products rounded to the nearest "tf32" number ("triton",
+            "cuda") or "bf16" number (those, and "cpp" where the CPU has it).
 
     Returns:
         [B, A], or [B, N, A] with candidates; every element within +-max_action.

@@ -94,6 +94,10 @@ class Report:
         warps: of a block.
         blocks_per_sm: how many blocks a multiprocessor holds at a time; 0 if it cannot launch.
         instructions: how often each of COUNTED stands in the code, and the "total" (NOP aside).
+        tf32_products: how many products of tf32 numbers the kernel asks for; float32's, which Triton makes of three
+            such products, are none.
+        tf32_roundings: how often it rounds float32 numbers for them.
+        cvt_tf32: how often cvt.rna.tf32 stands in the PTX; float32's products have some of their own.
         warnings: what ptxas warned of, such as wgmma that it had to serialize.
         seconds: compile time, from Python to cubin, without cache.
     """
@@ -109,6 +113,9 @@ class Report:
     warps: int
     blocks_per_sm: int
     instructions: dict[str, int]
+    tf32_products: int
+    tf32_roundings: int
+    cvt_tf32: int
     warnings: tuple[str, ...]
     seconds: float
 
@@ -242,6 +249,9 @@ def examine(kernel: "Kernel", arch: int) -> Report:
         warps=metadata.num_warps,
         blocks_per_sm=occupancy(arch, usage["REG"], metadata.num_warps, shared, tensor_memory),
         instructions=counts,
+        tf32_products=len(re.findall(r"tt\.dot .*inputPrecision = tf32 : tensor<[^>]*xf32", compiled.asm["ttir"])),
+        tf32_roundings=len(re.findall(r"elementwise_inline_asm \"cvt\.rna\.tf32\.f32", compiled.asm["ttir"])),
+        cvt_tf32=len(re.findall(r"\bcvt\.rna\.tf32\.f32\b", compiled.asm["ptx"])),
         warnings=warnings,
         seconds=(times[0].ir_initialization + times[0].total_lowering) / 1e6,
     )

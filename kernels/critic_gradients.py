@@ -91,13 +91,13 @@ def _critic_products(
         outer_product(
             d_hidden + layer * RP * HP, activations + layer * RP * HP, image + W_HIDDEN + layer * NEXT,
             image + B_HIDDEN + layer * NEXT, first, last, tile // T * SIDE, tile % T * SIDE, H, H, 1,
-            HP, HP, HP, H, False, True, False, SIDE, SIDE, CHUNK, STAGES, PRECISION,
+            HP, HP, HP, H, False, True, False, False, SIDE, SIDE, CHUNK, STAGES, PRECISION, EMULATE,
         )  # fmt: skip
     elif pid < HIDDEN + OTHER:
         # The actions' rows are not padded: as rows that are shared by one candidate each, their ends are masked.
         outer_product(
             d_z, actions, image + W_X, image + BIAS, first, last, (pid - HIDDEN) * SIDE, 0, H, A, 1,
-            HP, A, A, STRIDE, True, True, True, SIDE, AP, CHUNK, 1, EDGE,
+            HP, A, A, STRIDE, True, True, True, True, SIDE, AP, CHUNK, 1, EDGE, EMULATE,
         )  # fmt: skip
     elif pid < HIDDEN + 2 * OTHER:
         if PARAMETERS:
@@ -118,13 +118,13 @@ def _critic_products(
         tile = pid - HIDDEN - 2 * OTHER
         outer_product(
             d_z, states, image + W_STATE, image, first, last, tile % T * SIDE, tile // T * SS, H, S, N,
-            HP, S, S, STRIDE, True, False, True, SIDE, SS, CHUNK, 1, EDGE,
+            HP, S, S, STRIDE, True, False, True, True, SIDE, SS, CHUNK, 1, EDGE, EMULATE,
         )  # fmt: skip
     elif tl.program_id(1) == 0:
         tile = pid - HIDDEN - 2 * OTHER - WITH_STATES
         SLICES: tl.constexpr = (S + SS - 1) // SS
         state_gradient(d_z, flat + W_STATE + network * APART, d_states + nth * B * S, tile // SLICES,
-                        tile % SLICES * SS, B, N, S, H, HP, STRIDE, STATES, SS, SIDE, EDGE)  # fmt: skip
+                        tile % SLICES * SS, B, N, S, H, HP, STRIDE, STATES, SS, SIDE, EDGE, EMULATE)  # fmt: skip
 
 
 @triton.jit

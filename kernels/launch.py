@@ -9,7 +9,8 @@ A `Kernel` is a jit function with all its constants. Its signature comes from th
     tl.constexpr      a constant
 
 With TRITON_INTERPRET=1 the same kernels run on the CPU, on NumPy, slowly. Its bfloat16 cannot be trusted (dots multiply
-bit patterns, casts truncate), so there operands stay float32 that were rounded by hand: the constant EMULATE.
+bit patterns, casts truncate) and it knows no PTX, so there operands of bf16 and tf32 are float32 that were rounded by
+hand: the constant EMULATE.
 """
 
 from dataclasses import dataclass

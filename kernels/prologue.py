@@ -1,6 +1,6 @@
 """What a fused kernel needs before it starts, in one launch: packed weights, the time table, the states' part.
 
-    packed weights   the gathers of `packing`
+    packed weights   the gathers of `packing`, rounded to the operands that products take
     time table       [K, HP]: W_t time_mlp(embedding_k) + b of the denoiser's first layer
     state part       [B, HP]: W_s s; of critics, which have no time, [2, B, HP]: W_s s + b
 
@@ -19,7 +19,7 @@ import triton.language as tl
 from .launch import INTERPRETED, Kernel
 from .layout import ACTIVATIONS, CriticSpec, DenoiserSpec
 from .packing import first_layer, gather_index, packed_sizes, rounded
-from .triton_ops import activate, rounded_operand
+from .triton_ops import activate, edge_operand, rounded_operand
 
 Tensor = torch.Tensor
 _BLOCK = 1024 if not INTERPRETED else 1 << 16  # elements a program gathers
@@ -55,6 +55,9 @@ def _prologue(
     STRIDE: tl.constexpr,
     BIAS: tl.constexpr,
     APART: tl.constexpr,  # from the first critic to the second; 0 for a denoiser
+    FLOATS: tl.constexpr,  # size of a network's packed floats
+    FROM: tl.constexpr,  # of them FROM .. TO - 1 are packed as operands of float32 products
+    TO: tl.constexpr,
     KIND: tl.constexpr,
     EDGE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -71,11 +74,14 @@ def _prologue(
     if pid < float_blocks:
         i = pid * BLOCK + tl.arange(0, BLOCK)
         at = tl.load(index_floats + i, i < n_floats, -1)
-        tl.store(floats + i, tl.load(flat + at, at >= 0, 0.0), i < n_floats)
+        number = tl.load(flat + at, at >= 0, 0.0)
+        of_product = (i % FLOATS >= FROM) & (i % FLOATS < TO)
+        tl.store(floats + i, tl.where(of_product, edge_operand(number, EDGE, EMULATE), number), i < n_floats)
     elif pid < float_blocks + operand_blocks:
         i = (pid - float_blocks) * BLOCK + tl.arange(0, BLOCK)
         at = tl.load(index_operands + i, i < n_operands, -1)
-        tl.store(operands + i, rounded_operand(tl.load(flat + at, at >= 0, 0.0), BF16, EMULATE), i < n_operands)
+        number = tl.load(flat + at, at >= 0, 0.0)
+        tl.store(operands + i, rounded_operand(number, BF16, EDGE, EMULATE), i < n_operands)
     elif pid < float_blocks + operand_blocks + step_blocks:
         if D > 0:
             k = (pid - float_blocks - operand_blocks) * STEPS + tl.arange(0, STEPS)
@@ -83,12 +89,15 @@ def _prologue(
             d_in, t_in = d < D, t < 2 * D
             e = tl.load(embedding + k[:, None] * D + d[None, :], (k < K)[:, None] & d_in[None, :], 0.0)  # [STEPS, DP]
             w = tl.load(flat + W_1 + t[None, :] * D + d[:, None], d_in[:, None] & t_in[None, :], 0.0)  # [DP, TP]
+            e, w = edge_operand(e, EDGE, EMULATE), edge_operand(w, EDGE, EMULATE)
             z = tl.dot(e, w, input_precision=EDGE) + tl.load(flat + B_1 + t, t_in, 0.0)[None, :]
-            h = activate(z, KIND)  # [STEPS, TP]
+            h = edge_operand(activate(z, KIND), EDGE, EMULATE)  # [STEPS, TP]
             w = tl.load(flat + W_3 + d[None, :] * (2 * D) + t[:, None], t_in[:, None] & d_in[None, :], 0.0)  # [TP, DP]
+            w = edge_operand(w, EDGE, EMULATE)
             features = tl.dot(h, w, input_precision=EDGE) + tl.load(flat + B_3 + d, d_in, 0.0)[None, :]
             w = tl.load(flat + W_TIME + column[None, :] * STRIDE + d[:, None],
                         d_in[:, None] & (column < H)[None, :], 0.0)  # fmt: skip  # [DP, HP]
+            features, w = edge_operand(features, EDGE, EMULATE), edge_operand(w, EDGE, EMULATE)
             row = tl.dot(features, w, input_precision=EDGE) + tl.load(flat + BIAS + column, column < H, 0.0)[None, :]
             tl.store(floats + n_floats + k[:, None] * HP + column[None, :], row, (k < K)[:, None])
     else:
@@ -104,6 +113,7 @@ def _prologue(
             i = start + tl.arange(0, SLICE)
             s = tl.load(states + b[:, None] * S + i[None, :], (b < B)[:, None] & (i < S)[None, :], 0.0)
             w = tl.load(weight + column[None, :] * STRIDE + i[:, None], (i < S)[:, None] & (column < H)[None, :], 0.0)
+            s, w = edge_operand(s, EDGE, EMULATE), edge_operand(w, EDGE, EMULATE)
             part = tl.dot(s, w, part, input_precision=EDGE)
         out = floats + n_floats + K.to(tl.int64) * HP + network.to(tl.int64) * B * HP
         tl.store(out + b[:, None] * HP + column[None, :], part, (b < B)[:, None])
@@ -134,7 +144,15 @@ class Prologue:
 def prologue_kernel(spec: DenoiserSpec | CriticSpec, precision: str) -> Kernel:
     """The kernel for a network of these sizes."""
     slots = {slot.name: slot.offset for slot in spec.layout.slots}
-    first = first_layer(spec)
+    first, s = first_layer(spec), packed_sizes(spec)
+    # W_x and W_out. A critic's W_out is no operand; in bf16 a denoiser's are operands of tf32 in one pass and of bf16
+    # in the other, and are rounded there: once, not twice.
+    of_products = (s.L - 1) * s.HP + s.AP
+    end = s.floats
+    if isinstance(spec, CriticSpec):
+        end = of_products + s.HP * s.AP
+    elif precision == "bf16":
+        end = of_products
     time: dict[str, Any]
     if isinstance(spec, DenoiserSpec):
         D = spec.time_dim
@@ -149,11 +167,14 @@ def prologue_kernel(spec: DenoiserSpec | CriticSpec, precision: str) -> Kernel:
         S=spec.state_dim,
         **time,
         H=spec.hidden_dim,
-        HP=rounded(spec.hidden_dim),
+        HP=s.HP,
         **dict(zip(("W_1", "B_1", "W_3", "B_3"), offsets, strict=True)),
         W_STATE=first.states,
         STRIDE=first.stride,
         BIAS=first.bias,
+        FLOATS=s.floats,
+        FROM=of_products,
+        TO=end,
         KIND=ACTIVATIONS.index(spec.activation),
         EDGE=edge_precision(precision),
         BLOCK=_BLOCK,
@@ -166,5 +187,6 @@ def prologue_kernel(spec: DenoiserSpec | CriticSpec, precision: str) -> Kernel:
 
 
 def edge_precision(precision: str) -> str:
-    """How Triton multiplies float32: three products of tf32 parts make one that is as exact as float32's own."""
+    """How Triton multiplies float32: three products of tf32 parts make one that is as exact as float32's own. One
+    product of "tf32" is of operands that `triton_ops.edge_operand` rounded: Triton itself would cut them off."""
     return "tf32x3" if precision == "fp32" else "tf32"

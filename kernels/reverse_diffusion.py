@@ -16,6 +16,10 @@ What a kernel is handed lies in two buffers, made by `chain_runner.ChainPlan` fo
     operands:  packed operands | without a backward pass: two activations of each tile [tiles, 2, ROWS, HP]; with one:
                activations [L, K, RP, HP] | slopes [L, K, RP, HP]
 
+In tf32 and bf16 the operands of every product are rounded, once each. x lies in memory as the operand that it is there,
+as do activations and d_z; slopes, which are none, have the operands' dtype alone. In registers x, d_z and d_eps go on
+exact, and so does d_eps in memory, whose sum is the gradient of the output's bias.
+
 Letters: B states, N candidates, R = B * N rows, RP those in whole tiles, A action size, AP padded, HP padded hidden
 width, L hidden layers, K steps.
 """
@@ -32,7 +36,7 @@ from .packing import PackedSizes, packed_sizes
 from .prologue import edge_precision
 from .tile_layers import narrow_product, narrow_product_from, product
 from .tiles import Tile
-from .triton_ops import activate, activate_with_slope, normals, rounded_operand
+from .triton_ops import activate, activate_with_slope, edge_operand, normals, rounded_operand, stored
 
 NARROW = tl.constexpr(8192)  # AP * HP from which on the first layer's weight does not fit into the registers
 
@@ -98,6 +102,8 @@ def _chain_fwd(
         of_state = tl.load(at_state)
     if AP * HP < NARROW:
         w_action = tl.load(w_x + column[None, :] * AP + dim[:, None])  # [AP, HP]
+        if BF16:  # otherwise packed as an operand
+            w_action = edge_operand(w_action, EDGE, EMULATE)
     b_out = tl.load(output_bias + dim)[None, :]
 
     if NOISE:
@@ -113,29 +119,30 @@ def _chain_fwd(
             of_state = tl.load(at_state)
         z = tl.load(time_table + k * HP + column)[None, :] + of_state
         x_at = xs + (k if SAVE else 0) * RP * AP
+        x_operand = edge_operand(x, EDGE, EMULATE)
         if SAVE or AP * HP >= NARROW:
-            tl.store(x_at + corner, x)
+            tl.store(x_at + corner, x_operand)
         if AP * HP < NARROW:
-            z = tl.dot(x, w_action, z, input_precision=EDGE)  # [ROWS, HP]
+            z = tl.dot(x_operand, w_action, z, input_precision=EDGE)  # [ROWS, HP]
         else:
             tl.debug_barrier()
-            z = product(z, x_at + tile * ROWS * AP, w_x, AP, 1, ROWS, HP, AP, 16, 2, EDGE)
+            z = product(z, x_at + tile * ROWS * AP, w_x, AP, 1, ROWS, HP, AP, 16, 2, EDGE, False, BF16, EMULATE)
         for layer in tl.static_range(L):
             if layer > 0:
                 bias = tl.load(biases + (layer - 1) * HP + column)[None, :]
                 z = product(bias + tl.zeros((ROWS, HP), tl.float32), hidden, weights + (layer - 1) * HP * HP,
-                            HP, 1, ROWS, HP, HP, CHUNK, STAGES, PRECISION)  # fmt: skip
+                            HP, 1, ROWS, HP, HP, CHUNK, STAGES, PRECISION, False, False, EMULATE)  # fmt: skip
             at = ((layer * K + k) * RP + tile * ROWS) * HP
             if SAVE:
                 h, slope = activate_with_slope(z, KIND)
-                tl.store(slopes + at + place, rounded_operand(slope, BF16, EMULATE))
+                tl.store(slopes + at + place, stored(slope, BF16, EMULATE))
                 hidden = activations + at
             else:
                 h = activate(z, KIND)
                 if layer < L - 1 or GROUPS == 0:  # what is stored goes to the two places in turn
                     hidden = activations + (tile * 2 + turn) * ROWS * HP
                     turn = 1 - turn
-            h = rounded_operand(h, BF16, EMULATE)
+            h = rounded_operand(h, BF16, PRECISION, EMULATE)
             if SAVE or layer < L - 1 or GROUPS == 0:
                 tl.store(hidden + place, h)
             if layer < L - 1 or GROUPS == 0:
@@ -203,6 +210,8 @@ def _chain_bwd(
     slopes = turned + (L - 1) * HP * HP + L * K * RP * HP
     if AP * HP < NARROW:
         w_back = tl.load(w_out + dim[:, None] * HP + column[None, :])  # [AP, HP]
+        if BF16:  # otherwise packed as an operand
+            w_back = edge_operand(w_back, EDGE, EMULATE)
 
     last = tl.load(raws + K * RP * AP + corner)
     d_x = tl.load(d_actions + row[:, None] * A + dim[None, :], live, 0.0)  # [ROWS, AP]
@@ -220,22 +229,22 @@ def _chain_bwd(
         d_eps = -tl.load(step + 1) * d_raw
         tl.store(d_floats + k * RP * AP + corner, d_eps)
         if AP * HP < NARROW:
-            d_h = tl.dot(d_eps, w_back, input_precision=EDGE)  # [ROWS, HP]
+            d_h = tl.dot(edge_operand(d_eps, EDGE, EMULATE), w_back, input_precision=EDGE)  # [ROWS, HP]
         else:
             tl.debug_barrier()
             d_h = product(tl.zeros((ROWS, HP), tl.float32), d_floats + (k * RP + tile * ROWS) * AP, w_out,
-                          1, HP, ROWS, HP, AP, 16, 2, EDGE)  # fmt: skip
+                          1, HP, ROWS, HP, AP, 16, 2, EDGE, True, BF16, EMULATE)  # fmt: skip
         for up in tl.static_range(L):
             layer = L - 1 - up
             at = ((layer * K + k) * RP + tile * ROWS) * HP
             d_z = d_h * tl.load(slopes + at + place).to(tl.float32)
-            d_z_operand = rounded_operand(d_z, BF16, EMULATE)
+            d_z_operand = rounded_operand(d_z, BF16, PRECISION, EMULATE)
             tl.store(d_operands + at + place, d_z_operand)
             if layer > 0 or GROUPS == 0:
                 tl.debug_barrier()
             if layer > 0:
                 d_h = product(tl.zeros((ROWS, HP), tl.float32), d_operands + at, turned + (layer - 1) * HP * HP,
-                              HP, 1, ROWS, HP, HP, CHUNK, STAGES, PRECISION)  # fmt: skip
+                              HP, 1, ROWS, HP, HP, CHUNK, STAGES, PRECISION, False, False, EMULATE)  # fmt: skip
         if HOLD:
             d_state_part += d_z
         else:  # in memory: the barriers above order this after the store of the step before

@@ -197,8 +197,47 @@ def uniform(seed, row, offset):
 
 
 @triton.jit
-def rounded_operand(x, BF16: tl.constexpr, EMULATE: tl.constexpr):
-    """float32 x as the operand of a matrix product: x itself, or if BF16 rounded to the nearest bfloat16, ties to even.
+def tf32(x, EMULATE: tl.constexpr):
+    """float32 x rounded to the nearest number with tf32's 10 bits of fraction, ties away from zero; it stays float32.
+
+    Without it tensor cores cut the other 13 bits off: errors up to twice as large, all towards zero. What rounds beyond
+    the largest number is infinite, NaN stays NaN. From sm_80 to sm_120 it is a comparison, an addition and a mask.
+    EMULATE: by bit arithmetic, for the interpreter, which has no PTX.
+    """
+    if EMULATE:
+        bits = (x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
+        y = tl.where(x != x, x, bits.to(tl.float32, bitcast=True))  # a NaN's bits might carry over into a number
+    else:
+        y = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return y
+
+
+@triton.jit
+def edge_operand(x, EDGE: tl.constexpr, EMULATE: tl.constexpr):
+    """float32 x as the operand of a product whose input_precision is EDGE: `tf32` of x; for "tf32x3" x itself, which
+    Triton takes apart."""
+    if EDGE == "tf32":
+        y = tf32(x, EMULATE)
+    else:
+        tl.static_assert(EDGE == "tf32x3", "EDGE is tf32 or tf32x3")
+        y = x
+    return y
+
+
+@triton.jit
+def rounded_operand(x, BF16: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr):
+    """float32 x as the operand of a hidden layer's product: `stored` in bfloat16 if BF16, else `edge_operand`."""
+    if BF16:
+        y = stored(x, BF16, EMULATE)
+    else:
+        y = edge_operand(x, PRECISION, EMULATE)
+    return y
+
+
+@triton.jit
+def stored(x, BF16: tl.constexpr, EMULATE: tl.constexpr):
+    """float32 x in the dtype that operands are stored in: x itself, or if BF16 rounded to the nearest bfloat16, ties to
+    even. For slopes, which lie among the operands and are none.
 
     With EMULATE the rounded numbers stay float32: for the interpreter, whose bfloat16 is wrong (see launch.py).
     """

@@ -5,7 +5,9 @@
     Q = w_out . h + b_out                          # [R], of each of two networks
 
 (Diffusion-QL, arXiv 2208.06193, section 3; `dql.TwinCritic` is the same in torch.) A program takes one network through
-all layers for a tile of ROWS rows. With N candidates a state, the state's part is computed once a state.
+all layers for a tile of ROWS rows. With N candidates a state, the state's part is computed once a state. In tf32 and
+bf16 the operands of products are rounded; h of the last layer and its weight, which no tensor core multiplies, are not,
+nor is d_z of the first layer before the products that it is handed to.
 
 What a kernel is handed lies in two buffers, for n networks run, of which the first is number FIRST:
     floats:    packed floats [2] | state part [2, B, HP]
@@ -34,7 +36,7 @@ from .prologue import Prologue, edge_precision
 from .tile_layers import narrow_product, product
 from .tiles import Shape, Tile
 from .tiles import choose as choose_tile
-from .triton_ops import activate, activate_with_slope, rounded_operand, uniform
+from .triton_ops import activate, activate_with_slope, edge_operand, rounded_operand, stored, uniform
 
 Tensor = torch.Tensor
 
@@ -88,24 +90,24 @@ def _critic_fwd(
     x = tl.load(actions + row[:, None] * A + dim[None, :], (row < R)[:, None] & (dim < A)[None, :], 0.0)  # [ROWS, AP]
     w_action = tl.load(w_x + column[None, :] * AP + dim[:, None])  # [AP, HP]
     z = tl.load(state_part + (tl.minimum(row, R - 1) // N)[:, None] * HP + column[None, :])  # [ROWS, HP]
-    z = tl.dot(x, w_action, z, input_precision=EDGE)
+    z = tl.dot(edge_operand(x, EDGE, EMULATE), w_action, z, input_precision=EDGE)
     hidden = activations
     for layer in tl.static_range(L):
         if layer > 0:
             bias = tl.load(biases + (layer - 1) * HP + column)[None, :]
             z = product(bias + tl.zeros((ROWS, HP), tl.float32), hidden, weights + (layer - 1) * HP * HP,
-                        HP, 1, ROWS, HP, HP, CHUNK, STAGES, PRECISION)  # fmt: skip
+                        HP, 1, ROWS, HP, HP, CHUNK, STAGES, PRECISION, False, False, EMULATE)  # fmt: skip
         if SAVE:
             h, slope = activate_with_slope(z, KIND)
             at = (layer * RP + tile * ROWS) * HP
             hidden = activations + at
-            tl.store(slopes + at + place, rounded_operand(slope, BF16, EMULATE))
-            tl.store(hidden + place, rounded_operand(h, BF16, EMULATE))
+            tl.store(slopes + at + place, stored(slope, BF16, EMULATE))
+            tl.store(hidden + place, rounded_operand(h, BF16, PRECISION, EMULATE))
         else:
             h = activate(z, KIND)
             if layer < L - 1:
                 hidden = activations + (layer % 2) * ROWS * HP
-                tl.store(hidden + place, rounded_operand(h, BF16, EMULATE))
+                tl.store(hidden + place, rounded_operand(h, BF16, PRECISION, EMULATE))
         if layer < L - 1:
             tl.debug_barrier()
     value = tl.sum(h * tl.load(w_out + column)[None, :], axis=1) + tl.load(output_bias)  # [ROWS]
@@ -159,13 +161,14 @@ def _critic_bwd(
         d_z = d_h * tl.load(slopes + (layer * RP + tile * ROWS) * HP + place).to(tl.float32)
         if layer > 0:
             here = of_layer + ((layer - 1) * RP + tile * ROWS) * HP
-            tl.store(here + place, rounded_operand(d_z, BF16, EMULATE))
+            tl.store(here + place, rounded_operand(d_z, BF16, PRECISION, EMULATE))
             tl.debug_barrier()
             d_h = product(tl.zeros((ROWS, HP), tl.float32), here, turned + (layer - 1) * HP * HP,
-                          HP, 1, ROWS, HP, HP, CHUNK, STAGES, PRECISION)  # fmt: skip
+                          HP, 1, ROWS, HP, HP, CHUNK, STAGES, PRECISION, False, False, EMULATE)  # fmt: skip
     if PRODUCTS:
         tl.store(d_first + (nth * RP + tile * ROWS) * HP + place, d_z)
     if ACTIONS:
+        d_z = edge_operand(d_z, EDGE, EMULATE)
         d_x = narrow_product(d_z, w_x, 1, AP, ROWS, HP, AP, GROUPS, EDGE, False, EMULATE)  # [ROWS, AP]
         live = (row < R)[:, None] & (dim < A)[None, :]
         tl.store(d_actions + nth * R * A + row[:, None] * A + dim[None, :], d_x, live)

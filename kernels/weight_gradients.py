@@ -3,7 +3,8 @@
 Every weight's gradient is one product d_z^T inputs over all rows of all steps. The first launch takes all of them at
 once, a program for each tile of each of them; where that makes too few programs, the rows are split and each part goes
 to an image of its own. The second adds the images in order and walks back through the time table. So the same call
-gives the same bits.
+gives the same bits. Operands of tf32 and bf16 are rounded before they are multiplied, never before they are added up:
+but for d_z of the hidden layers, which is stored as an operand.
 
     image:  d_flat [P] | d_table [K, HP]
 
@@ -21,7 +22,7 @@ from .launch import INTERPRETED, Kernel, multiprocessors
 from .layout import ACTIVATIONS, DenoiserSpec
 from .packing import first_layer, packed_sizes, rounded
 from .prologue import edge_precision
-from .triton_ops import activate_with_slope
+from .triton_ops import activate_with_slope, edge_operand
 
 Tensor = torch.Tensor
 _SIDE = 64  # of a tile of a gradient
@@ -35,15 +36,16 @@ _COLUMNS = 32  # of the time table at a time
 def outer_product(
     d, x, out, bias, first, last, m, n, M, N, N_CANDIDATES,
     LDD: tl.constexpr, LDX: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr, WIDE: tl.constexpr,
-    BIAS: tl.constexpr, SHARED: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, CHUNK: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, SHARED: tl.constexpr, EXACT: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr,
+    CHUNK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """out[i, j] = sum over rows r of first .. last - 1 of d[r, i] x[r, j], for the tile of i and j at m and n.
 
     d, x, out: pointers; a row of d is LDD elements, one of x LDX, of which COLUMNS are there, one of out STRIDE.
     bias: pointer; with BIAS, bias[i] = the sum of d[r, i].
     M, N: elements with i < M, j < N alone are written.
-    SHARED: x has one row for N_CANDIDATES rows of d.  WIDE: operands are widened to float32 first.
+    SHARED: x has one row for N_CANDIDATES rows of d, and is no operand yet.  EXACT: nor is d.
+    WIDE: operands are widened to float32 first.
     """
     i, j = m + tl.arange(0, TM), n + tl.arange(0, TN)
     total = tl.zeros((TM, TN), tl.float32)
@@ -60,6 +62,10 @@ def outer_product(
             sums += tl.sum(d_tile.to(tl.float32), axis=0)
         if WIDE:
             d_tile, x_tile = d_tile.to(tl.float32), x_tile.to(tl.float32)
+        if EXACT:
+            d_tile = edge_operand(d_tile, PRECISION, EMULATE)
+        if SHARED:
+            x_tile = edge_operand(x_tile, PRECISION, EMULATE)
         total = tl.dot(d_tile.T, x_tile, total, input_precision=PRECISION)
     tl.store(out + i[:, None] * STRIDE + j[None, :], total, (i < M)[:, None] & (j < N)[None, :])
     if BIAS:
@@ -77,7 +83,7 @@ def row_range(rows, CHUNK: tl.constexpr):
 @triton.jit
 def state_gradient(d, weight, d_states, tile, start, B, N, S: tl.constexpr, H: tl.constexpr, HP: tl.constexpr,
                     STRIDE: tl.constexpr, STATES: tl.constexpr, SLICE: tl.constexpr, CHUNK: tl.constexpr,
-                    EDGE: tl.constexpr):  # fmt: skip
+                    EDGE: tl.constexpr, EMULATE: tl.constexpr):  # fmt: skip
     """d_states[b] = (sum over candidates n of d[b * N + n]) @ W_s, for the tile's STATES states and the SLICE of their
     elements at `start`; W_s is in `weight`. CHUNK of the HP sums at a time: all of them spill at HP = 512.
     """
@@ -92,6 +98,7 @@ def state_gradient(d, weight, d_states, tile, start, B, N, S: tl.constexpr, H: t
             total += tl.load(at, (b < B)[:, None], 0.0)
             at += HP
         w = tl.load(weight + column[:, None] * STRIDE + i[None, :], (column < H)[:, None] & (i < S)[None, :], 0.0)
+        total, w = edge_operand(total, EDGE, EMULATE), edge_operand(w, EDGE, EMULATE)
         part = tl.dot(total, w, part, input_precision=EDGE)
     tl.store(d_states + b[:, None] * S + i[None, :], part, (b < B)[:, None] & (i < S)[None, :])
 
@@ -154,25 +161,25 @@ def _chain_products(
         outer_product(
             d_operands + (layer + 1) * KRP * HP, activations + layer * KRP * HP, image + W_HIDDEN + layer * NEXT,
             image + B_HIDDEN + layer * NEXT, first, last, tile // T * SIDE, tile % T * SIDE, H, H, 1,
-            HP, HP, HP, H, False, True, False, SIDE, SIDE, CHUNK, STAGES, PRECISION,
+            HP, HP, HP, H, False, True, False, False, SIDE, SIDE, CHUNK, STAGES, PRECISION, EMULATE,
         )  # fmt: skip
     elif pid < HIDDEN + OTHER:
         outer_product(
             d_operands, xs, image + W_X, image, first, last, (pid - HIDDEN) * SIDE, 0, H, A, 1,
-            HP, AP, AP, STRIDE, True, False, False, SIDE, AP, CHUNK, 1, EDGE,
+            HP, AP, AP, STRIDE, True, False, False, False, SIDE, AP, CHUNK, 1, EDGE, EMULATE,
         )  # fmt: skip
     elif pid < HIDDEN + 2 * OTHER:
         outer_product(
             d_floats, activations + (L - 1) * KRP * HP, image + W_OUT, image + B_OUT, first, last, 0,
             (pid - HIDDEN - OTHER) * SIDE, A, H, 1,
-            AP, HP, HP, H, True, True, False, AP, SIDE, CHUNK, 1, EDGE,
+            AP, HP, HP, H, True, True, False, True, AP, SIDE, CHUNK, 1, EDGE, EMULATE,
         )  # fmt: skip
     elif pid < HIDDEN + 2 * OTHER + WITH_STATES:
         tile = pid - HIDDEN - 2 * OTHER
         first, last = row_range(R.to(tl.int64), CHUNK)
         outer_product(
             d_state_part, states, image + W_STATE, image, first, last, tile % T * SIDE, tile // T * SS, H, S, N,
-            HP, S, S, STRIDE, True, False, True, SIDE, SS, CHUNK, 1, EDGE,
+            HP, S, S, STRIDE, True, False, True, True, SIDE, SS, CHUNK, 1, EDGE, EMULATE,
         )  # fmt: skip
     elif pid < HIDDEN + 2 * OTHER + WITH_STATES + OTHER * K:
         if PARAMETERS:
@@ -189,21 +196,25 @@ def _chain_products(
         tile = pid - HIDDEN - 2 * OTHER - WITH_STATES - OTHER * K
         SLICES: tl.constexpr = (S + SS - 1) // SS
         state_gradient(d_state_part, flat + W_STATE, d_states, tile // SLICES, tile % SLICES * SS, B, N, S, H, HP,
-                       STRIDE, STATES, SS, SIDE, EDGE)  # fmt: skip
+                       STRIDE, STATES, SS, SIDE, EDGE, EMULATE)  # fmt: skip
 
 
 @triton.jit
 def _time_features(e, flat, W_1: tl.constexpr, B_1: tl.constexpr, W_3: tl.constexpr, B_3: tl.constexpr,
                    D: tl.constexpr, DP: tl.constexpr, TP: tl.constexpr, KIND: tl.constexpr,
-                   EDGE: tl.constexpr):  # fmt: skip
-    """time_mlp of embeddings e [STEPS, DP]: (features [STEPS, DP], hidden [STEPS, TP], its slope)."""
+                   EDGE: tl.constexpr, EMULATE: tl.constexpr):  # fmt: skip
+    """time_mlp of embeddings e [STEPS, DP], operands: (features [STEPS, DP], hidden [STEPS, TP], its slope); features
+    and hidden as operands."""
     d, t = tl.arange(0, DP), tl.arange(0, TP)
     d_in, t_in = d < D, t < 2 * D
     w = tl.load(flat + W_1 + t[None, :] * D + d[:, None], d_in[:, None] & t_in[None, :], 0.0)  # [DP, TP]
-    z = tl.dot(e, w, input_precision=EDGE) + tl.load(flat + B_1 + t, t_in, 0.0)[None, :]
+    z = tl.dot(e, edge_operand(w, EDGE, EMULATE), input_precision=EDGE) + tl.load(flat + B_1 + t, t_in, 0.0)[None, :]
     h, slope = activate_with_slope(z, KIND)
+    h = edge_operand(h, EDGE, EMULATE)
     w = tl.load(flat + W_3 + d[None, :] * (2 * D) + t[:, None], t_in[:, None] & d_in[None, :], 0.0)  # [TP, DP]
-    return tl.dot(h, w, input_precision=EDGE) + tl.load(flat + B_3 + d, d_in, 0.0)[None, :], h, slope
+    w = edge_operand(w, EDGE, EMULATE)
+    features = tl.dot(h, w, input_precision=EDGE) + tl.load(flat + B_3 + d, d_in, 0.0)[None, :]
+    return edge_operand(features, EDGE, EMULATE), h, slope
 
 
 @triton.jit
@@ -235,6 +246,7 @@ def _chain_finish(
     BLOCK: tl.constexpr,
     SIDE: tl.constexpr,
     STEPS: tl.constexpr,
+    EMULATE: tl.constexpr,
 ):
     pid = tl.program_id(0)
     BLOCKS: tl.constexpr = (P + BLOCK - 1) // BLOCK
@@ -260,11 +272,13 @@ def _chain_finish(
         for start in range(0, K, STEPS):
             k = start + tl.arange(0, STEPS)
             e = tl.load(embedding + k[:, None] * D + d[None, :], (k < K)[:, None] & d_in[None, :], 0.0)
-            features, _, _ = _time_features(e, flat, W_1, B_1, W_3, B_3, D, DP, TP, KIND, EDGE)
+            e = edge_operand(e, EDGE, EMULATE)
+            features, _, _ = _time_features(e, flat, W_1, B_1, W_3, B_3, D, DP, TP, KIND, EDGE, EMULATE)
             d_table = tl.zeros((STEPS, SIDE), tl.float32)
             for part in range(parts):
                 d_table += tl.load(images + part * size + P + k[:, None] * HP + column[None, :], (k < K)[:, None], 0.0)
             d_bias += tl.sum(d_table, axis=0)
+            d_table = edge_operand(d_table, EDGE, EMULATE)
             d_weight = tl.dot(d_table.T, features, d_weight, input_precision=EDGE)
         tl.store(d_flat + BIAS + column, d_bias, column < H)
         tl.store(
@@ -276,7 +290,8 @@ def _chain_finish(
         for start in range(0, K, STEPS):
             k = start + tl.arange(0, STEPS)
             e = tl.load(embedding + k[:, None] * D + d[None, :], (k < K)[:, None] & d_in[None, :], 0.0)
-            features, h, slope = _time_features(e, flat, W_1, B_1, W_3, B_3, D, DP, TP, KIND, EDGE)
+            e = edge_operand(e, EDGE, EMULATE)
+            features, h, slope = _time_features(e, flat, W_1, B_1, W_3, B_3, D, DP, TP, KIND, EDGE, EMULATE)
             d_features = tl.zeros((STEPS, DP), tl.float32)
             for tile in range(T):
                 column = tile * SIDE + tl.arange(0, SIDE)
@@ -286,13 +301,15 @@ def _chain_finish(
                     d_table += tl.load(at, (k < K)[:, None], 0.0)
                 w = tl.load(flat + W_TIME + column[:, None] * STRIDE + d[None, :],
                             (column < H)[:, None] & d_in[None, :], 0.0)  # fmt: skip  # [SIDE, DP]
+                d_table, w = edge_operand(d_table, EDGE, EMULATE), edge_operand(w, EDGE, EMULATE)
                 d_features = tl.dot(d_table, w, d_features, input_precision=EDGE)
-            d_w3 = tl.dot(d_features.T, h, d_w3, input_precision=EDGE)
             d_b3 += tl.sum(d_features, axis=0)
+            d_features = edge_operand(d_features, EDGE, EMULATE)
+            d_w3 = tl.dot(d_features.T, h, d_w3, input_precision=EDGE)
             w = tl.load(flat + W_3 + d[:, None] * (2 * D) + t[None, :], d_in[:, None] & t_in[None, :], 0.0)  # [DP, TP]
-            d_z = tl.dot(d_features, w, input_precision=EDGE) * slope  # [STEPS, TP]
-            d_w1 = tl.dot(d_z.T, e, d_w1, input_precision=EDGE)
+            d_z = tl.dot(d_features, edge_operand(w, EDGE, EMULATE), input_precision=EDGE) * slope  # [STEPS, TP]
             d_b1 += tl.sum(d_z, axis=0)
+            d_w1 = tl.dot(edge_operand(d_z, EDGE, EMULATE).T, e, d_w1, input_precision=EDGE)
         tl.store(d_flat + W_1 + t[:, None] * D + d[None, :], d_w1, t_in[:, None] & d_in[None, :])
         tl.store(d_flat + B_1 + t, d_b1, t_in)
         tl.store(d_flat + W_3 + d[:, None] * (2 * D) + t[None, :], d_w3, d_in[:, None] & t_in[None, :])
@@ -432,4 +449,5 @@ def finish_kernel(spec: DenoiserSpec, precision: str) -> Kernel:
         BLOCK=_BLOCK,
         SIDE=min(_COLUMNS, s.HP),
         STEPS=_STEPS,
+        EMULATE=INTERPRETED,
     )

@@ -24,9 +24,9 @@ if importlib.util.find_spec("triton") is None:
 
 # Compiled in every run: the widths of the published policies, for each architecture that `dql kernels` has by default
 # and one with 99 KB. DQL_KERNELS='*' compiles every kernel of the list, which takes minutes.
-_PUBLISHED = "* [fb][pf][31][26] H256"  # fp32 and bf16
+_PUBLISHED = "* [ftb][pf][31][26] H256"  # fp32, tf32 and bf16
 ONLY = os.environ.get("DQL_KERNELS", f"{_PUBLISHED},{_PUBLISHED} R*,choose*,critic_finish")
-ON_TENSOR_CORES = re.compile("chain|critic_fwd|critic_bwd|product")
+ON_TENSOR_CORES = re.compile("chain|critic_fwd|critic_bwd|product|prologue")
 
 FITTING = aot.Report(
     kernel="k",
@@ -40,6 +40,9 @@ FITTING = aot.Report(
     warps=8,
     blocks_per_sm=2,
     instructions=dict.fromkeys((*aot.COUNTED, "total"), 0),
+    tf32_products=0,
+    tf32_roundings=0,
+    cvt_tf32=0,
     warnings=(),
     seconds=1.0,
 )
@@ -97,6 +100,20 @@ def test_products_are_on_tensor_cores(compiled, arch):
     assert rows
     without = [label for label, row in rows.items() if row["tensor_cores"] is None]
     assert not without, without
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+def test_tf32_operands_are_rounded(compiled, arch):
+    """By cvt.rna.tf32: left alone, tensor cores cut them off. bf16 has tf32 products at its edges; float32 has none of
+    its own, and rounds nothing: Triton takes its numbers apart. Which operands are rounded `test_triton` tells."""
+    rows = {label: row for label, row in compiled(arch).items() if ON_TENSOR_CORES.search(label)}
+    for precision in ("tf32", "bf16"):
+        of_tf32 = {label: row for label, row in rows.items() if f" {precision} " in label and row["tf32_products"]}
+        assert {row["kernel"] for row in of_tf32.values()} == {row["kernel"] for row in rows.values()}
+        without = [label for label, row in of_tf32.items() if not (row["tf32_roundings"] and row["cvt_tf32"])]
+        assert not without, without
+    fp32 = {label: row for label, row in rows.items() if " fp32 " in label}
+    assert fp32 and not any(row["tf32_products"] or row["tf32_roundings"] for row in fp32.values())
 
 
 # ------------------------------------------------------------------------------------- what a kernel is seen to be
@@ -184,6 +201,7 @@ def test_small_kernels_are_seen_as_they_are(odd):
         assert count["MUFU"] > 0 and count["BAR"] > 0
         assert count["total"] > sum(count[name] for name in aot.COUNTED)
         assert report.tensor_cores == (None if label == "small ieee" else "HMMA"), (label, arch)
+        assert (report.tf32_products, report.tf32_roundings) == (int(label == "small tf32"), 0)
         # the product of 16 x 64 x 64 by 128 threads; on tensor cores exp alone multiplies
         assert (count["FFMA"] >= 16 * 64 * 64 // 128) == (label == "small ieee"), (label, arch)
         assert 16 < report.registers < 255

@@ -33,7 +33,6 @@ from dql.kernels.cuda_plan import Tiling
 skip_without_emulator()
 
 Tensor = torch.Tensor
-ROUNDING = "bf16"  # of cases.plain_chain: the first and the last layer are float32
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +51,7 @@ def test_equals_the_transcription(case):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bf16(case):
-    check_bf16(case, "cuda", ROUNDING)
+    check_bf16(case, "cuda")  # the first and the last layer are float32
 
 
 @pytest.mark.parametrize("case", CASES[::4], ids=str)

@@ -76,9 +76,9 @@ def _polar(words: "*i32", radius: "*fp32", cosine: "*fp32", sine: "*fp32", N: tl
 
 
 @triton.jit
-def _round(x: "*fp32", out: "*fp32", N: tl.constexpr, BF16: tl.constexpr, EMULATE: tl.constexpr):
+def _round(x: "*fp32", out: "*fp32", N: tl.constexpr, BF16: tl.constexpr, HOW: tl.constexpr, EMULATE: tl.constexpr):
     i = tl.program_id(0) * N + tl.arange(0, N)
-    tl.store(out + i, ops.rounded_operand(tl.load(x + i), BF16, EMULATE).to(tl.float32))
+    tl.store(out + i, ops.rounded_operand(tl.load(x + i), BF16, HOW, EMULATE).to(tl.float32))
 
 
 def poisoned(*shape):
@@ -172,30 +172,59 @@ def test_uniform_is_the_noise_stream_exactly(seed, offset):
     assert torch.equal(out.cpu().double(), want)
 
 
+def numbers_to_round(bits_cut):
+    """float32: many with any bits and with those that decide, at and beside ties, of either sign, and the special."""
+    generator = torch.Generator().manual_seed(0)
+    half = 1 << (bits_cut - 1)
+    upper = torch.randint(-(1 << 31), 1 << 31, (1 << 14,), generator=generator) >> bits_cut << bits_cut
+    ties = torch.cat([upper + low for low in (0, 1, half - 1, half, half + 1, 2 * half - 1)])
+    special = torch.tensor([0x7F800000, 0x7F800001, 0x7FFFFFFF, 0x7F7FFFFF, 0, 1, 0x8000, 0x8001])
+    at_the_end = 0x7F800000 - torch.tensor([1, half - 1, half, half + 1, 2 * half])  # may round to infinity
+    anything = torch.randint(-(1 << 31), 1 << 31, (1 << 14,), generator=generator)
+    bits = torch.cat([ties, anything, *(x - sign for x in (special, at_the_end) for sign in (0, 1 << 31))])
+    x = torch.zeros(-(-bits.numel() // 1024) * 1024)
+    x[: bits.numel()] = bits.to(torch.int32).view(torch.float32)
+    return x
+
+
+def rounded(x, emulate, bf16=False, how="tf32"):
+    out = poisoned(x.numel())
+    kernel = Kernel.of(_round, num_warps=4, N=1024, BF16=bf16, HOW=how, EMULATE=emulate)
+    kernel.launch((x.numel() // 1024, 1, 1), x.to(DEVICE), out)
+    return out.cpu()
+
+
+def assert_rounded(got, want):
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(got.signbit()[~want.isnan()], want.signbit()[~want.isnan()])
+
+
 @pytest.mark.parametrize("emulate", [True, False], ids=["emulated", "compiled"])
-def test_operand_is_rounded_to_nearest_even(emulate):
+def test_bf16_operand_is_rounded_to_nearest_even(emulate):
     if INTERPRETED and not emulate:
         pytest.skip("the interpreter's conversion to bfloat16 truncates; it needs a CUDA device")
-    generator = torch.Generator().manual_seed(0)
-    upper = torch.randint(-(1 << 15), 1 << 15, (1 << 14,), generator=generator) << 16
-    ties = torch.cat([upper + low for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)])
-    special = torch.tensor(
-        [0x7F800000, 0x7F800001, 0x7FFFFFFF, 0x7F7FFFFF, 0x7F7F8000, 0x7F7F7FFF, 0, 1, 0x8000, 0x8001]
-    )
-    anything = torch.randint(-(1 << 31), 1 << 31, (1 << 14,), generator=generator)
-    bits = torch.cat([ties, anything, special, special - (1 << 31)])
-    N = 1 << 10
-    x = torch.zeros(-(-bits.numel() // N) * N, device=DEVICE)
-    x[: bits.numel()] = bits.to(torch.int32).view(torch.float32).to(DEVICE)
-    out = poisoned(x.numel())
-    Kernel.of(_round, num_warps=4, N=N, BF16=True, EMULATE=emulate).launch((x.numel() // N, 1, 1), x, out)
-    torch.testing.assert_close(out, x.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(out.signbit()[~x.isnan()], x.signbit()[~x.isnan()])
+    x = numbers_to_round(16)
+    assert_rounded(rounded(x, emulate, bf16=True), x.bfloat16().float())
+
+
+@pytest.mark.parametrize("emulate", [True, False], ids=["emulated", "compiled"])
+def test_tf32_operand_is_rounded_to_nearest_away_from_zero(emulate):
+    """To 10 bits of fraction; what rounds to 2^128 is infinite, and what is no number stays none.
+
+    NaN here is as arithmetic makes it: the machine code of cvt.rna.tf32 masks the lowest 13 bits of any.
+    """
+    if INTERPRETED and not emulate:
+        pytest.skip("the interpreter has no PTX; it needs a CUDA device")
+    x = numbers_to_round(13)
+    x[x.isnan()] = NAN
+    exact = x.double()
+    _, exponent = torch.frexp(exact)  # |x| of [1/2, 1) 2^exponent
+    last = torch.ldexp(torch.ones_like(exact), exponent.clamp(min=-125) - 11)  # below 2^-126 the spacing stays
+    want = torch.where(exact.isfinite(), exact.sign() * ((exact / last).abs() + 0.5).floor() * last, exact)
+    assert_rounded(rounded(x, emulate), want.float().copysign(x))
 
 
 @pytest.mark.parametrize("emulate", [True, False])
 def test_float32_operand_is_left_alone(emulate):
-    x = torch.randn(1 << 10, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    out = poisoned(x.numel())
-    Kernel.of(_round, num_warps=4, N=1 << 10, BF16=False, EMULATE=emulate).launch((1, 1, 1), x, out)
-    assert torch.equal(out, x)
+    x = numbers_to_round(13)
+    assert torch.equal(rounded(x, emulate, how="tf32x3").view(torch.int32), x.view(torch.int32))
