@@ -6,6 +6,7 @@ from dql.backends import BackendUnavailable, backends
 from dql.checkpoint import CheckpointError
 from dql.config import TUNED, Config
 from dql.data import Batch, TransitionDataset, load_dataset
+from dql.finite import check_states
 from dql.graphed import GraphedSampler
 from dql.graphed_update import GraphedUpdate
 from dql.networks import Denoiser, TwinCritic
@@ -21,6 +22,7 @@ __all__ = [
     "select",
     "set_policy",
     "GraphedSampler",
+    "check_states",
     "backends",
     "noise",
     # policies and their parts

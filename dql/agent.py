@@ -23,6 +23,7 @@ from dql.checkpoint import FILE, CheckpointError, checked_device, load_tensors, 
 from dql.config import Config
 from dql.data import Batch
 from dql.draws import Draws, UpdateSeeds
+from dql.finite import raise_if_set
 from dql.kernels import native
 from dql.networks import FlatModule, TwinCritic
 from dql.optimizer import FlatAdam
@@ -175,7 +176,9 @@ class DiffusionBC:
         """
         if isinstance(states, np.ndarray):
             tensor = torch.as_tensor(states, dtype=self.policy.dtype, device=self.device)
-            return self.act(tensor, seed=seed).cpu().numpy()
+            actions = self.act(tensor, seed=seed).cpu().numpy()
+            raise_if_set(tensor.device)  # they are here, so this is certain
+            return actions
         if not isinstance(states, Tensor):
             raise TypeError(
                 f"states must be a tensor or a NumPy array, got {type(states).__name__}; "

@@ -48,6 +48,7 @@ class Chain:
         max_action: the bound of actions and predicted x0.
         precision: "fp32", "tf32" or "bf16".
         kept: what backends derive from the denoiser and keep with it.
+        report: whether a later call is to raise if the backend finds, on the device, that states are not finite.
     """
 
     flat: Tensor
@@ -61,12 +62,14 @@ class Chain:
     max_action: float
     precision: str
     kept: Kept
+    report: bool = False
 
 
 class Backend(ABC):
     """A way to run chains. `name` is what callers say; see `register` for the order of "auto"."""
 
     name: str
+    finds_bad_states: bool = False  # by itself, on the device, without waiting for it: see dql/finite.py
 
     def only_by_name(self) -> str | None:
         """Why "auto" must not take it here although it can run, or None."""
@@ -93,7 +96,8 @@ class Backend(ABC):
 
         It fills the actions, or returns False with nothing written if anything is not as it was: other sizes, dtypes
         or strides, states that are not finite, and parameters (`places`) or objects (`held`) that were replaced; see
-        `dql.kernels.native.intact`.
+        `dql.kernels.native.intact`. With `finds_bad_states` it does not look at the states, and returns False if those
+        of an earlier call were not finite.
         """
         return None
 

@@ -5,7 +5,6 @@ kernels/chain_runner.py; both are made once and kept with what they belong to.
 """
 
 import contextlib
-import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from dql.backends import Backend, Chain, timestep_embedding
+from dql.finite import alarm
 from dql.kernels import limits, native
 from dql.kernels.capture import refuse_while_capturing
 from dql.networks import TwinCritic
@@ -25,6 +25,7 @@ class GpuBackend(Backend):
     """float32, tf32 or bf16 operands; sums, the chain and its update are float32. The gradient has the precision of its
     forward pass. Where the kernels are not run by a GPU but in its place, for tests, tensors are on the CPU."""
 
+    finds_bad_states = True
     in_place: str  # of a GPU the kernels may be "interpreted" or "emulated" ...
     stand_in: str  # ... if this environment variable is 1
 
@@ -46,7 +47,8 @@ class GpuBackend(Backend):
 
     @abstractmethod
     def run_select(self, *arguments: Any) -> Tensor:
-        """chain runner, critic runner, flat, critic's flat, states, N, noise or None, seed, draw seed -> [B, A]."""
+        """chain runner, critic runner, flat, critic's flat, states, N, noise or None, seed, draw seed, told or None ->
+        [B, A]."""
 
     @abstractmethod
     def run_normal(self, seed: int | Tensor, K: int, B: int, A: int, device: torch.device) -> Tensor:
@@ -79,7 +81,7 @@ class GpuBackend(Backend):
         noise = None if chain.noise is None else chain.noise.contiguous()
         with on_device_of(chain.flat):
             return self.chain_runner(chain).forward(
-                chain.flat, chain.states.contiguous(), chain.candidates, noise, chain.seed, save
+                chain.flat, chain.states.contiguous(), chain.candidates, noise, chain.seed, save, _told(chain)
             )
 
     def backward(
@@ -125,6 +127,7 @@ class GpuBackend(Backend):
                 noise,
                 chain.seed,
                 draw_seed,
+                _told(chain),
             )
 
     def takes(self, critic: TwinCritic, precision: str) -> bool:
@@ -164,15 +167,16 @@ class _Prepared:
         self.flat, self.places, self.held, self.S = chain.flat, places, held, chain.spec.state_dim
         self.base = chain.flat.data_ptr()
         self.runner = runner
+        found = alarm(chain.flat.device)
+        self.told, self.found = found.word, found.cell
         self.plans: dict[int, Any] = {}
 
     def run(self, states: Tensor, actions: Tensor, seed: int) -> bool:
         fits = states.dtype is actions.dtype is torch.float32 and states.device == self.flat.device
         if not fits or not states.is_contiguous() or states.dim() != 2 or states.shape[1] != self.S or not len(states):
             return False
-        if self.flat.is_cuda and torch.cuda.is_current_stream_capturing():
-            return False  # looking at the states would wait for them
-        if not native.intact(self.places, self.held, self.base) or not math.isfinite(states.sum().item()):
+        # Looking at the states would wait for them: the kernels do that. Whether an earlier call's were bad is known.
+        if self.found.value or not native.intact(self.places, self.held, self.base):
             return False
         B = len(states)
         plan = self.plans.get(B)
@@ -181,8 +185,13 @@ class _Prepared:
                 self.plans.clear()
             plan = self.plans[B] = self.runner.plan(B)
         with on_device_of(self.flat):
-            plan.run(self.flat, states, None, seed, actions)
+            plan.run(self.flat, states, None, seed, actions, self.told)
         return True
+
+
+def _told(chain: Chain) -> Tensor | None:
+    """Where the kernels tell of states that are not finite; None where nobody wants to know."""
+    return alarm(chain.flat.device).word if chain.report else None
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[None]:

@@ -2,6 +2,7 @@
 
 import torch
 
+from dql import finite
 from dql.kernels.capture import capturing
 from dql.networks import TwinCritic
 from dql.policy import DiffusionPolicy
@@ -15,8 +16,10 @@ class GraphedSampler:
     """`dql.sample` (with a critic `dql.select`) for batches of one size, replayed as a CUDA graph, without gradients.
 
     One sampler serves one stream at a time. Each replay draws anew from torch's generator of that GPU
-    (`torch.cuda.manual_seed` makes replays repeat) and reads the parameters as they are then. States are not looked at:
-    NaN in them gives NaN.
+    (`torch.cuda.manual_seed` makes replays repeat) and reads the parameters as they are then. As in
+    `dql.sample` nothing waits for the GPU: "cuda" and "triton" make the actions of states that hold NaN or infinity
+    NaN, and a later call raises, a replay or another; `dql.check_states()` waits, and then is certain. "eager" does not
+    look.
 
     Args:
         policy: on a GPU.
@@ -97,7 +100,8 @@ class GraphedSampler:
             `self.actions`: clone it to keep it over the next call.
 
         Raises:
-            ValueError: states of another shape, dtype or device than the graph's.
+            ValueError: states of another shape, dtype or device than the graph's; those of an earlier call on this GPU
+                held NaN or infinity, see `dql.sample`.
             RuntimeError: the policy or the critic was moved or cast since.
         """
         check_states_fit(states, self.policy)
@@ -113,8 +117,11 @@ class GraphedSampler:
         """Runs the graph on what `self.states` holds; returns `self.actions`.
 
         Raises:
+            ValueError: the states of an earlier call on this GPU held NaN or infinity, see `dql.sample`; this one was
+                not run.
             RuntimeError: the policy or the critic was moved or cast since.
         """
+        finite.raise_if_set(self.states.device)
         for owner, buffer in self._buffers:
             if owner.buffer is not buffer:
                 raise RuntimeError(

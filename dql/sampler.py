@@ -3,11 +3,13 @@
 import math
 import numbers
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 
+from dql import finite
 from dql import noise as noise_stream
 from dql.backends import PRECISIONS, Backend, BackendUnavailable, Chain, pick, registry
 from dql.kernels import native
@@ -104,7 +106,10 @@ def sample(
 
     Raises:
         ValueError: an argument that does not fit the policy, with its name and both values; NaN or infinity in the
-            states (looked for on a GPU too, at the price of a sync, but not while a CUDA graph is captured).
+            states. With "cuda" and "triton" the second call of a kind and those after it (without gradients, noise,
+            candidates and num_steps), and calls in a CUDA graph, do not wait for the GPU to learn that: the actions of
+            such states are NaN, those of others as ever, and a later call of `sample`, `select` or `GraphedSampler` on
+            that GPU raises, if its kernel has run by then. `dql.check_states()` waits, and then is certain.
         TypeError: states that are no tensor, or a policy that is none.
         BackendUnavailable: the named backend cannot run this here.
 
@@ -115,7 +120,7 @@ def sample(
     if torch.compiler.is_compiling():
         run: Callable[..., Tensor] = torch._dynamo.disable(sample)
     else:
-        run = run_chain
+        run = partial(run_chain, report=True)
         policy = _policy(policy)
         if noise is None:
             drawn = _fresh_seed(policy) if seed is None else noise_stream.check_seed(seed)
@@ -124,7 +129,11 @@ def sample(
                 actions = _sample_prepared(states, policy, backend, drawn, sampler, precision)
                 if actions is not None:
                     return actions
-        _check_states(states, policy)
+        try:
+            _check_states(states, policy)
+        except ValueError:
+            policy.kept.clear()  # the next call looks at its states at once
+            raise
     return run(
         states,
         policy,
@@ -234,7 +243,7 @@ def select(
             precision=precision,
         )
     policy = _policy(policy)
-    _check_states(states, policy)
+    check_states_fit(states, policy)
     critic = _check_critic(critic, policy)
     if num_candidates is None:
         raise ValueError("select needs num_candidates, the number of actions to choose from; the published one is 50")
@@ -253,10 +262,17 @@ def select(
             precision,
         )
         runner = pick(backend, chain)
+        seen = ("select", runner.name)
+        first = policy.kept.pop(seen, None) is None  # it waits for its states, as in `sample`
+        finite.raise_if_set(states.device)
+        if first:
+            _check_finite("states", states)
         if states.shape[0] == 0:
             return states.new_zeros(0, policy.action_dim)
         denoiser.check_intact()
         critic.check_intact()
+        if runner.finds_bad_states:
+            policy.kept[seen] = True
         if (chosen := runner.select(chain, critic, draw_seed)) is not None:
             return chosen
         candidates = runner.forward(chain, save=False)[0].view(states.shape[0], chain.candidates, -1)  # [B, N, A]
@@ -278,13 +294,16 @@ def run_chain(
     num_steps: int | None = None,
     precision: str = "fp32",
     at_once: bool = False,
+    report: bool = False,
 ) -> Tensor:
     """`sample` for states that are known to be good: training uses it, whose data were checked when loaded.
 
-    With `at_once` the parameters' gradient is added to `flat.grad` as a whole, see `FlatModule.gradient_leaves`.
+    With `at_once` the parameters' gradient is added to `flat.grad` as a whole, see `FlatModule.gradient_leaves`. With
+    `report` a later call of `sample` raises if kernels find a state that is not finite; what others train with is no
+    business of whoever samples next.
     """
     denoiser: Denoiser = policy._modules["denoiser"]  # type: ignore[assignment]  # past nn.Module's slow attributes
-    chain = _chain(states, policy, denoiser, num_candidates, noise, seed, sampler, num_steps, precision)
+    chain = _chain(states, policy, denoiser, num_candidates, noise, seed, sampler, num_steps, precision, report)
     runner = pick(backend, chain)
     parameters = denoiser.gradient_leaves(at_once) if torch.is_grad_enabled() else ()
     if chain.states.shape[0] == 0:
@@ -309,6 +328,7 @@ def _chain(
     sampler: str | StepTable,
     num_steps: int | None,
     precision: str,
+    report: bool = True,
 ) -> Chain:
     """The chain to run, with the arguments of `sample` checked."""
     table = checked_table(policy, sampler, num_steps)
@@ -343,6 +363,7 @@ def _chain(
         policy.max_action,
         precision,
         denoiser.kept,
+        report,
     )
 
 
@@ -379,6 +400,7 @@ def checked_table(policy: DiffusionPolicy, sampler: str | StepTable, num_steps: 
 
 def _check_states(states: Tensor, policy: DiffusionPolicy) -> None:
     check_states_fit(states, policy)
+    finite.raise_if_set(states.device)
     _check_finite("states", states)
 
 
@@ -403,7 +425,7 @@ def _check_finite(name: str, values: Tensor) -> None:
     if simple and _all_finite is not None and _all_finite(values):
         return
     values = values.detach()
-    if values.is_cuda and torch.cuda.is_current_stream_capturing():
+    if finite.capturing(values.device):
         return
     if math.isfinite(values.sum().item()):  # one pass; the rare finite values that overflow are looked at closely
         return

@@ -55,7 +55,14 @@ class ChainRunner:
         self.operand = torch.bfloat16 if precision == "bf16" and not INTERPRETED else torch.float32
 
     def forward(
-        self, flat: Tensor, states: Tensor, candidates: int, noise: Tensor | None, seed: int | Tensor, save: bool
+        self,
+        flat: Tensor,
+        states: Tensor,
+        candidates: int,
+        noise: Tensor | None,
+        seed: int | Tensor,
+        save: bool,
+        told: Tensor | None = None,
     ) -> tuple[Tensor, ChainSaved | None]:
         """Runs the chain.
 
@@ -66,6 +73,8 @@ class ChainRunner:
             noise: [K, R, A], contiguous, or None: then the seed's stream.
             seed: 0 .. 2^64 - 1; or an int64 tensor [1] on the device, read when the kernel runs.
             save: keep what `backward` needs.
+            told: int32 [1], on the device or in pinned memory, set to 1 if a state holds NaN or infinity; or None.
+                Such a state's actions are NaN.
 
         Returns:
             (actions [R, A], saved or None).
@@ -73,7 +82,7 @@ class ChainRunner:
         B = len(states)
         plan = self.plan(B, candidates, noise is not None, save)
         actions = torch.empty(B * candidates, self.spec.action_dim, dtype=torch.float32, device=self.device)
-        floats, operands = plan.run(flat, states, noise, seed, actions)
+        floats, operands = plan.run(flat, states, noise, seed, actions, told)
         return actions, ChainSaved(floats, operands, plan.rows) if save else None
 
     def plan(self, B: int, candidates: int = 1, noise: bool = False, save: bool = False) -> "ChainPlan":
@@ -144,13 +153,19 @@ class ChainPlan:
     sizes: tuple[int, int, int, int]  # R, B, N, K
 
     def run(
-        self, flat: Tensor, states: Tensor, noise: Tensor | None, seed: int | Tensor, actions: Tensor
+        self,
+        flat: Tensor,
+        states: Tensor,
+        noise: Tensor | None,
+        seed: int | Tensor,
+        actions: Tensor,
+        told: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Fills actions [R, A]; the other arguments are those of `ChainRunner.forward`. Returns (floats, operands)."""
         runner, device = self.runner, self.runner.device
         floats = torch.empty(self.n_floats, dtype=torch.float32, device=device)
         operands = torch.empty(self.n_operands, dtype=runner.operand, device=device)
-        self.prologue.launch(flat, runner.embedding, states, floats, operands)
+        self.prologue.launch(flat, runner.embedding, states, floats, operands, told)
         at, number, in_memory = seed_arguments(seed, device)
         self.kernel.launch(
             (self.tiles, 1, 1),

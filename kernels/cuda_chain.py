@@ -90,7 +90,14 @@ class ChainRunner(Launcher):
         self.table, self.embedding, self.max_action = table, embedding, max_action
 
     def forward(
-        self, flat: Tensor, states: Tensor, candidates: int, noise: Tensor | None, seed: int | Tensor, save: bool
+        self,
+        flat: Tensor,
+        states: Tensor,
+        candidates: int,
+        noise: Tensor | None,
+        seed: int | Tensor,
+        save: bool,
+        told: Tensor | None = None,
     ) -> tuple[Tensor, ChainSaved | None]:
         """Runs the chain.
 
@@ -101,13 +108,15 @@ class ChainRunner(Launcher):
             noise: [K, R, A], contiguous, or None: then the seed's stream.
             seed: 0 .. 2^64 - 1; or an int64 tensor [1] on the device, read when the kernel runs.
             save: keep what `backward` needs.
+            told: int32 [1], on the device or in pinned memory, set to 1 if a state holds NaN or infinity; or None.
+                Such a state's actions are NaN.
 
         Returns:
             (actions [R, A], saved or None).
         """
         plan = self.plan(len(states), candidates, save)
         actions = self.floats(len(states) * candidates, self.spec.action_dim)
-        saved = plan.run(flat, states, noise, seed, actions)
+        saved = plan.run(flat, states, noise, seed, actions, told)
         return actions, saved
 
     def plan(self, B: int, candidates: int = 1, save: bool = False) -> "ChainPlan":
@@ -175,7 +184,13 @@ class ChainPlan:
     sizes: tuple[int, int, int]  # B, N, K
 
     def run(
-        self, flat: Tensor, states: Tensor, noise: Tensor | None, seed: int | Tensor, actions: Tensor
+        self,
+        flat: Tensor,
+        states: Tensor,
+        noise: Tensor | None,
+        seed: int | Tensor,
+        actions: Tensor,
+        told: Tensor | None = None,
     ) -> ChainSaved | None:
         """Fills actions [R, A]; the other arguments are those of `ChainRunner.forward`."""
         runner, numbers, place = self.runner, self.tiling.numbers(self.runner.precision), self.runner.place
@@ -186,7 +201,7 @@ class ChainPlan:
         base = packed.data_ptr()
         runner.module.prologue(
             runner.mlp, *numbers, int(save), flat.data_ptr(), runner.embedding.data_ptr(), states.data_ptr(), B, K,
-            base, *place,
+            base, address(told), *place,
         )  # fmt: skip
         runner.module.chain_forward(
             runner.mlp, *numbers, int(save), 0, 1, flat.data_ptr(), base, runner.table.data_ptr(), B, N, K,

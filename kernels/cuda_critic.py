@@ -67,7 +67,7 @@ class CriticRunner(Launcher):
         packed, q = self.bytes(packed_bytes), self.floats(n, R)
         saved = self.bytes(saved_bytes) if save else None
         self.module.prologue(
-            self.mlp, *numbers, int(save), flat.data_ptr(), 0, states.data_ptr(), B, 1, packed.data_ptr(), *place
+            self.mlp, *numbers, int(save), flat.data_ptr(), 0, states.data_ptr(), B, 1, packed.data_ptr(), 0, *place
         )
         self.module.chain_forward(
             self.mlp, *numbers, int(save), which[0], n, flat.data_ptr(), packed.data_ptr(), 0, B, candidates, 1, 0.0,
@@ -139,6 +139,7 @@ def select(
     noise: Tensor | None,
     seed: int | Tensor,
     draw_seed: int | Tensor,
+    told: Tensor | None = None,
 ) -> Tensor:
     """The published acting rule: N candidates a state, one drawn from softmax(min(Q_1, Q_2)).
 
@@ -152,11 +153,12 @@ def select(
         noise: [K, R, A], contiguous, or None: then the seed's stream.
         seed: of the noise, as for `ChainRunner.forward`.
         draw_seed: of the draw, likewise.
+        told: as for `ChainRunner.forward`.
 
     Returns:
         actions [B, A].
     """
-    actions, _ = chain.forward(flat, states, candidates, noise, seed, save=False)
+    actions, _ = chain.forward(flat, states, candidates, noise, seed, False, told)
     q, _ = critic.forward(critic_flat, states, actions, candidates, (0, 1), save=False)
     return choose(q, actions, candidates, draw_seed)
 

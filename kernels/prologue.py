@@ -36,10 +36,12 @@ def _prologue(
     states: "*fp32 any",  # [B, S]
     floats: "*fp32",  # written: packed floats, time table, state part
     operands: "*op",  # written: packed operands
+    told: "*i32",  # [1], set to 1 if a state holds NaN or infinity, if tell; on the device or in pinned memory
     n_floats: "i32",
     n_operands: "i32",
     K: "i32",  # 0 for critics
     B: "i32",
+    tell: "i32",
     S: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -109,12 +111,19 @@ def _prologue(
         part = tl.zeros((STATES, HP), tl.float32)
         if D == 0:
             part += tl.load(flat + BIAS + network * APART + column, column < H, 0.0)[None, :]
+        seen = tl.zeros((STATES, SLICE), tl.int32)
         for start in range(0, S, SLICE):
             i = start + tl.arange(0, SLICE)
             s = tl.load(states + b[:, None] * S + i[None, :], (b < B)[:, None] & (i < S)[None, :], 0.0)
+            seen = tl.where(tl.abs(s) < float("inf"), seen, 1)  # 1: NaN or infinity
             w = tl.load(weight + column[None, :] * STRIDE + i[:, None], (i < S)[:, None] & (column < H)[None, :], 0.0)
             s, w = edge_operand(s, EDGE, EMULATE), edge_operand(w, EDGE, EMULATE)
             part = tl.dot(s, w, part, input_precision=EDGE)
+        # Of a bad state every column is NaN, and with it all that follows from that state: infinity alone might end as
+        # an action within the bounds.
+        bad = tl.max(seen, axis=1) > 0  # [STATES]
+        part = tl.where(bad[:, None], float("nan"), part)
+        tl.store(told + tl.zeros((STATES,), tl.int32), 1, bad & (tell != 0))
         out = floats + n_floats + K.to(tl.int64) * HP + network.to(tl.int64) * B * HP
         tl.store(out + b[:, None] * HP + column[None, :], part, (b < B)[:, None])
 
@@ -129,14 +138,27 @@ class Prologue:
         self.networks = sizes.networks
         self.blocks = sum(triton.cdiv(len(index), _BLOCK) for index in self.index)
 
-    def launch(self, flat: Tensor, embedding: Tensor | None, states: Tensor, floats: Tensor, operands: Tensor) -> None:
-        """Fills the heads of `floats` and `operands`; K is the number of rows of the embedding."""
+    def launch(
+        self,
+        flat: Tensor,
+        embedding: Tensor | None,
+        states: Tensor,
+        floats: Tensor,
+        operands: Tensor,
+        told: Tensor | None = None,
+    ) -> None:
+        """Fills the heads of `floats` and `operands`; K is the number of rows of the embedding.
+
+        Where a state holds NaN or infinity, its part is NaN throughout and `told` (int32 [1], on the device or in
+        pinned memory, or None) is set to 1.
+        """
         K, B = 0 if embedding is None else len(embedding), len(states)
         programs = self.blocks + triton.cdiv(K, _STEPS) + self.networks * triton.cdiv(B, _STATES)
         on_floats, on_operands = self.index
         self.kernel.launch(
             (programs, 1, 1),
-            flat, on_floats, on_operands, embedding, states, floats, operands, len(on_floats), len(on_operands), K, B,
+            flat, on_floats, on_operands, embedding, states, floats, operands,
+            on_floats if told is None else told, len(on_floats), len(on_operands), K, B, int(told is not None),
         )  # fmt: skip
 
 

@@ -344,6 +344,7 @@ def select(
     noise: Tensor | None,
     seed: int | Tensor,
     draw_seed: int | Tensor,
+    told: Tensor | None = None,
 ) -> Tensor:
     """The published acting rule: N candidates a state, one drawn from softmax(min(Q_1, Q_2)).
 
@@ -357,11 +358,12 @@ def select(
         noise: [K, R, A], contiguous, or None: then the seed's stream.
         seed: of the candidates; 0 .. 2^64 - 1, or an int64 tensor [1] on the device, read when the kernel runs.
         draw_seed: of the draw, likewise.
+        told: as for `ChainRunner.forward`.
 
     Returns:
         actions [B, A].
     """
-    actions, _ = chain.forward(flat, states, candidates, noise, seed, save=False)  # [R, A]
+    actions, _ = chain.forward(flat, states, candidates, noise, seed, False, told)  # [R, A]
     q, _ = critic.forward(critic_flat, states, actions, candidates, (0, 1), save=False)  # [2, R]
     return choose(q, actions, candidates, draw_seed)
 

@@ -57,18 +57,23 @@ def test_resident_weights_are_for_architectures_with_clusters():
 
 
 @cache
-def disassembly() -> dict[str, dict[str, Counter]]:
-    """architecture -> kernel -> instructions."""
+def sass() -> str:
+    """The machine code of all kernels."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("the disassembler comes with Triton, which is not installed: pip install triton (Linux only)")
     import triton
 
     extension = Path(native_build.__file__).parent / native_build.CUDA.file
     command = [triton.knobs.nvidia.cuobjdump.path, "--dump-sass", str(extension)]
-    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@cache
+def disassembly() -> dict[str, dict[str, Counter]]:
+    """architecture -> kernel -> instructions."""
     rows: dict[str, dict[str, Counter]] = {}
     arch = ""
-    for part in re.split(r"(?=arch = sm_|Function : )", sass):
+    for part in re.split(r"(?=arch = sm_|Function : )", sass()):
         if head := re.match(r"arch = sm_(\w+)", part):
             arch = head[1]
         elif head := re.match(r"Function : (\w+)", part):
@@ -112,6 +117,13 @@ def test_the_prologue_divides_32_bits():
     for arch in (arch for arch in RECORD["architectures"] if int(arch) >= 90):
         (count,) = (count for name, count in disassembly()[arch].items() if "prologue" in name)
         assert count["CALL"] == 0
+
+
+@built
+def test_no_bound_swallows_nan():
+    """Clamps and activations keep it: the actions of states that are not finite are NaN."""
+    kinds = Counter(re.findall(r"FMNMX[.\w]*", sass()))
+    assert set(kinds) == {"FMNMX.NAN"}
 
 
 @built

@@ -251,3 +251,73 @@ def test_graphed_sampler_with_a_critic(backend):
     policy.cpu()
     with pytest.raises(RuntimeError, match="Denoiser was moved"):
         sampler.replay()
+
+
+# States that are not finite; see `test_bad_states`
+
+
+@pytest.mark.parametrize("with_critic", [False, True])
+def test_graphed_samplers_tell_of_bad_states(with_critic, backend):
+    policy, states = gpu_policy(), gpu_states(16)
+    critic = make_critic().to("cuda") if with_critic else None
+    sampler = dql.GraphedSampler(policy, 16, critic=critic, backend=backend)
+    assert sampler.run(states).isfinite().all()
+    dql.check_states()
+    bad = states.clone()
+    bad[3, 1] = float("inf")
+    assert sampler.run(bad).isnan().all(dim=1).tolist() == [row == 3 for row in range(16)]  # waits
+    with pytest.raises(ValueError, match="the states of a call before this one"):
+        sampler.run(states)
+    assert sampler.run(states).isfinite().all()
+    dql.check_states()
+
+
+def test_a_graph_of_ones_own_tells_of_bad_states(backend):
+    policy, states = gpu_policy(), gpu_states(16)
+    with torch.no_grad():
+        graph, actions = captured(lambda: sample(states, policy, backend))
+    states[3, 1] = float("nan")
+    graph.replay()
+    with pytest.raises(ValueError, match="the states of a call before this one"):
+        dql.check_states("cuda")
+    assert actions.isnan().all(dim=1).tolist() == [row == 3 for row in range(16)]
+    dql.check_states()
+
+
+def test_repeated_calls_wait_for_nothing(backend):
+    """Nor do they with a report on its way: the GPU is busy when they return."""
+    policy, critic, states = gpu_policy(), make_critic().to("cuda"), gpu_states(16)
+    sampler = dql.GraphedSampler(policy, 16, backend=backend)
+    calls = [
+        lambda: sample(states, policy, backend),
+        lambda: dql.select(states, policy, critic, backend=backend),
+        lambda: sampler.run(states),
+    ]
+    with torch.no_grad():
+        for call in calls * 3:
+            call()
+        torch.cuda.synchronize()
+        states[3, 1] = float("nan")
+        torch.cuda._sleep(1_000_000_000)  # clocks: about half a second
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for call in calls * 10:
+                call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert not torch.cuda.current_stream().query(), "they waited"
+    with pytest.raises(ValueError, match="the states of a call before this one"):
+        dql.check_states()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU")
+def test_each_gpu_tells_for_itself(backend):
+    policy, states = gpu_policy().to("cuda:1"), gpu_states(16).to("cuda:1")
+    with torch.no_grad():
+        for _ in range(3):
+            sample(states, policy, backend)
+        states[3, 1] = float("nan")
+        sample(states, policy, backend)
+    dql.check_states("cuda:0")
+    with pytest.raises(ValueError, match="on cuda:1"):
+        dql.check_states()

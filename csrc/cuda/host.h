@@ -54,6 +54,7 @@ struct PrologueJob {
     int64_t B;
     int K;                   // 1 of critics
     char* packed;            // written: see Packed
+    int32_t* told;           // null, or set to 1 if a state holds NaN or infinity: the device's, or pinned memory
 };
 void prologue(const PrologueJob& job, Stream stream);
 

@@ -175,7 +175,7 @@ DQL_CUDA_FUNCTION(gradient_workspace) {
 
 DQL_CUDA_FUNCTION(prologue) {
     return guarded([&] {
-        Reader args(items, count, 14, "prologue");
+        Reader args(items, count, 15, "prologue");
         cuda::PrologueJob job = {};
         job.net = args.handle<MlpHandle>();
         job.tiling = args.tiling();
@@ -183,6 +183,7 @@ DQL_CUDA_FUNCTION(prologue) {
         job.flat = args.pointer(), job.embedding = args.address(), job.states = args.pointer();
         job.B = args.integer(), job.K = args.number_of();
         job.packed = reinterpret_cast<char*>(args.pointer());
+        job.told = args.address<int32_t>();
         args.on_device();
         const cuda::Stream stream = args.stream();
         return launched([&] { cuda::prologue(job, stream); });
@@ -304,7 +305,7 @@ PyMethodDef methods[] = {
     DQL_ENTRY(shared_bytes, "mlp, " DQL_TILING ", backward -> bytes"),
     DQL_ENTRY(max_clusters, "ordinal, mlp, " DQL_TILING ", backward -> how many are resident at a time"),
     DQL_ENTRY(gradient_workspace, "mlp, " DQL_TILING ", K, parts, parameters -> floats"),
-    DQL_ENTRY(prologue, "mlp, " DQL_TILING ", transposed, flat, embedding, states, B, K, packed, ordinal, stream"),
+    DQL_ENTRY(prologue, "mlp, " DQL_TILING ", transposed, flat, embedding, states, B, K, packed, told, ordinal, stream"),
     DQL_ENTRY(chain_forward,
               DQL_JOB ", noise, seed, seed at, actions in, out, saved, max clusters, ordinal, stream"),
     DQL_ENTRY(chain_backward, DQL_JOB ", d_out, saved, back, d_actions, max clusters, ordinal, stream"),

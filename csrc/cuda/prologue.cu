@@ -129,9 +129,12 @@ private:
         }
     }
 
-    // STATES_A_BLOCK states from `first` on, every column.
+    // STATES_A_BLOCK states from `first` on, every column. Of a state that holds NaN or infinity every column is NaN, and
+    // with it all that follows from that state: infinity alone might end as an action within the bounds.
     DQL_DEVICE void states(int64_t first, int network) {
         float* chunk = reinterpret_cast<float*>(shared_memory());  // [STATE_CHUNK][STATES_A_BLOCK]
+        int* bad = reinterpret_cast<int*>(chunk + STATE_CHUNK * STATES_A_BLOCK);  // [STATES_A_BLOCK]
+        if (thread() < STATES_A_BLOCK) bad[thread()] = 0;
         const int S = net.S;
         float* out = reinterpret_cast<float*>(job.packed + a.places.state_part) + network * job.B * s.HP;
         for (int start = 0; start < s.HP; start += THREADS) {
@@ -147,8 +150,12 @@ private:
                 sync_block();  // the chunk before is read
                 for (int i = thread(); i < STATE_CHUNK * STATES_A_BLOCK; i += THREADS) {
                     const int b = i / STATE_CHUNK, j = at + i % STATE_CHUNK;
-                    chunk[i % STATE_CHUNK * STATES_A_BLOCK + b] =
-                        first + b < job.B && j < S ? job.states[(first + b) * S + j] : 0;
+                    const float value = first + b < job.B && j < S ? job.states[(first + b) * S + j] : 0;
+                    chunk[i % STATE_CHUNK * STATES_A_BLOCK + b] = value;
+                    if (!(fabsf(value) < INFINITY)) {  // all who find something write the same
+                        bad[b] = 1;
+                        if (job.told != nullptr) *job.told = 1;
+                    }
                 }
                 sync_block();
                 const int width = S - at < STATE_CHUNK ? S - at : STATE_CHUNK;
@@ -168,7 +175,7 @@ private:
             if (column >= s.HP) continue;
             DQL_UNROLL
             for (int b = 0; b < STATES_A_BLOCK; ++b)
-                if (first + b < job.B) out[(first + b) * s.HP + column] = sums[b];
+                if (first + b < job.B) out[(first + b) * s.HP + column] = bad[b] ? NAN : sums[b];
         }
     }
 
@@ -196,7 +203,7 @@ void prologue(const PrologueJob& job, Stream stream) {
     a.state_blocks = static_cast<int>((job.B + device::STATES_A_BLOCK - 1) / device::STATES_A_BLOCK);
     Grid grid;
     grid.x = a.operand_blocks + a.float_blocks + a.time_blocks + int64_t{job.net.networks} * a.state_blocks;
-    grid.shared = 4 * (device::STATE_CHUNK * device::STATES_A_BLOCK);
+    grid.shared = 4 * (device::STATE_CHUNK + 1) * device::STATES_A_BLOCK;
     launch("the prologue", device::prologue_kernel, grid, a, stream);
 }
 

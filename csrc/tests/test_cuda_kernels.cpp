@@ -152,7 +152,7 @@ void check_prologue(const Sizes& sizes, const Tiling& tiling, int64_t B, int K, 
                              embedding = random_floats(K * net.D);
     std::vector<char> packed(places.end, static_cast<char>(0xff));
     cuda::prologue({net, tiling, transposed, flat.data(), net.D > 0 ? embedding.data() : nullptr, states.data(), B, K,
-                    packed.data()},
+                    packed.data(), nullptr},
                    nullptr);
     for (int network = 0; network < net.networks; ++network) {
         const float* w = flat.data() + network * net.apart;
@@ -203,6 +203,53 @@ void check_prologue(const Sizes& sizes, const Tiling& tiling, int64_t B, int K, 
     }
 }
 
+// The part of a state that holds NaN or infinity is NaN throughout, of others as it was, to the bit; and it is told.
+void check_bad_states(const Sizes& sizes, const Tiling& tiling, int64_t B) {
+    const Mlp net = mlp(sizes, 0);
+    const Packed places(net, tiling, false, B, 2);
+    const int HP = Slices(net, tiling).HP;
+    const std::vector<float> flat = random_floats(net.size, 0.5), embedding = random_floats(2 * net.D);
+    std::vector<float> states = random_floats(B * net.S);
+    states[0] = 3e38f, states[(B - 1) * net.S] = -3e38f;  // huge is no mistake
+    int32_t told = 0;
+    const auto run = [&](int32_t* at) {
+        std::vector<char> packed(places.end, static_cast<char>(0xff));
+        cuda::prologue({net, tiling, false, flat.data(), net.D > 0 ? embedding.data() : nullptr, states.data(), B, 2,
+                        packed.data(), at},
+                       nullptr);
+        return packed;
+    };
+    const std::vector<char> good = run(&told);
+    CHECK_EQ(told, 0);
+    for (int64_t place = 0; place < B * net.S; place += 7) {
+        const float before = states[place];
+        states[place] = place % 3 == 0 ? NAN : place % 3 == 1 ? INFINITY : -INFINITY;
+        const std::vector<char> packed = run(&told);
+        CHECK_EQ(told, 1);
+        told = 0;
+        CHECK(memcmp(packed.data(), good.data(), places.state_part) == 0);
+        for (int network = 0; network < net.networks; ++network)
+            for (int64_t b = 0; b < B; ++b) {
+                const int64_t at = places.state_part + (network * B + b) * HP * 4;
+                const float* part = reinterpret_cast<const float*>(packed.data() + at);
+                if (b != place / net.S) CHECK(memcmp(part, good.data() + at, HP * 4) == 0);
+                for (int column = 0; b == place / net.S && column < HP; ++column) CHECK(std::isnan(part[column]));
+            }
+        run(nullptr);  // nobody wants to know
+        CHECK_EQ(told, 0);
+        states[place] = before;
+    }
+}
+
+void bad_states() {
+    for (const Tiling& tiling : {Tiling{Precision::BF16, 1, 1, false}, Tiling{Precision::FP32, 4, 1, true}}) {
+        check_bad_states({1, 1, 4, 17, 2}, tiling, 1);
+        check_bad_states({11, 3, 16, 64, 2}, tiling, 17);
+        check_bad_states({35, 3, 16, 300, 2}, tiling, 3);  // two chunks of a state, two turns of columns
+        check_bad_states({5, 3, 0, 40, 2}, tiling, 18);    // critics
+    }
+}
+
 void prologues() {
     int turn = 0;
     for (const Tiling& tiling : tilings())
@@ -225,5 +272,6 @@ int main() {
     RUN(candidates_are_drawn);
     RUN(chunks_have_one_place);
     RUN(prologues);
+    RUN(bad_states);
     return check::report();
 }
