@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dql.kernels.capture import mend_after_capture
+from dql.kernels.capture import recorded
 
 WARM_SECONDS = 0.03  # of replays before the first sample: an idle GPU's clocks are low
 SECONDS = 0.1  # of samples
@@ -74,7 +74,6 @@ def device_time(call: Call, no_graph: str | None = None) -> DeviceTime:
     try:
         once = capture(call)
     except RuntimeError as error:  # what torch raises of CUDA is one
-        mend_after_capture()
         return _profiled(call, str(error).strip().splitlines()[0])
     cost = _replay(once)
     calls = max(1, min(int(SAMPLE_SECONDS / cost), MAX_CALLS))
@@ -104,17 +103,7 @@ def capture(call: Call, calls: int = 1) -> torch.cuda.CUDAGraph:
     Raises:
         RuntimeError: the call does what a capture forbids, such as waiting for the device.
     """
-    current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    current.wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            call()
-    return graph
+    return recorded(lambda: [call() for _ in range(calls)], warm_up=call, warm_ups=3)[0]
 
 
 def _replay(graph: torch.cuda.CUDAGraph) -> float:

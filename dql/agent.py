@@ -210,6 +210,10 @@ class DiffusionBC:
             tensors |= {f"{prefix}.{name}": value for name, value in optimizer.tensors().items()}
         return tensors
 
+    def moments(self) -> list[Tensor]:
+        """The optimizers' tensors, which an update changes in place: Adam's step and both averages of each network."""
+        return [tensor for optimizer in self._optimizers().values() for tensor in optimizer.tensors().values()]
+
     @contextlib.contextmanager
     def unchanged(self) -> Iterator[None]:
         """Whatever the block does to networks and optimizers is undone at its end, in their own memory."""
@@ -373,8 +377,11 @@ class DiffusionQL(DiffusionBC):
 
     @torch.no_grad()
     def _update_averages(self, lerp: Callable[[Tensor, Tensor, Any], object], ema_weight: float | Tensor) -> None:
-        if isinstance(ema_weight, Tensor) or ema_weight:
-            lerp(self.ema_policy.denoiser.flat, self.policy.denoiser.flat, ema_weight)
+        average, actor = self.ema_policy.denoiser.flat, self.policy.denoiser.flat
+        if isinstance(ema_weight, Tensor):  # recorded: 0 in most updates, and 0 times infinity is NaN
+            average.copy_(torch.where(ema_weight != 0, average.lerp(actor, ema_weight.to(average)), average))
+        elif ema_weight:
+            lerp(average, actor, ema_weight)
         lerp(self.critic_target.flat, self.critic.flat, self.config.tau)
 
     def _act(self, states: Tensor, seed: int | None) -> Tensor:

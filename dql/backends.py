@@ -9,7 +9,6 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -146,7 +145,7 @@ class EagerBackend(Backend):
             noise = noise_stream.normal(
                 chain.seed, table.num_steps, rows, chain.spec.action_dim, dtype=flat.dtype, device=flat.device
             )
-        embedding = timestep_embedding(table.timesteps, chain.spec.time_dim, flat.dtype, flat.device)
+        embedding = timestep_embedding(table, chain.spec.time_dim, flat.dtype, flat.device)
         w, states, N = chain.weights, chain.states, chain.candidates
         step = max(1, _CACHED_ROWS // N) if flat.device.type == "cpu" and not save else max(1, len(states))
         if step >= len(states):
@@ -174,11 +173,16 @@ def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
-@lru_cache(maxsize=64)
-def timestep_embedding(timesteps: tuple[int, ...], dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The timesteps' embedding [K, D]: no parameter is in it, so it is made once."""
-    # made on the CPU: there all of it is done when the copy is, whatever stream reads it later
-    return reference.time_embedding(torch.tensor(timesteps, dtype=dtype, device="cpu"), dim).to(device)
+def timestep_embedding(table: StepTable, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The timesteps' embedding [K, D]: no parameter is in it, so it is made once and kept with the table, as long as
+    which a recorded graph reads it."""
+    key = ("embedding", dim, dtype, device)
+    made = table.kept.get(key)
+    if made is None:
+        # made on the CPU: there all of it is done when the copy is, whatever stream reads it later
+        timesteps = torch.tensor(table.timesteps, dtype=dtype, device="cpu")
+        made = table.kept[key] = reference.time_embedding(timesteps, dim).to(device)
+    return made
 
 
 _REGISTRY: dict[str, Backend] = {}

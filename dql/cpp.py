@@ -125,6 +125,6 @@ def step_table(table: StepTable, time_dim: int) -> native.Table:
     """The table as the kernels see it."""
     made = table.kept.get(time_dim)
     if made is None:
-        embedding = timestep_embedding(table.timesteps, time_dim, torch.float32, torch.device("cpu"))
+        embedding = timestep_embedding(table, time_dim, torch.float32, torch.device("cpu"))
         made = table.kept[time_dim] = native.Table(table.rows, embedding)
     return made

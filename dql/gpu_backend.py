@@ -146,7 +146,7 @@ class GpuBackend(Backend):
             refuse_while_capturing()
             device = chain.flat.device
             rows = torch.tensor([(*row, 0.0, 0.0) for row in chain.table.rows], dtype=torch.float32, device="cpu")
-            embedding = timestep_embedding(chain.table.timesteps, chain.spec.time_dim, torch.float32, device)
+            embedding = timestep_embedding(chain.table, chain.spec.time_dim, torch.float32, device)
             made = chain.table.kept[key] = self.make_chain_runner(chain, rows.to(device), embedding)
         return made
 

@@ -3,7 +3,7 @@
 import torch
 
 from dql import finite
-from dql.kernels.capture import capturing
+from dql.kernels.capture import prove, recorded
 from dql.networks import TwinCritic
 from dql.policy import DiffusionPolicy
 from dql.sampler import check_states_fit, checked_table, sample, select
@@ -79,15 +79,8 @@ class GraphedSampler:
             )
 
         with torch.cuda.device(device), torch.no_grad():
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(2):  # compiles and loads kernels and tables, which a graph cannot hold
-                    call()
-            torch.cuda.current_stream().wait_stream(side)
-            self._graph = torch.cuda.CUDAGraph()
-            with capturing(self._graph):
-                self.actions = call()
+            self._graph, self.actions = recorded(call)
+            prove(self._graph.replay, [self.actions])
         # The graph reads their memory: it must stay theirs as long as the graph lives.
         owners = [policy.denoiser] if critic is None else [policy.denoiser, critic]
         self._buffers = [(owner, owner.buffer) for owner in owners]

@@ -11,7 +11,7 @@ from dql.agent import DiffusionBC, DiffusionQL, checked_batch
 from dql.config import Config
 from dql.data import Batch
 from dql.draws import SEEDS, Draws
-from dql.kernels.capture import capturing
+from dql.kernels.capture import prove, recorded
 
 Tensor = torch.Tensor
 _WARM_UPS = 2  # load kernels and tables, and let cuBLAS choose, which a graph cannot hold
@@ -68,10 +68,16 @@ class GraphedUpdate:
         self._drawn: _Drawn | None = None
         self._stage()
         self._replay, self._metrics = record(self._body, agent)
-        # The graph reads tables, too: their memory must stay theirs as long as the graph lives.
+        # What the graph reads and writes must stay its own as long as it lives: gradients, tables and their embeddings.
         tables = [policy.step_table() for policy in (agent.policy, getattr(agent, "ema_policy", agent.policy))]
         owners = (*tables, *agent._modules().values())
-        self._held = (tables, agent.policy.q_sample_table(self._batch.actions), [dict(owner.kept) for owner in owners])
+        self._held = (
+            tables,
+            agent.policy.q_sample_table(self._batch.actions),
+            [dict(owner.kept) for owner in owners],
+            [flat.grad for flat in self._flats],
+        )
+        self._moments = agent.moments()
 
     def _body(self) -> dict[str, Tensor]:
         """What is recorded: everything that it reads of an update lies in `_numbers` and `_batch`."""
@@ -118,7 +124,7 @@ class GraphedUpdate:
 
         Raises:
             ValueError: a batch of another size, dtype or device.
-            RuntimeError: a network was moved or cast after the recording.
+            RuntimeError: a network was moved or cast, or an optimizer loaded, after the recording.
         """
         agent = self.agent
         batch = checked_batch(batch, agent.policy)
@@ -129,6 +135,12 @@ class GraphedUpdate:
             )
         if any(module.flat is not flat for module, flat in zip(agent._modules().values(), self._flats, strict=True)):
             raise RuntimeError("a network of the agent was moved or cast after its update was recorded; record it anew")
+        moments = agent.moments()
+        if len(moments) != len(self._moments) or any(a is not b for a, b in zip(moments, self._moments, strict=True)):
+            raise RuntimeError(
+                "an optimizer of the agent was loaded or replaced after its update was recorded, and the graph has the "
+                "old one; make a new GraphedUpdate"
+            )
         self._stage()
         torch._foreach_copy_(list(vars(self._batch).values()), list(vars(batch).values()))
         self._replay()
@@ -141,13 +153,6 @@ class GraphedUpdate:
 def record(body: Callable[[], dict[str, Tensor]], agent: DiffusionBC) -> tuple[Callable[[], None], dict[str, Tensor]]:
     """(replay, what the body returned): a CUDA graph of the body, on the agent's GPU; the agent is left as it was."""
     with torch.cuda.device(agent.device), torch.enable_grad(), torch.inference_mode(False), agent.unchanged():
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UPS):
-                body()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with capturing(graph):
-            metrics = body()
+        graph, metrics = recorded(body, warm_ups=_WARM_UPS)
+        prove(graph.replay, metrics.values())
     return graph.replay, metrics

@@ -24,6 +24,7 @@ import torch
 
 from dql.backends import BackendUnavailable, Chain
 from dql.kernels import aot, limits, packing, tiles
+from dql.kernels.capture import recorded
 from dql.kernels.layout import DenoiserSpec
 from dql.kernels.tiles import Candidate, Shape, Tile, Wanted
 from dql.policy import DiffusionPolicy
@@ -142,13 +143,7 @@ def race(calls: dict[Tile, Callable[[], object]], seconds: float) -> dict[Tile, 
 
 
 def _record(call: Callable[[], object], count: int, pool: Any) -> torch.cuda.CUDAGraph:
-    call()  # loads kernels and tables, which a graph cannot hold
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        for _ in range(count):
-            call()
-    return graph
+    return recorded(lambda: [call() for _ in range(count)], warm_up=call, warm_ups=1, pool=pool)[0]
 
 
 def _replay(graph: torch.cuda.CUDAGraph) -> float:

@@ -50,7 +50,7 @@ def q_values(
             `FlatModule.gradient_leaves`.
     """
     runner = backend.critic(critic)
-    if runner is None:
+    if runner is None or actions.numel() == 0:  # of no rows torch knows the shapes, and that gradients are zero
         return critic(states, actions)
     flat_actions = actions.reshape(-1, actions.shape[-1]).contiguous()  # [R, A]
     N = 1 if actions.dim() == 2 else actions.shape[1]

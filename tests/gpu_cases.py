@@ -22,9 +22,9 @@ from cases import (
     run_problem,
 )
 from cpp_cases import make_policy, states_of
-from device_time import mend_after_capture
 
 import dql
+from dql.kernels.capture import mend_after_capture, recorded
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or torch warns of each product under `poisoned`
 
@@ -147,16 +147,7 @@ def gradients(states: Tensor, policy: dql.DiffusionPolicy, backend: str, **optio
 
 def captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     """(a graph of the call, what it returned: the memory that each replay writes), as a user would capture it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
-    return graph, result
+    return recorded(call, warm_ups=3)
 
 
 def same_bits(got: list[Tensor], want: list[Tensor]) -> bool:

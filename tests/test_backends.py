@@ -184,7 +184,7 @@ def test_what_a_gpu_keeps_is_copied_from_the_host(name):
     flat, table = policy.denoiser.flat.to(gpu), dql.DiffusionPolicy(4, 3, T=7).step_table()
     chain = Chain(flat, {}, policy.denoiser.spec, STATES.to(gpu), 1, None, 0, table, 1.0, "bf16", policy.denoiser.kept)
     critic = SimpleNamespace(kept={}, spec=critic.spec, buffer=critic.buffer.to(gpu))
-    registry.timestep_embedding.cache_clear()
+    table.kept.clear()  # of other tests: the table is shared
     with Made() as made:
         backend.chain_runner(chain)
         backend.critic_runner(critic, "bf16")

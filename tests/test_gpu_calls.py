@@ -161,6 +161,23 @@ def test_two_threads(backend):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU")
+def test_graphs_of_a_second_gpu(backend):
+    """Recorded after one of the first, on whose stream torch would record by itself."""
+    samplers = [dql.GraphedSampler(gpu_policy().to(f"cuda:{i}"), 5, backend=backend) for i in (0, 1)]
+    for sampler in samplers:
+        states = gpu_states(5).to(sampler.states.device)
+        first = sampler.run(states).clone()
+        assert first.isfinite().all()
+        assert not torch.equal(sampler.run(-states), first)
+    agents = [dql.DiffusionQL(11, 3, dql.Config(backend=backend, hidden_dim=48), device=f"cuda:{i}") for i in (0, 1)]
+    for agent in agents:
+        before = agent.policy.denoiser.flat.detach().clone()
+        batch = dql.Batch(*(torch.rand(shape) for shape in ((9, 11), (9, 3), (9,), (9, 11), (9,))))
+        dql.GraphedUpdate(agent, 9).update(batch.to(agent.device))
+        assert not torch.equal(agent.policy.denoiser.flat, before)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU")
 def test_a_second_gpu(backend):
     """Not the current one: work and memory go where the policy is."""
     policy, states = gpu_policy(), gpu_states(37)

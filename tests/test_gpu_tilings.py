@@ -242,7 +242,7 @@ class Calls:
         policy = gpu_policy(seed=seed, hidden_dim=256)
         spec, table, self.flat = policy.denoiser.spec, policy.step_table(), policy.denoiser.buffer.detach()
         rows = torch.tensor([(*row, 0.0, 0.0) for row in table.rows], dtype=torch.float32, device="cuda")
-        embedding = timestep_embedding(table.timesteps, spec.time_dim, torch.float32, rows.device)
+        embedding = timestep_embedding(table, spec.time_dim, torch.float32, rows.device)
         self.spec, self.runner = spec, ChainRunner(spec, rows, embedding, 1.0, "bf16")
         self.states, self.d_actions = gpu_states(B), torch.randn(B, spec.action_dim, device="cuda")
 

@@ -174,6 +174,41 @@ def test_what_does_not_fit_is_refused(record_update):
             GraphedUpdate(agent, size)
 
 
+def test_an_optimizer_that_was_loaded_is_noticed(tmp_path, record_update):
+    """The graph would go on with the averages of before, and a checkpoint hold those that nobody changes."""
+    agent = make_agent("eager")
+    update = record_update(agent)
+    update.update(make_batch(0))
+    agent.save(tmp_path)
+    agent._load(dql.load(tmp_path, device=DEVICE).tensors())
+    with pytest.raises(RuntimeError, match="an optimizer of the agent was loaded or replaced"):
+        update.update(make_batch(1))
+    assert agent.step == 1
+
+
+def test_gradients_that_an_outside_optimizer_drops_stay_the_graphs(record_update):
+    agents = [make_agent("eager") for _ in range(2)]
+    update = record_update(agents[0])
+    for step in range(3):
+        for agent in agents:
+            torch.optim.SGD(agent.policy.denoiser.parameters()).zero_grad(set_to_none=True)
+            torch.optim.SGD([agent.critic.flat]).zero_grad(set_to_none=True)
+        update.update(make_batch(step))
+        agents[1].update(make_batch(step))
+    assert_same(*agents, "without gradients")
+
+
+def test_an_infinite_actor_leaves_the_average_alone(record_update):
+    """In updates that do not average: 0 times infinity is NaN."""
+    agent = make_agent("eager", ema_start=10**6)
+    update = record_update(agent)
+    before = agent.ema_policy.denoiser.flat.clone()
+    with torch.no_grad():
+        agent.policy.denoiser.flat[0] = math.inf
+    update.update(make_batch(0))
+    assert torch.equal(agent.ema_policy.denoiser.flat, before)
+
+
 @pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
 def test_it_needs_a_gpu():
     with pytest.raises(ValueError, match="a CUDA graph needs the agent on a GPU, it is on cpu"):

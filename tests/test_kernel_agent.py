@@ -170,3 +170,28 @@ def test_gradients_added_at_once(backend, time_dim):
     for parameter in policy.parameters():
         parameter.requires_grad_(False)
     assert policy.denoiser.gradient_leaves(at_once=True) == list(policy.denoiser.parameters())
+
+
+@pytest.mark.parametrize("name", ["eager", "cpp", "triton", "cuda"])
+def test_no_rows(name):
+    """Empty results of the right shapes, and gradients that are zero."""
+    if (reason := cannot_run(name)) is not None:
+        pytest.skip(reason)
+    device = "cpu" if name == "cpp" else DEVICE
+    agent = dql.DiffusionQL(S, A, dql.Config(**CONFIG, backend=name), device=device)
+    states, actions = torch.empty(0, S, device=device), torch.empty(0, A, device=device)
+    for given, shape in (
+        (actions, (0,)),
+        (actions.view(0, 1, A), (0, 1)),
+        (torch.empty(0, 4, A, device=device), (0, 4)),
+    ):
+        q1, q2 = q_values(agent.critic, states, given, registry()[name])
+        assert q1.shape == q2.shape == shape
+    (q1 + q2).sum().backward()
+    assert not agent.critic.flat.grad.any()
+    batch = dql.Batch(states, actions, states[:, 0], states, states[:, 0])
+    assert agent.target_q(batch, seed=0).shape == (0,)
+    got = run_chain(states.requires_grad_(), agent.policy, backend=name, seed=0)
+    assert got.shape == (0, A)
+    chosen = dql.select(states.detach(), agent.policy, agent.critic, backend=name)
+    assert chosen.shape == (0, A)
