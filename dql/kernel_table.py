@@ -111,7 +111,7 @@ def as_dict(examined: Examined) -> dict[str, Any]:
     if report is None:
         return head
     derived = {"warps_per_sm": report.warps_per_sm, "tensor_cores": report.tensor_cores, "limit": fits(report)}
-    return head | asdict(report) | derived
+    return head | asdict(report) | derived | {"instead": examined.instead}
 
 
 def _failure(examined: Examined) -> str | None:
@@ -141,7 +141,7 @@ def _print(found: list[Examined], architectures: list[int]) -> None:
         console.print(table)
         for e in rows:
             warnings = e.report.warnings if e.report is not None else ()
-            for text in (_failure(e), *warnings):
+            for text in (_failure(e), e.instead, *warnings):
                 if text:
                     console.print(f"{e.label}: {text}", soft_wrap=True)
 

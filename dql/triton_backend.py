@@ -11,6 +11,7 @@ import torch
 
 from dql.backends import Chain
 from dql.gpu_backend import GpuBackend
+from dql.kernels import triton_internals
 from dql.networks import TwinCritic
 
 Tensor = torch.Tensor
@@ -44,6 +45,8 @@ class TritonBackend(GpuBackend):
     def unavailable(self, ordinal: int | None = None) -> str | None:
         if not _installed():
             return 'Triton is not installed; pip install -e ".[triton]" (Linux only; torch builds for CUDA bring it)'
+        if (reason := triton_internals.unsupported()) is not None:
+            return reason
         if not interpreted() and not torch.cuda.is_available():
             return "no CUDA device: torch.cuda.is_available() is False; see `dql doctor`"
         if not interpreted() and not _compiler():

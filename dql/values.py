@@ -6,6 +6,7 @@ import torch
 
 from dql.backends import Backend
 from dql.gpu_backend import on_device_of
+from dql.kernels import limits
 from dql.networks import TwinCritic, leaf_gradients
 
 Tensor = torch.Tensor
@@ -49,8 +50,9 @@ def q_values(
         at_once: the kernels' gradient of the parameters is added to `flat.grad` as a whole, see
             `FlatModule.gradient_leaves`.
     """
-    runner = backend.critic(critic)
-    if runner is None or actions.numel() == 0:  # of no rows torch knows the shapes, and that gradients are zero
+    # Of no rows torch knows the shapes, and that gradients are zero; kernels count rows in 32 bits.
+    runner = backend.critic(critic) if 0 < actions.shape[:-1].numel() <= limits.MAX_ROWS else None
+    if runner is None:
         return critic(states, actions)
     flat_actions = actions.reshape(-1, actions.shape[-1]).contiguous()  # [R, A]
     N = 1 if actions.dim() == 2 else actions.shape[1]

@@ -19,8 +19,6 @@ sm_100 up):
 Importing this module imports no Triton.
 """
 
-import contextlib
-import io
 import re
 import subprocess
 import tempfile
@@ -31,7 +29,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .compile_pool import compile_pool
 
@@ -135,12 +133,17 @@ class Report:
 
 @dataclass(frozen=True)
 class Examined:
-    """One kernel of the list: its report, or why there is none."""
+    """One kernel of the list: its report, or why there is none.
+
+    Attributes:
+        instead: where it did not fit: why, and the smaller tile that is taken, whose report this is.
+    """
 
     label: str
     arch: int
     report: Report | None
     error: str | None = None
+    instead: str | None = None
 
 
 def architecture(name: str | int) -> int:
@@ -213,30 +216,19 @@ def examine(kernel: "Kernel", arch: int) -> Report:
         RuntimeError: under the interpreter, which compiles nothing; or the compiler's own, if it fails.
     """
     arch = architecture(arch)
-    import triton
+    from . import triton_internals
 
-    nvidia, compilation, cache = triton.knobs.nvidia, triton.knobs.compilation, triton.knobs.cache
-    times: list[Any] = []
-    log = io.StringIO()  # of ptxas: the one place that tells spills from other local memory
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dql-kernels-")))
-        for knobs in (nvidia, compilation, cache):
-            stack.enter_context(knobs.scope())
-        cache.dir = str(folder / "cache")  # a new one: what comes from a cache has neither a log nor a time
-        nvidia.dump_ptxas_log = True
-        compilation.listener = lambda **said: times.append(said["times"])
-        with contextlib.redirect_stdout(log):
-            compiled = kernel.compile(arch)
-        cubin = folder / "kernel.cubin"
+    fresh = triton_internals.compiled_afresh(lambda: kernel.compile(arch))
+    compiled, needs = fresh.compiled, triton_internals.figures(fresh.compiled)
+    with tempfile.TemporaryDirectory(prefix="dql-kernels-") as folder:
+        cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        usage = _resource_usage(_output(nvidia.cuobjdump.path, "-res-usage", cubin), compiled.metadata.name)
-        counts = count_instructions(_output(nvidia.nvdisasm.path, "-c", cubin))
+        usage = _resource_usage(_output(fresh.cuobjdump, "-res-usage", cubin), needs.name)
+        counts = count_instructions(_output(fresh.nvdisasm, "-c", cubin))
     # from sm_90 up the cubin counts the driver's reserve as static shared memory, if the kernel uses any
     static = usage["SHARED"] - (RESERVED if arch >= 90 and usage["SHARED"] >= RESERVED else 0)
-    metadata = compiled.metadata
-    shared = metadata.shared + static
-    tensor_memory = getattr(metadata, "tmem_size", None) or 0
-    stores, loads, warnings = parse_log(log.getvalue())
+    shared = needs.shared + static
+    stores, loads, warnings = parse_log(fresh.log)
     return Report(
         kernel=kernel.name,
         arch=arch,
@@ -245,16 +237,27 @@ def examine(kernel: "Kernel", arch: int) -> Report:
         spill_stores=stores,
         spill_loads=loads,
         shared=shared,
-        tensor_memory=tensor_memory,
-        warps=metadata.num_warps,
-        blocks_per_sm=occupancy(arch, usage["REG"], metadata.num_warps, shared, tensor_memory),
+        tensor_memory=needs.tensor_memory,
+        warps=needs.warps,
+        blocks_per_sm=occupancy(arch, usage["REG"], needs.warps, shared, needs.tensor_memory),
         instructions=counts,
         tf32_products=len(re.findall(r"tt\.dot .*inputPrecision = tf32 : tensor<[^>]*xf32", compiled.asm["ttir"])),
         tf32_roundings=len(re.findall(r"elementwise_inline_asm \"cvt\.rna\.tf32\.f32", compiled.asm["ttir"])),
         cvt_tf32=len(re.findall(r"\bcvt\.rna\.tf32\.f32\b", compiled.asm["ptx"])),
         warnings=warnings,
-        seconds=(times[0].ir_initialization + times[0].total_lowering) / 1e6,
+        seconds=fresh.seconds,
     )
+
+
+def _fitting(kernel: "Kernel", arch: int) -> tuple[Report, None, str | None]:
+    """(report, None, what is said where it is of a smaller tile), as `launch.fitting` chooses where it runs."""
+    first = report = examine(kernel, arch)
+    tried = kernel
+    while fits(report) is not None and tried.smaller is not None and (less := tried.smaller()) is not None:
+        tried, report = less, examine(less, arch)
+    if report is first or fits(report) is not None:
+        return first, None, None
+    return report, None, f"does not fit with {kernel.tile}: {fits(first)}; taken instead: {tried.tile}"
 
 
 def _output(*command: object) -> str:
@@ -355,6 +358,6 @@ def _labels(listing: str, arch: int) -> list[str]:
 def _examine_one(listing: str, arch: int, label: str) -> Examined:
     """One kernel, by its label: jit functions do not travel between processes."""
     try:
-        return Examined(label, arch, examine(_listed(listing, arch)[label], arch))
+        return Examined(label, arch, *_fitting(_listed(listing, arch)[label], arch))
     except Exception as error:  # the compiler's are of many types; one kernel's failure must not hide the others
         return Examined(label, arch, None, f"{type(error).__name__}: {error}".strip())

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 import triton
 
-from .launch import INTERPRETED, Kernel, architecture, multiprocessors
+from .launch import INTERPRETED, Kernel, architecture, fitting, multiprocessors
 from .layout import DenoiserSpec
 from .packing import packed_sizes
 from .prologue import Prologue
@@ -88,12 +88,13 @@ class ChainRunner:
     def plan(self, B: int, candidates: int = 1, noise: bool = False, save: bool = False) -> "ChainPlan":
         """Everything about a forward pass that its tensors do not change."""
         K, s, R = len(self.table), self.sizes, B * candidates
-        tile = self._tile("saving" if save else "forward", R)
+        chosen = self._tile("saving" if save else "forward", R)
+        kernel = fitting(chain_fwd_kernel(self.spec, self.precision, chosen, noise, save), self.device)
+        tile: Tile = kernel.tile
         tiles = triton.cdiv(R, tile.rows)
         RP = tiles * tile.rows
         n_floats = s.floats + (K + B) * s.HP + (2 * K + 1 if save else 1) * RP * s.AP
         n_operands = s.operands * (1 + save) + s.HP * (2 * s.L * K * RP if save else 2 * RP)
-        kernel = chain_fwd_kernel(self.spec, self.precision, tile, noise, save)
         return ChainPlan(self, self._prologues[save], kernel, tiles, RP, n_floats, n_operands, (R, B, candidates, K))
 
     def _tile(self, kind: str, rows: int) -> Tile:
@@ -129,8 +130,9 @@ class ChainRunner:
             tile = replace(tile, rows=tile.rows // 2)
         d_floats = torch.empty(K * RP * s.AP + RP * s.HP, dtype=torch.float32, device=self.device)
         d_operands = torch.empty(s.L * K * RP * s.HP, dtype=self.operand, device=self.device)
-        chain_bwd_kernel(self.spec, self.precision, tile).launch(
-            (RP // tile.rows, 1, 1),
+        kernel = fitting(chain_bwd_kernel(self.spec, self.precision, tile), self.device)
+        kernel.launch(
+            (RP // kernel.tile.rows, 1, 1),
             saved.floats, saved.operands, self.table, d_actions, d_floats, d_operands, self.max_action, R, B, K,
         )  # fmt: skip
         return self._gradients.compute(

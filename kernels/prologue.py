@@ -183,6 +183,7 @@ def prologue_kernel(spec: DenoiserSpec | CriticSpec, precision: str) -> Kernel:
     else:
         offsets = [0] * 4
         time = {"D": 0, "DP": 16, "TP": 16, "APART": first_layer(spec, 1).states - first.states, "W_TIME": 0}
+    time_mlp: dict[str, Any] = dict(zip(("W_1", "B_1", "W_3", "B_3"), offsets, strict=True))
     return Kernel.of(
         _prologue,
         num_warps=8,
@@ -190,7 +191,7 @@ def prologue_kernel(spec: DenoiserSpec | CriticSpec, precision: str) -> Kernel:
         **time,
         H=spec.hidden_dim,
         HP=s.HP,
-        **dict(zip(("W_1", "B_1", "W_3", "B_3"), offsets, strict=True)),
+        **time_mlp,
         W_STATE=first.states,
         STRIDE=first.stride,
         BIAS=first.bias,

@@ -24,6 +24,7 @@ Letters: B states, N candidates, R = B * N rows, RP those in whole tiles, A acti
 width, L hidden layers, K steps.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -35,7 +36,7 @@ from .layout import ACTIVATIONS, DenoiserSpec
 from .packing import PackedSizes, packed_sizes
 from .prologue import edge_precision
 from .tile_layers import narrow_product, narrow_product_from, product
-from .tiles import Tile
+from .tiles import Tile, next_smaller
 from .triton_ops import activate, activate_with_slope, edge_operand, normals, rounded_operand, stored
 
 NARROW = tl.constexpr(8192)  # AP * HP from which on the first layer's weight does not fit into the registers
@@ -275,21 +276,40 @@ def groups(tile: Tile, s: PackedSizes) -> int:
 def chain_fwd_kernel(spec: DenoiserSpec, precision: str, tile: Tile, noise: bool, save: bool) -> Kernel:
     """The forward kernel for a denoiser, a precision and a tile."""
     kind = ACTIVATIONS.index(spec.activation)
-    return _kernel(_chain_fwd, spec, precision, tile, KIND=kind, NOISE=noise, SAVE=save)
+
+    def smaller() -> Kernel | None:
+        less = next_smaller(tile)
+        return None if less is None else chain_fwd_kernel(spec, precision, less, noise, save)
+
+    return _kernel(_chain_fwd, spec, precision, tile, smaller, KIND=kind, NOISE=noise, SAVE=save)
 
 
 @lru_cache(maxsize=256)
 def chain_bwd_kernel(spec: DenoiserSpec, precision: str, tile: Tile) -> Kernel:
     """The backward kernel for a denoiser, a precision and a tile."""
-    return _kernel(_chain_bwd, spec, precision, tile)
+
+    def smaller() -> Kernel | None:
+        less = next_smaller(tile)
+        return None if less is None else chain_bwd_kernel(spec, precision, less)
+
+    return _kernel(_chain_bwd, spec, precision, tile, smaller)
 
 
-def _kernel(function: Any, spec: DenoiserSpec, precision: str, tile: Tile, **constants: Any) -> Kernel:
+def _kernel(
+    function: Any,
+    spec: DenoiserSpec,
+    precision: str,
+    tile: Tile,
+    smaller: Callable[[], Kernel | None],
+    **constants: Any,
+) -> Kernel:
     s = packed_sizes(spec)
     return Kernel.of(
         function,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        tile=tile,
+        smaller=smaller,
         A=spec.action_dim,
         AP=s.AP,
         HP=s.HP,

@@ -7,8 +7,9 @@ A program of ROWS rows streams every weight once a step from the L2 cache, whate
   are also what Hopper's and Blackwell's large products want.
 
 What fits was found by compiling for sm_80, 90, 100 and 120 (`dql kernels`): shared memory under the architecture's
-limit, no spilled register. `dql bench tune` measures the choices on the GPU at hand; what it found is used by every
-process that starts later.
+limit, no spilled register. What another compiler makes of a tile is found out where it runs (`launch.fitting`), and
+where it does not fit the next smaller one is taken. `dql bench tune` measures the choices on the GPU at hand; what it
+found is used by every process that starts later.
 
 Importing this module imports no Triton.
 """
@@ -17,7 +18,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,15 @@ class Tile:
     chunk: int
     stages: int
     warps: int
+
+
+def next_smaller(tile: Tile) -> Tile | None:
+    """The tile that is tried where one does not fit: a shallower ring, then smaller chunks, then fewer rows."""
+    if tile.stages > 2:
+        return replace(tile, stages=tile.stages - 1)
+    if tile.chunk > 16:
+        return replace(tile, chunk=tile.chunk // 2)
+    return replace(tile, rows=tile.rows // 2) if tile.rows > 16 else None
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,11 @@ def choose(arch: int, processors: int, shape: Shape) -> Tile:
         rows = 16 if shape.rows <= 16 else 32 if shape.rows <= 64 else 256
         return Tile(rows, max(16, shape.HP // 2), 2, 4)
     return measured(arch, processors, shape) or heuristic(arch, processors, shape)
+
+
+def is_forced() -> bool:
+    """Whether a tile is forced, whatever fits."""
+    return bool(_forced)
 
 
 _forced: list[tuple[Tile, Tile]] = []  # innermost last; of all threads, as torch runs backward passes in its own

@@ -29,12 +29,12 @@ import triton.language as tl
 
 from .chain_runner import ChainRunner, seed_arguments
 from .critic_gradients import CriticGradients
-from .launch import INTERPRETED, Kernel, architecture, multiprocessors
+from .launch import INTERPRETED, Kernel, architecture, fitting, multiprocessors
 from .layout import ACTIVATIONS, CriticSpec
 from .packing import packed_sizes
 from .prologue import Prologue, edge_precision
 from .tile_layers import narrow_product, product
-from .tiles import Shape, Tile
+from .tiles import Shape, Tile, next_smaller
 from .tiles import choose as choose_tile
 from .triton_ops import activate, activate_with_slope, edge_operand, rounded_operand, stored, uniform
 
@@ -272,8 +272,9 @@ class CriticRunner:
             raise ValueError(f"which must be (0, 1), (0,) or (1,), the critics to run, got {which!r}")
         B, n, s = len(states), len(which), self.sizes
         R = B * candidates
-        tile = self._tile("saving" if save else "forward", n * R)
-        back = self._tile("backward", n * R) if save else tile
+        kernel = self._fitting("saving" if save else "forward", n * R)
+        tile: Tile = kernel.tile
+        back: Tile = self._fitting("backward", n * R).tile if save else tile
         whole = max(tile.rows, back.rows)
         RP = triton.cdiv(R, whole) * whole
         n_operands = 2 * s.operands * (1 + save) + n * RP * s.HP * (2 * s.L if save else 2)
@@ -281,9 +282,7 @@ class CriticRunner:
         operands = torch.empty(n_operands, dtype=self.operand, device=self.device)
         q = torch.empty(n, R, dtype=torch.float32, device=self.device)
         self._prologues[save].launch(flat, None, states, floats, operands)
-        critic_fwd_kernel(self.spec, self.precision, tile, save).launch(
-            (RP // tile.rows, n, 1), floats, operands, actions, q, which[0], R, B, candidates
-        )
+        kernel.launch((RP // tile.rows, n, 1), floats, operands, actions, q, which[0], R, B, candidates)
         return q, CriticSaved(floats, operands, RP, which, back) if save else None
 
     def backward(
@@ -329,9 +328,13 @@ class CriticRunner:
             need_parameters, need_states,
         )  # fmt: skip
 
-    def _tile(self, kind: str, rows: int) -> Tile:
+    def _fitting(self, kind: str, rows: int) -> Kernel:
+        """The kernel for the tile that is chosen for a kind of a Shape, or the next smaller one that fits."""
         shape = Shape(kind, self.sizes.HP, self.precision == "bf16", rows, self.sizes.AP)
-        return choose_tile(self.arch, self.processors, shape)
+        tile = choose_tile(self.arch, self.processors, shape)
+        if kind == "backward":  # with all its results it needs the most
+            return fitting(critic_bwd_kernel(self.spec, self.precision, tile, True, True), self.device)
+        return fitting(critic_fwd_kernel(self.spec, self.precision, tile, kind == "saving"), self.device)
 
 
 def select(
@@ -397,10 +400,17 @@ def choose_block(candidates: int) -> int:
 @lru_cache(maxsize=256)
 def critic_fwd_kernel(spec: CriticSpec, precision: str, tile: Tile, save: bool) -> Kernel:
     """The forward kernel for critics, a precision and a tile."""
+
+    def smaller() -> Kernel | None:
+        less = next_smaller(tile)
+        return None if less is None else critic_fwd_kernel(spec, precision, less, save)
+
     return Kernel.of(
         _critic_fwd,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        tile=tile,
+        smaller=smaller,
         **_sizes(spec, tile),
         KIND=ACTIVATIONS.index(spec.activation),
         **_precisions(precision),
@@ -419,10 +429,17 @@ def critic_bwd_kernel(spec: CriticSpec, precision: str, tile: Tile, actions: boo
         actions: it writes the actions' gradient.
         products: it writes what the gradients of parameters and states are made of.
     """
+
+    def smaller() -> Kernel | None:
+        less = next_smaller(tile)
+        return None if less is None else critic_bwd_kernel(spec, precision, less, actions, products)
+
     return Kernel.of(
         _critic_bwd,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        tile=tile,
+        smaller=smaller,
         **_sizes(spec, tile),
         GROUPS=min(tile.warps, packed_sizes(spec).HP // 16),
         **_precisions(precision),
