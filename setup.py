@@ -165,8 +165,8 @@ def _flags(name: str) -> list[str]:
         raise NotBuilt(f"{name}={os.environ[name]!r} cannot be read ({error})", "mend it") from None
 
 
-def _call(command: Sequence[str]) -> tuple[int, str]:
-    """(exit status, output and errors together); a command that cannot start has status 127."""
+def _call(command: Sequence[str], seconds: float | None = None) -> tuple[int, str]:
+    """(exit status, output and errors together); a command that cannot start has status 127, one that hangs 124."""
     try:
         result = subprocess.run(
             command,
@@ -176,7 +176,10 @@ def _call(command: Sequence[str]) -> tuple[int, str]:
             errors="replace",
             check=False,
             env=os.environ | {"LC_ALL": "C"},  # the error that we quote is in English, as our sentence is
+            timeout=seconds,
         )
+    except subprocess.TimeoutExpired:
+        return 124, f"it did not end within {seconds:g} s"
     except OSError as error:
         return 127, error.strerror or str(error)
     return result.returncode, result.stdout
@@ -197,10 +200,15 @@ class BuildNative(build_ext):
         Raises:
             CompileError: one could not be built, and DQL_REQUIRE_NATIVE or DQL_REQUIRE_CUDA asks for it.
         """
-        facts: dict[str, Any] = {"variants": [], "left_out": {}}
-        self._one(NATIVE, facts, "NATIVE", self._build)
-        facts = {"architectures": [], "resources": []}
-        self._one(CUDA, facts, "CUDA", self._build_cuda)
+        native: dict[str, Any] = {"variants": [], "left_out": {}}
+        cuda: dict[str, Any] = {"architectures": [], "because": None, "resources": []}
+        with ThreadPoolExecutor(2) as pool:  # side by side: each has times when one core alone is busy
+            done = [
+                pool.submit(self._one, NATIVE, native, "NATIVE", self._build),
+                pool.submit(self._one, CUDA, cuda, "CUDA", self._build_cuda),
+            ]
+        for extension in done:
+            extension.result()
 
     def _one(self, extension: Any, more: dict[str, Any], variable: str, build: Callable[..., None]) -> None:
         started = time.perf_counter()

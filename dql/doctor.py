@@ -119,7 +119,7 @@ def extension_rows(facts: dict[str, Any]) -> dict[str, str]:
 def _cuda_extension() -> dict[str, Any]:
     """How `dql.kernels._cuda` was built, and why it cannot be loaded (or None); the backend tells of GPUs."""
     record = native_build.record(native_build.CUDA) or {}
-    keys = ("compiler", "seconds", "architectures")
+    keys = ("compiler", "seconds", "architectures", "because")
     facts = {key: record.get(key) for key in keys} | {"built": False, "reason": None, "outdated": None}
     try:
         importlib.import_module("dql.kernels._cuda")
@@ -133,7 +133,8 @@ def cuda_extension_rows(facts: dict[str, Any]) -> dict[str, str]:
     if not facts["built"]:
         return {"cuda extension": facts["reason"]}
     names = ", ".join(f"sm_{name}" for name in facts["architectures"] or [])
-    return {"cuda extension": _built_by(facts) + (f" for {names}" if names else "") + _but(facts)}
+    why = f" ({facts['because']})" if facts.get("because") else ""
+    return {"cuda extension": _built_by(facts) + (f" for {names}{why}" if names else "") + _but(facts)}
 
 
 def _built_by(facts: dict[str, Any]) -> str:

@@ -50,7 +50,7 @@ class Project:
         folder.mkdir(exist_ok=True)
         ignore = shutil.ignore_patterns("_native*", "_cuda*", "__pycache__")
         for part in ("dql", "kernels"):
-            shutil.copytree(ROOT / part, folder / part, ignore=ignore)
+            shutil.copytree(ROOT / part, folder / part, symlinks=True, ignore=ignore)
         for part in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / part, folder)
 

@@ -156,6 +156,7 @@ def test_without_nvcc_the_build_succeeds_and_says_why(variable, project, tmp_pat
         f"installed; install the CUDA toolkit, or set {variable} to where it is, and {AGAIN}",
         "compiler": None,
         "architectures": [],
+        "because": None,
         "resources": [],
         "seconds": 0,
         "sources": "",
@@ -252,6 +253,40 @@ def test_architectures_that_there_are_not(told, named, project, toolkit):
         reason,
     )
     assert toolkit.compiled() == []
+
+
+SMI = {
+    # what nvidia-smi does: (architectures, why)
+    "echo 9.0": (["90"], "for the GPU here"),
+    "echo 9.0; echo 8.6; echo 9.0": (["86", "90"], "for the GPU here"),
+    "echo 13.5": (["121"], "for the GPU here"),  # newer than all that are known: its PTX
+    "echo 8.5": (["80"], "for the GPU here"),
+    "echo 7.5": (["80", "90"], "no GPU was found"),  # none that the kernels run on
+    "echo 7.5; echo 12.0": (["120"], "for the GPU here"),
+    "echo '[N/A]'": (["80", "90"], "no GPU was found"),
+    "echo 9.0; exit 9": (["80", "90"], "no GPU was found"),
+    "echo 'NVIDIA-SMI has failed'; exit 6": (["80", "90"], "no GPU was found"),
+    "sleep 60": (["80", "90"], "no GPU was found"),
+    "head -c 300 /dev/urandom": (["80", "90"], "no GPU was found"),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("does", SMI)
+def test_it_is_built_for_the_gpu_that_is_there(does, project, toolkit, tmp_path):
+    folder = tmp_path / "smi"
+    folder.mkdir()
+    smi = folder / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\n{does}\n")
+    smi.chmod(0o755)
+    builder = project.csrc / "cuda" / "build.py"
+    builder.write_text(builder.read_text().replace("SMI_SECONDS = 15.0", "SMI_SECONDS = 0.5"))
+    path = f"{folder}:{project.tools['PATH']}"
+    facts = build(project, toolkit, PATH=path)
+    assert (facts["built"], facts["architectures"], facts["because"]) == (True, *SMI[does])
+    if does == "echo 9.0":
+        told = build(project, toolkit, PATH=path, DQL_CUDA_ARCHS="80")
+        assert (told["architectures"], told["because"]) == (["80"], "DQL_CUDA_ARCHS")
 
 
 @needs_compiler
@@ -546,5 +581,7 @@ def test_the_doctor(dql_here):
     facts = {"built": True, "reason": None, "compiler": "nvcc 13.0.88", "seconds": 9.5, "outdated": None}
     facts["architectures"] = ["80", "90"]
     assert cuda_extension_rows(facts) == {"cuda extension": "built by nvcc 13.0.88 in 9.5 s for sm_80, sm_90"}
+    text = cuda_extension_rows(facts | {"because": "for the GPU here"})["cuda extension"]
+    assert text.endswith("for sm_80, sm_90 (for the GPU here)")
     text = cuda_extension_rows(facts | {"outdated": "the sources have changed"})["cuda extension"]
     assert text == "built by nvcc 13.0.88 in 9.5 s for sm_80, sm_90, but the sources have changed"

@@ -4,7 +4,8 @@ setup.py loads this file by its path and hands over its `tools`: it imports noth
 are named for all that goes into them, so one that is there is up to date.
 
     CUDA_HOME           where nvcc is, if not on the PATH or in /usr/local/cuda
-    DQL_CUDA_ARCHS      compute capabilities, "80;90" by default; PTX of the highest is added for newer GPUs
+    DQL_CUDA_ARCHS      compute capabilities; by default that of the GPU here, "80;90" where there is none. PTX of the
+                        highest is added for newer GPUs
     DQL_REQUIRE_CUDA=1  the build fails if they cannot be built
     DQL_NO_CUDA=1       they are not built
 """
@@ -26,6 +27,8 @@ DEFAULT = "80;90"
 HERE = Path("csrc/cuda")  # relative, so that objects do not depend on where the checkout stands
 HOPPER_ONLY = ("chain_wide",)  # sources whose instructions compute capability 9.0 has alone: compiled as 90a
 EMULATED = "_cuda_emulated"
+SMI_SECONDS = 15.0  # after which nvidia-smi hangs, as it does on a broken driver
+LONGEST = ("chain_tf32", "chain_bf16", "chain_fp32", "gradients")  # first, so that all cores are busy to the end
 _FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-Icsrc", "-Icsrc/cuda"]
 _HOST = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-missing-field-initializers"]
 _NVCC = ["-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "1"]
@@ -80,13 +83,16 @@ class Nvcc:
         return cls(path, f"nvcc {release[2]}", libraries)
 
 
-def architectures(tools: Any) -> list[str]:
-    """The compute capabilities to compile for, the lowest first.
+def architectures(tools: Any) -> tuple[list[str], str]:
+    """(the compute capabilities to compile for, the lowest first; why these).
 
     Raises:
         NotBuilt: DQL_CUDA_ARCHS names one that there is not.
     """
-    told = os.environ.get("DQL_CUDA_ARCHS") or DEFAULT
+    told = os.environ.get("DQL_CUDA_ARCHS")
+    if not told:
+        found = of_gpus(tools)
+        return (found, "for the GPU here") if found else (DEFAULT.split(";"), "no GPU was found")
     names = [name for name in re.split(r"[;,\s]+", told.strip()) if name]
     unknown = next((name for name in names if name not in ARCHITECTURES), None)
     if unknown is not None or not names:
@@ -95,7 +101,19 @@ def architectures(tools: Any) -> list[str]:
             f"DQL_CUDA_ARCHS={told!r} names {named}; known are {', '.join(ARCHITECTURES)}",
             f"set it to some of these, such as {DEFAULT!r},",
         )
-    return sorted(set(names), key=int)
+    return sorted(set(names), key=int), "DQL_CUDA_ARCHS"
+
+
+def of_gpus(tools: Any) -> list[str]:
+    """What to compile for the GPUs of this machine, as the driver's nvidia-smi tells them; nothing where it tells none.
+
+    A GPU that is newer than all that we know gets the highest that we know, whose PTX it compiles itself.
+    """
+    status, output = tools.call(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], SMI_SECONDS)
+    told = re.findall(r"^\s*(\d+)\.(\d)\s*$", output, re.MULTILINE) if status == 0 else []
+    capabilities = {10 * int(major) + int(minor) for major, minor in told}
+    names = {max((n for n in ARCHITECTURES if int(n) <= c), key=int, default="") for c in capabilities if c >= 80}
+    return sorted(filter(None, names), key=int)
 
 
 def generate_code(source: Path, names: Sequence[str]) -> list[str]:
@@ -127,7 +145,8 @@ def build(tools: Any, include: str, temp: Path, target: Path, facts: dict[str, A
     compiler = tools.Compiler.find()
     nvcc = Nvcc.find(tools)
     facts["compiler"] = nvcc.version
-    names = facts["architectures"] = architectures(tools)
+    names, facts["because"] = architectures(tools)
+    facts["architectures"] = names
     host = ["-ccbin", _program(compiler.command)] if "CXX" in os.environ else []
     jobs = []
     for source in sources(False):
@@ -135,6 +154,7 @@ def build(tools: Any, include: str, temp: Path, target: Path, facts: dict[str, A
             jobs.append((source, [nvcc.path, *_FLAGS, *_NVCC, *host, *generate_code(source, names)], nvcc.version))
         else:
             jobs.append((source, _module_command(tools, compiler, include, []), compiler.version))
+    jobs.sort(key=lambda job: LONGEST.index(job[0].stem) if job[0].stem in LONGEST else len(LONGEST))
     objects = _compile(tools, jobs, temp)
     facts["resources"] = [row for made in objects for row in resources(made.with_suffix(".txt").read_text())]
     link = [*compiler.command, "-shared", "-pthread", *map(str, objects), f"-L{nvcc.libraries}", "-lcudart_static"]
