@@ -25,7 +25,7 @@ from parts import NOTHING_TO_DO
 import dql
 from dql.backends import registry
 from dql.kernels import cuda_native
-from dql.kernels.cuda_plan import WIDE, Tiling, forced
+from dql.kernels.cuda_plan import WIDE, Problem, Tiling, forced, shared_bytes
 from dql.values import q_values
 
 Tensor = torch.Tensor
@@ -229,10 +229,15 @@ class Checks:
 
     def tiling(self, name: str) -> None:
         tiling, wide = TILINGS[name], TILINGS[name].m_tiles == WIDE
-        capability, _, _, can_run_wide = cuda_native.facts(0, cuda_native.emulating())
+        capability, _, shared, can_run_wide = cuda_native.facts(0, cuda_native.emulating())
         if (tiling.resident and capability < 90) or (wide and not can_run_wide):
             nothing_to_do(f"compute capability {capability / 10} has no such kernels")
+        spec = dql.Denoiser(rivals.S, rivals.A, rivals.H).spec
         for precision in ("bf16",) if wide else ("bf16", "fp32", "tf32"):
+            needs = shared_bytes(Problem(spec, precision, self.sizes[0], rivals.T, 1, False), tiling)
+            if needs > shared:
+                tell(f"{precision} does not fit: {needs >> 10} of {shared >> 10} KB")
+                continue
             with forced(tiling):
                 for B in self.sizes[::2]:
                     self.look(f"{precision} B={B}", ACTIONS[precision], *self.chain(B, precision))
@@ -312,6 +317,8 @@ def main() -> int:
     chosen = parser.parse_args()
     if chosen.small:
         rivals.S, rivals.A, rivals.H, rivals.T = 11, 3, 48, 2
+    if chosen.device.type == "cuda":
+        chosen.device = torch.device("cuda", torch.cuda.current_device())  # as tensors name theirs
     if (reason := dql.backends()[chosen.backend]) is not None:
         nothing_to_do(reason)
     checks = Checks(chosen.backend, chosen.precision, chosen.device, chosen.small)
