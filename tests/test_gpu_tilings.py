@@ -167,7 +167,7 @@ def test_more_tiles_than_fit_at_a_time(tiling, precision):
 @pytest.mark.parametrize("tiling", [*RESIDENT, *STREAMED], ids=name_of)
 def test_gradients_of_more_tiles_than_fit_at_a_time(tiling):
     """Each block goes through several tiles backward, too: 5,000 rows on up to 132 multiprocessors."""
-    case = Case(B=5000, S=17, A=6, K=5, H=256, max_action=SMOOTH)
+    case = Case(B=5000, S=17, A=6, K=2, H=256, max_action=SMOOTH)
     problem = on_device(make_problem(case, torch.float32))
     skip_misfit(tiling, "bf16", problem.policy.denoiser.spec)
     with forced(tiling):
