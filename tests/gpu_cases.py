@@ -54,9 +54,9 @@ SMOOTH = 1e5  # an action bound that nothing reaches: without clamps, rounding c
 FP32 = (10.0, 2e-6)
 # tf32's and bf16's is the chain in float64 with operands rounded, forward and backward, as "triton" rounds them
 # (`rounded_chain`). Simulated likewise, the errors are 0.6 to 1.1 times its own, a single tensor's up to 1.4 times:
-# half of the bound at most. Operands of tf32 that are cut off and not rounded give 2 to 18 times the error, and 19 of 20
-# cases are red. "cuda" rounds other operands, which is another draw of errors: emulated, a tensor's are up to 2.8 times
-# the yardstick's, half of the bound at most.
+# half of the bound at most. Operands of tf32 that are cut off and not rounded give 2 to 18 times the error, and 19 of
+# 20 cases are red. "cuda" rounds other operands, which is another draw of errors: emulated, a tensor's are up to 2.8
+# times the yardstick's, half of the bound at most.
 REDUCED = {"triton": (2.0, 1e-3), "cuda": (4.0, 5e-3)}
 REDUCED_ACTIONS = {"tf32": 1e-2, "bf16": TOLERANCES["bf16 in all"].rel}  # where no yardstick is at hand
 

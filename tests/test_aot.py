@@ -81,8 +81,8 @@ def command(*arguments: str, timeout: float) -> subprocess.CompletedProcess[str]
 
 
 def spill_limit() -> int:
-    """Bytes a thread may spill. The tiles' rules were found with Triton 3.7: none there. Another release's compiler lays
-    out the same kernels a little differently; with 3.8 and 3.9 one to two of 56 kernels an architecture spill 4 to 44."""
+    """Bytes a thread may spill. The tiles' rules were found with Triton 3.7: none there. Another release's compiler
+    lays the same kernels out a little differently: with 3.9 up to two of 56 an architecture spill 4 to 44."""
     return 0 if importlib.metadata.version("triton").startswith("3.7.") else 64
 
 
@@ -209,8 +209,9 @@ def test_small_kernels_are_seen_as_they_are(odd):
         assert count["total"] > sum(count[name] for name in aot.COUNTED)
         assert report.tensor_cores == (None if label == "small ieee" else "HMMA"), (label, arch)
         assert (report.tf32_products, report.tf32_roundings) == (int(label == "small tf32"), 0)
-        # the product of 16 x 64 x 64 by 128 threads; on tensor cores exp alone multiplies
-        assert (count["FFMA"] >= 16 * 64 * 64 // 128) == (label == "small ieee"), (label, arch)
+        # the product of 16 x 64 x 64 by 128 threads, FFMA2 doing two; on tensor cores exp alone multiplies
+        multiplied = count["FFMA"] + 2 * count["FFMA2"]
+        assert (multiplied >= 16 * 64 * 64 // 128) == (label == "small ieee"), (label, arch)
         assert 16 < report.registers < 255
         # weights go through shared memory: 64 x 64 of 2 or 4 bytes, the driver's own KB aside
         weight = 64 * 64 * (2 if label == "small bf16" else 4)
@@ -238,7 +239,8 @@ def test_too_much_is_seen(odd):
 def test_local_memory_that_is_no_spill_is_seen(odd):
     for (_, arch), report in of_label(odd, "angle").items():
         assert (report.spill_stores, report.spill_loads) == (0, 0)
-        assert report.stack > 0 and report.instructions["LDL"] > 0 and report.instructions["STL"] > 0, arch
+        local = (report.stack > 0, report.instructions["LDL"] > 0, report.instructions["STL"] > 0)
+        assert all(local) or (not any(local) and spill_limit()), arch  # newer compilers do without
         assert (report.shared, report.tensor_cores) == (0, None)
 
 
