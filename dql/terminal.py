@@ -1,7 +1,5 @@
 """Where the command line speaks: one way to make a console, so that what it is told comes out to the letter."""
 
-import os
-
 from rich.console import Console
 
 _WIDE = 1000  # columns of a file or a pipe, where a folded table cannot be searched, nor a folded command be copied
@@ -13,6 +11,6 @@ def make_console(stderr: bool = False) -> Console:
     Nothing in it is markup: rich would take `[triton]` in a command for a style, and `:cat:` in a path for a picture.
     """
     console = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = _WIDE
+    if not console.is_terminal:
+        console.width = _WIDE  # whatever COLUMNS says of a terminal somewhere
     return console
