@@ -233,7 +233,7 @@ class Checks:
         if (tiling.resident and capability < 90) or (wide and not can_run_wide):
             nothing_to_do(f"compute capability {capability / 10} has no such kernels")
         spec = dql.Denoiser(rivals.S, rivals.A, rivals.H).spec
-        for precision in ("bf16",) if wide else ("bf16", "fp32", "tf32"):
+        for precision in ("bf16", "fp32", "tf32")[: 1 if wide or self.small else 3]:
             needs = shared_bytes(Problem(spec, precision, self.sizes[0], rivals.T, 1, False), tiling)
             if needs > shared:
                 tell(f"{precision} does not fit: {needs >> 10} of {shared >> 10} KB")

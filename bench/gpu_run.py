@@ -226,7 +226,8 @@ class Run:
         """One pytest a backend, side by side; those that want the GPU for themselves, afterwards."""
         ids = self.options.chosen_tests
         tests = [str(ROOT / "tests" / name) for name in TIER] if ids is None else ids
-        each = ["-n", str(_cores(0.4)), "--max-worker-restart", "100000", "--timeout", str(A_TEST), "-m", "not alone"]
+        a_test = A_TEST if self.device == "cuda" else 3 * A_TEST  # what is interpreted is slow
+        each = ["-n", str(_cores(0.4)), "--max-worker-restart", "100000", "--timeout", str(a_test), "-m", "not alone"]
 
         def run(backend: str) -> str | None:
             return self._pytest(
@@ -315,7 +316,7 @@ class Run:
     def _timed(self, task: Task, bench: str, *more: str) -> str | None:
         """Times of one process after another, if one breaks; each has a JSON file of its own."""
         given = ["--benchmark-only", "--device", self.device, "-p", "no:xdist", "--timeout", str(A_TIME), *more]
-        return self._pytest(task, [str(ROOT / "bench" / bench), *given], task.name, Path(bench).stem)
+        return self._pytest(task, [str(ROOT / "bench" / bench), *given], task.log.stem, Path(bench).stem)
 
     def _pytest(self, task: Task, arguments: Sequence[str], name: str, times: str | None = None) -> str | None:
         """Runs pytest, and again for what was not reached when its process broke; returns what failed."""

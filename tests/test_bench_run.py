@@ -149,6 +149,13 @@ def test_a_missing_package_costs_the_tests(run, monkeypatch):
     assert run.tests(task(run, "tests")) == "; ".join(["pytest-nothing is not installed"] * 3)
 
 
+def test_a_bench_leaves_its_times(run):
+    """As quick, bench and update run theirs."""
+    assert run._timed(task(run, "update"), "bench_update.py", "-k", "test_update_bc", "--short") is None
+    (report,) = run.scratch.glob("bench_update-update-*.json")
+    assert json.loads(report.read_text())["rows"][0]["contender"] == "dql"
+
+
 def test_a_build_and_an_installation_that_fail(run, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_run.gpu_tools, "is_built", lambda capability: None)
     run.device = "cuda"
