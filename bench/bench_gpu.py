@@ -131,7 +131,8 @@ def measure(device: torch.device, benchmark: Any, record: Callable[..., None]) -
             return
         calls = list(benchmark.stats.stats.data)
         name = {bounds.FORWARD: "forward", bounds.BACKWARD: "gradient"}.get(problem, "select")
-        print(f"{SAID}{name} {B} {contender}: {1e6 * spread(calls)[1]:.1f} us a call", flush=True)
+        # pytest's dots have no line's end
+        print(f"\n{SAID}{name} {B} {contender}: {1e6 * spread(calls)[1]:.1f} us a call", flush=True)
         on_device = on_device or device_time.device_time(body, no_graph)  # the profiler would have slowed the calls
         rate = flops / on_device.median
         on_gpu = device.type == "cuda"

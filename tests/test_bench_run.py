@@ -149,8 +149,12 @@ def test_a_missing_package_costs_the_tests(run, monkeypatch):
     assert run.tests(task(run, "tests")) == "; ".join(["pytest-nothing is not installed"] * 3)
 
 
-def test_a_bench_leaves_its_times(run):
-    """As quick, bench and update run theirs."""
+def test_a_bench_tells_its_times(run, capsys):
+    """As quick, bench and update run theirs: a line at once, all of it in a file."""
+    sizes = ["--sizes", "1", "--compile-sizes", "none"]
+    assert run._timed(task(run, "bench"), "bench_gpu.py", *sizes, "-k", "forward and eager and not backward") is None
+    assert any(line.startswith("forward 1 dql-eager: ") for line in capsys.readouterr().out.splitlines())
+    assert len(list(run.scratch.glob("bench_gpu-bench-*.json"))) == 1
     assert run._timed(task(run, "update"), "bench_update.py", "-k", "test_update_bc", "--short") is None
     (report,) = run.scratch.glob("bench_update-update-*.json")
     assert json.loads(report.read_text())["rows"][0]["contender"] == "dql"
