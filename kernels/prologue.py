@@ -123,7 +123,8 @@ def _prologue(
         # an action within the bounds.
         bad = tl.max(seen, axis=1) > 0  # [STATES]
         part = tl.where(bad[:, None], float("nan"), part)
-        tl.store(told + tl.zeros((STATES,), tl.int32), 1, bad & (tell != 0))
+        if tell != 0:
+            tl.store(told + tl.zeros((STATES,), tl.int32), 1, bad)
         out = floats + n_floats + K.to(tl.int64) * HP + network.to(tl.int64) * B * HP
         tl.store(out + b[:, None] * HP + column[None, :], part, (b < B)[:, None])
 
