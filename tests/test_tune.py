@@ -428,7 +428,7 @@ def test_dry_run_lists_the_candidates(dql_here, file):
 
 
 def test_tables(capsys):
-    report = aot.Report("k", 90, 128, 0, 0, 0, 100_000, 0, 8, 2, {}, (), 1.0)
+    report = aot.Report("k", 90, 128, 0, 0, 0, 100_000, 0, 8, 2, {}, 0, 0, 0, (), 1.0)
     found = [
         tiles.Candidate("forward", "fp32", MINE, report, None),
         tiles.Candidate("saving", "bf16", OTHER, report, "it spills: 8 bytes stored, 4 loaded"),
