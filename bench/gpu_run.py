@@ -147,6 +147,7 @@ class Run:
             # Unset, torch.compile sets it when it is first used: our kernels would be compiled again within the bench.
             "TRITON_CACHE_DIR": str(triton),
         }
+        self.environment.pop("PYTEST_ADDOPTS", None)
         if self.device == "cpu":
             self.environment |= {"TRITON_INTERPRET": "1", "DQL_CUDA_EMULATE": "1", "OMP_NUM_THREADS": "1"}
         gpu_report.unpack(CARRIED, self.caches)

@@ -54,7 +54,8 @@ def data_list(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> i
         print(json.dumps([asdict(d) for d in found], indent=2))
         return 0
     console = make_console()
-    table = Table(title=f"datasets in {datasets_root()}")
+    console.print(f"datasets in {datasets_root()}")  # a table's title would be folded to its width
+    table = Table()
     for header in ("id", "steps", "episodes", "MB", "environment", "random .. expert return"):
         table.add_column(header, justify="right" if header in ("steps", "episodes", "MB") else "left", overflow="fold")
     for d in found:
@@ -90,11 +91,13 @@ def data_info(dataset: tyro.conf.Positional[str], as_json: Annotated[bool, tyro.
     if as_json:
         print(json.dumps(facts, indent=2))
         return 0
-    table = Table(title=facts["dataset_id"], show_header=False)
+    console = make_console()
+    console.print(facts["dataset_id"])
+    table = Table(show_header=False)
     for key, value in facts.items():
         if value not in (None, ""):
             table.add_row(key.replace("_", " "), _brief(value))
-    make_console().print(table)
+    console.print(table)
     return 0
 
 
@@ -283,7 +286,9 @@ def evaluate(
     if as_json:
         print(json.dumps(rows, indent=2))
         return 0
-    table = Table(title=f"{info.dataset_id} in {info.env_id}: {episodes} new episodes each", caption=_SELECTION_NOTE)
+    console = make_console()
+    console.print(f"{info.dataset_id} in {info.env_id}: {episodes} new episodes each")
+    table = Table(caption=_SELECTION_NOTE)
     for header in ("checkpoint", "update", "mean return", "95% interval", "normalised score"):
         table.add_column(header, justify="left" if header == "checkpoint" else "right")
     for name, row in rows.items():
@@ -295,7 +300,7 @@ def evaluate(
             f"[{row['return_low']:.1f}, {row['return_high']:.1f}]",
             "" if score is None else f"{score:.1f}",
         )
-    make_console().print(table)
+    console.print(table)
     return 0
 
 

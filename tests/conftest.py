@@ -26,6 +26,12 @@ pytest.register_assert_rewrite("kernel_calls", "kernel_critic")
 DATASET = "dql/pendulum/mixed-v0"
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """With a GPU one process: the contexts of several would share its memory."""
+    return 1 if torch.cuda.is_available() else None
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)

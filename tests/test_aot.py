@@ -23,10 +23,12 @@ from dql.kernels import aot
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed: pip install triton (Linux only)", allow_module_level=True)
 
+pytestmark = pytest.mark.xdist_group("kernels")
+
 # Compiled in every run: the widths of the published policies, for each architecture that `dql kernels` has by default
-# and one with 99 KB. DQL_KERNELS='*' compiles every kernel of the list, which takes minutes.
-_PUBLISHED = "* [ftb][pf][31][26] H256"  # fp32, tf32 and bf16
-ONLY = os.environ.get("DQL_KERNELS", f"{_PUBLISHED},{_PUBLISHED} R*,choose*,critic_finish")
+# and one with 99 KB. DQL_KERNELS='*' compiles every kernel of the list for each, which takes minutes.
+# There is much of it, so only sm_90 takes every precision; float32 takes the most shared memory, which sm_120 lacks.
+_PRECISIONS = {80: "tf32", 90: "[ftb][pf][31][26]", 100: "bf16", 120: "fp32"}
 ON_TENSOR_CORES = re.compile("chain|critic_fwd|critic_bwd|product|prologue")
 
 FITTING = aot.Report(
@@ -52,20 +54,16 @@ FITTING = aot.Report(
 # ------------------------------------------------------------------------------------------------ our kernels
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    """`dql kernels --json` for one architecture, once: label -> row."""
-    known: dict[int, dict[str, dict]] = {}
-
-    def run(arch: int) -> dict[str, dict]:
-        if arch not in known:
-            done = command("--arch", f"sm_{arch}", "--only", ONLY, "--json", timeout=1200)
-            assert done.stdout, done.stderr
-            known[arch] = {row["label"]: row for row in json.loads(done.stdout)}
-            assert done.returncode == any(row["error"] or row["limit"] for row in known[arch].values()), done.stderr
-        return known[arch]
-
-    return run
+def compiled(arch: int) -> dict[str, dict]:
+    """`dql kernels --json` for one architecture: label -> row."""
+    published = f"* {_PRECISIONS[arch]} H256"
+    only = os.environ.get("DQL_KERNELS", f"{published},{published} R*,choose*,critic_finish")
+    done = command("--arch", f"sm_{arch}", "--only", only, "--json", timeout=1200)
+    assert done.stdout, done.stderr
+    rows = {row["label"]: row for row in json.loads(done.stdout)}
+    assert done.returncode == any(row["error"] or row["limit"] for row in rows.values()), done.stderr
+    assert rows
+    return rows
 
 
 def command(*arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
@@ -86,11 +84,10 @@ def spill_limit() -> int:
     return 0 if importlib.metadata.version("triton").startswith("3.7.") else 64
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100, 120])
-def test_every_kernel_launches_and_stays_in_registers(compiled, arch):
-    rows = compiled(arch)
-    assert rows
-    limits = aot.ARCHITECTURES[arch]
+@pytest.mark.parametrize("arch", _PRECISIONS)
+def test_every_kernel_of_the_published_sizes(arch):
+    """It launches, keeps to registers, has its products on tensor cores and rounds what they take of tf32."""
+    rows, limits = compiled(arch), aot.ARCHITECTURES[arch]
     for label, row in rows.items():
         assert row["error"] is None, (label, row["error"])
         assert row["limit"] is None, (label, row["limit"])
@@ -99,28 +96,23 @@ def test_every_kernel_launches_and_stays_in_registers(compiled, arch):
         local = {key: row[key] for key in ("spill_stores", "spill_loads", "stack")}
         local |= {name: row["instructions"][name] for name in ("LDL", "STL")}
         assert max(local.values()) <= spill_limit(), (label, local)
+    products = {label: row for label, row in rows.items() if ON_TENSOR_CORES.search(label)}
+    without = [label for label, row in products.items() if row["tensor_cores"] is None]
+    assert products and not without, without
+    assert_tf32_is_rounded(products)
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100, 120])
-def test_products_are_on_tensor_cores(compiled, arch):
-    rows = {label: row for label, row in compiled(arch).items() if ON_TENSOR_CORES.search(label)}
-    assert rows
-    without = [label for label, row in rows.items() if row["tensor_cores"] is None]
-    assert not without, without
-
-
-@pytest.mark.parametrize("arch", [80, 90, 100, 120])
-def test_tf32_operands_are_rounded(compiled, arch):
+def assert_tf32_is_rounded(products: dict[str, dict]) -> None:
     """By cvt.rna.tf32: left alone, tensor cores cut them off. bf16 has tf32 products at its edges; float32 has none of
     its own, and rounds nothing: Triton takes its numbers apart. Which operands are rounded `test_triton` tells."""
-    rows = {label: row for label, row in compiled(arch).items() if ON_TENSOR_CORES.search(label)}
     for precision in ("tf32", "bf16"):
-        of_tf32 = {label: row for label, row in rows.items() if f" {precision} " in label and row["tf32_products"]}
-        assert {row["kernel"] for row in of_tf32.values()} == {row["kernel"] for row in rows.values()}
+        own = {label: row for label, row in products.items() if f" {precision} " in label}
+        of_tf32 = {label: row for label, row in own.items() if row["tf32_products"]}
+        assert {row["kernel"] for row in of_tf32.values()} == {row["kernel"] for row in own.values()}
         without = [label for label, row in of_tf32.items() if not (row["tf32_roundings"] and row["cvt_tf32"])]
         assert not without, without
-    fp32 = {label: row for label, row in rows.items() if " fp32 " in label}
-    assert fp32 and not any(row["tf32_products"] or row["tf32_roundings"] for row in fp32.values())
+    fp32 = {label: row for label, row in products.items() if " fp32 " in label}
+    assert not any(row["tf32_products"] or row["tf32_roundings"] for row in fp32.values())
 
 
 # ------------------------------------------------------------------------------------- what a kernel is seen to be

@@ -12,6 +12,8 @@ import pytest
 
 from dql.rundir import RunDir, read_rows
 
+pytestmark = pytest.mark.xdist_group("demo")
+
 SHORT = ("--updates", "20", "--episodes", "2")
 
 

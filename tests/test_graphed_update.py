@@ -67,14 +67,15 @@ def assert_same(got, want, case: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_updates_are_the_agents(variant, backend, record_update):
     """Both coins, steps with and without an average, a learning rate that changes."""
+    steps = 4 if NO_GPU and backend == "triton" and variant != "plain" else 8  # interpreted, one takes seconds
     agents = [make_agent(backend, **VARIANTS[variant]) for _ in range(2)]
     update = record_update(agents[0])
-    for step in range(8):
+    for step in range(steps):
         got, want = update.update(make_batch(step)), agents[1].update(make_batch(step))
         assert got.keys() == want.keys()
         for name, value in want.items():
             assert_close(got[name], value, TOLERANCES["agent float32"], what=name, case=f"{variant}, step {step}")
-    assert agents[0].step == 8
+    assert agents[0].step == steps
     assert_same(*agents, variant)
 
 

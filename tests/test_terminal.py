@@ -36,8 +36,8 @@ def test_doctor_prints_commands_to_the_letter(dql_here, monkeypatch):
 
 
 def test_data_in_brackets(dql_here, pendulum, tmp_path, monkeypatch):
-    """A folder, an id and an environment's name may have any characters."""
-    folder = tmp_path / "[bold]data[/bold]"
+    """A folder, an id and an environment's name may have any characters, and many of them."""
+    folder = tmp_path / "[bold]data[/bold]" / ("x" * 120)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(folder))
     folder.mkdir(parents=True)
     assert str(folder) in dql_here("data", "list").out

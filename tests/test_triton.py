@@ -306,7 +306,7 @@ def problems(draw: Callable[..., Case]) -> tuple[Case, Tile, Tile]:
     return draw(random_cases()), tile(), tile()
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(problems())
 def test_random_problems(problem):
     case, forward, backward = problem
