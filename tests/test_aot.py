@@ -23,8 +23,6 @@ from dql.kernels import aot
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed: pip install triton (Linux only)", allow_module_level=True)
 
-pytestmark = pytest.mark.xdist_group("kernels")
-
 # Compiled in every run: the widths of the published policies, for each architecture that `dql kernels` has by default
 # and one with 99 KB. DQL_KERNELS='*' compiles every kernel of the list for each, which takes minutes.
 # There is much of it, so only sm_90 takes every precision; float32 takes the most shared memory, which sm_120 lacks.

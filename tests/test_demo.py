@@ -12,8 +12,6 @@ import pytest
 
 from dql.rundir import RunDir, read_rows
 
-pytestmark = pytest.mark.xdist_group("demo")
-
 SHORT = ("--updates", "20", "--episodes", "2")
 
 

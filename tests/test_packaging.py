@@ -18,7 +18,6 @@ import pytest
 import dql
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.xdist_group("wheel")
 IGNORED = (".*", "venv", "env", "build", "dist", "runs", "*.egg-info", "__pycache__")
 LEFT_BEHIND = tuple(
     f"{name}{end}" for name in ("_native", "_cuda") for end in (".abi3.so", "_build.json", "_build.log")

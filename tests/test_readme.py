@@ -30,7 +30,7 @@ def test_there_is_python_to_run():
 
 def test_the_two_commands_are_there():
     assert "\npip install -e . && dql demo\n" in README
-    assert '\npip install -e ".[test]" && pytest -n auto --dist loadgroup\n' in README
+    assert '\npip install -e ".[test]" && pytest -n auto --dist loadfile\n' in README
 
 
 def test_every_command_exists(capsys):

@@ -23,8 +23,6 @@ from dql.config import Config, RunConfig
 from dql.rundir import RunDir, RunError, find_checkpoint
 from dql.train import resume, train
 
-pytestmark = pytest.mark.xdist_group("resume")
-
 TIMES = ("seconds", "updates_per_second")
 
 
