@@ -25,8 +25,9 @@ if importlib.util.find_spec("triton") is None:
 
 # Compiled in every run: the widths of the published policies, for each architecture that `dql kernels` has by default
 # and one with 99 KB. DQL_KERNELS='*' compiles every kernel of the list for each, which takes minutes.
-# There is much of it, so only sm_90 takes every precision; float32 takes the most shared memory, which sm_120 lacks.
-_PRECISIONS = {80: "tf32", 90: "[ftb][pf][31][26]", 100: "bf16", 120: "fp32"}
+# There is much of it, so each takes one precision, and sm_90 the fastest and the slowest; float32 takes the most shared
+# memory, which sm_120 lacks.
+_PRECISIONS = {80: "tf32", 90: "[fb][pf][31][26]", 100: "bf16", 120: "fp32"}
 ON_TENSOR_CORES = re.compile("chain|critic_fwd|critic_bwd|product|prologue")
 
 FITTING = aot.Report(
