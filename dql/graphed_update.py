@@ -15,7 +15,7 @@ from dql.kernels.capture import prove, recorded
 
 Tensor = torch.Tensor
 _WARM_UPS = 2  # load kernels and tables, and let cuBLAS choose, which a graph cannot hold
-AHEAD = 32  # updates whose numbers are drawn at once
+AHEAD = 64  # updates whose numbers are drawn at once
 
 
 @dataclass(frozen=True)
