@@ -61,11 +61,7 @@ def _updates(contender: str, published: PublishedAgent, max_q_backup: bool, batc
     if name.endswith("+graph"):
         if device.type != "cuda":
             pytest.skip(f"a CUDA graph needs a GPU; run with --device cuda, this is {device}")
-        try:
-            update = dql.GraphedUpdate(agent, B).update
-        except RuntimeError:
-            device_time.mend_after_capture()  # for those that come after
-            raise
+        update = dql.GraphedUpdate(agent, B).update
     error = _check_update(contender, agent, update, published, batch)
     return lambda: update(batch), error
 

@@ -94,13 +94,17 @@ class Report:
             target = self.path.with_name(f"{self.path.stem}-{name}.tar.gz")
             if not present:
                 continue
-            with _said_if_full(target):
-                with tarfile.open(target, "w:gz", compresslevel=4) as archive:
+            partial = target.with_name(f"{target.name}.partial")  # what was packed before stays until this is whole
+            with _said_if_full(partial):
+                with tarfile.open(partial, "w:gz", compresslevel=4) as archive:
                     for path in present:
                         archive.add(path, path.name, filter=lambda file: None if _left_out(file, older) else file)
-                if target.stat().st_size > MOST_BYTES:
-                    say(f"{target.name} has {target.stat().st_size >> 20} MiB, {MOST_BYTES >> 20} can go: left out")
-                    target.unlink()
+                if (size := partial.stat().st_size) <= MOST_BYTES:
+                    partial.replace(target)
+                else:
+                    kept = "what was packed before stays" if target.exists() else "left out"
+                    say(f"{target.name} has {size >> 20} MiB, {MOST_BYTES >> 20} can go: {kept}")
+                    partial.unlink()
 
     def summary(self) -> str:
         return f"{summary(self.content)}\nwritten: {self.path}"
@@ -116,7 +120,7 @@ def _said_if_full(path: Path) -> Any:
     try:
         yield
     except OSError as error:
-        say(f"{path.name} cannot be written: {error}")
+        say(f"{path.name.removesuffix('.partial')} cannot be written: {error}")
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
 
@@ -204,6 +208,8 @@ def check_line(check: dict[str, Any]) -> str:
         if check["precision"] == "any"
         else "{backend} {precision} {kind}".format(**check)
     )
+    beside = check.get("beside")
+    cells += [f"times beside {beside} others"] if beside and any(found["us"] for found in check["found"]) else []
     cells += [f"FAILED {check['why']}"] if check["why"] else []
     return f"{name}: {'; '.join(cells)}"[:400]
 
@@ -211,6 +217,18 @@ def check_line(check: dict[str, Any]) -> str:
 def check_is_wrong(check: dict[str, Any]) -> bool:
     raised = any(found["why"] is not None and found["limit"] is not None for found in check["found"])
     return check["why"] is not None or raised
+
+
+def hanging(scratch: Path) -> list[str]:
+    """What did not end in the checks, as pytest's -k names the benches of it: each would cost another limit."""
+    checks = [check for path in sorted(scratch.glob("checks-*.json")) for check in read_json(path) or ()]
+    hung = [check for check in checks if (check["why"] or "").startswith("ended after")]
+    names = {
+        "forward": "dql-{backend}-{precision}",
+        "gradient": "(backward and dql-{backend}-{precision})",
+        "update": "(test_update and dql-{backend})",
+    }
+    return [names[check["kind"]].format(**check) for check in hung if check["kind"] in names]
 
 
 def nothing_ran(check: dict[str, Any]) -> bool:

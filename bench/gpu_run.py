@@ -6,7 +6,7 @@
                 wheels: what bench/wheels/ holds, into a folder of its own, for `data` and `train` alone
     cuda        the same checks of the CUDA kernels, and each way in which they cut a problem
     quick       bench_gpu.py at B = 256, 1, 65,536, its gradient at 256, an update; without torch.compile
-    tests       tests of the GPU tier, a pytest for each backend, side by side, 20 s a test at most
+    tests       tests of the GPU tier, a pytest for each backend, side by side, 20 s a test at most, 60 of triton's
                 rivals: torch.compile's graphs are compiled, for `bench`; data: a Minari dataset
     bench       bench_gpu.py in full
     update      bench_update.py
@@ -24,6 +24,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -38,6 +39,8 @@ import gpu_tools
 import outcomes
 from gpu_report import BUILT
 from parts import SAID, NothingToDoError, Outcome, OutOfTimeError, Part, Task, run_stages, say
+
+from dql.kernels import native_build
 
 ROOT = Path(__file__).parents[1]
 CHECKS = [sys.executable, str(ROOT / "bench" / "gpu_checks.py")]
@@ -59,12 +62,15 @@ PARTS = tuple(name for stage in STAGES for name in stage)
 FIRST = ("build", "triton", "cuda", "quick", "tests")
 LEAST = {"build": 60, "triton": 40, "wheels": 10, "cuda": 20, "quick": 40, "tests": 55, "rivals": 55, "data": 55}
 LEAST |= {"bench": 90, "update": 25, "profile": 25, "sanitize": 55, "train": 60}  # seconds kept for each
-A_CHECK = {"triton": 45, "cuda": 20}  # seconds after which one hangs; Triton compiles in them
-A_TEST, A_TIME = 20, 60
+A_CHECK = {"triton": 60, "cuda": 20}  # seconds after which one hangs; Triton compiles in them
+A_TEST = {"triton": 60, "cuda": 20}  # one of triton compiles 36 kernels
+A_TIME, A_QUICK_TIME = 60, 20
+FOR_UPDATE = 12.0  # seconds of `quick`, whatever else hangs
 QUICK_SIZES, QUICK = "256,1,65536", "not graph and (not backward or B256)"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PLUGINS = {"pytest-xdist": "xdist", "pytest-timeout": "pytest_timeout", "pytest-benchmark": "pytest_benchmark"}
 NOT_REACHED = "no time was left"
+RAISED = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit)\b")
 TIER = ("test_gpu.py", "test_gpu_calls.py", "test_gpu_tilings.py", "test_device.py", "test_graphed_update.py")
 DATASET = "dql/hopper/medium-expert-v0"
 
@@ -165,6 +171,8 @@ class Run:
             return None
         if self.device == "cpu":
             return _failure(task, task.run([sys.executable, "setup.py", "-q", "build_cuda_emulator"]))
+        for stale in (native_build.CUDA.file, native_build.CUDA.record):  # a build that is cut off leaves none to run
+            (ROOT / "kernels" / stale).unlink(missing_ok=True)
         task.environment |= {"DQL_REQUIRE_CUDA": "1", "DQL_CUDA_ARCHS": os.environ.get("DQL_CUDA_ARCHS") or capability}
         return _failure(task, task.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"]))
 
@@ -189,9 +197,9 @@ class Run:
             output = self.scratch / f"check-{backend}-{precision}-{kind}.out"
             own = task.of(f"check-{backend}-{precision}-{kind}")
             command = [*CHECKS, backend, precision, kind, "--device", self.device, *self.small]
-            began, why = time.monotonic(), None
+            began, why, code = time.monotonic(), None, None
             try:
-                code: int | None = own.run(command, output, most=A_CHECK[backend])
+                code = own.run(command, output, most=A_CHECK[backend])
                 if code not in (0, 1):
                     why = f"its process ended with {code}: {_last_line(own.log)}"
             except OutOfTimeError:
@@ -199,11 +207,13 @@ class Run:
                 why = f"ended after {A_CHECK[backend]} s: it hangs, or compiles too long" if hung else NOT_REACHED
             except NothingToDoError:
                 pass  # it says why itself
-            found = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
-            if not found and why is None:
-                why = _last_line(own.log)
+            found, rest = gpu_tools.told(output.read_text(errors="replace") if output.exists() else "")
+            if why is None and (not found or (code == 1 and not any(line["why"] for line in found))):
+                why = _last_line(own.log)  # what no line tells of was raised outside what a check looks at
+            if why is not None and rest:
+                why = f"{why} / {rest}"
             here = {"backend": backend, "precision": precision, "kind": kind, "why": why, "found": found}
-            return here | {"seconds": time.monotonic() - began}
+            return here | {"seconds": time.monotonic() - began, "beside": jobs - 1}
 
         with ThreadPoolExecutor(jobs) as pool:
             futures = [pool.submit(check, *kind) for kind in gpu_checks.kinds(backend, bool(self.small))]
@@ -221,28 +231,45 @@ class Run:
 
     def quick(self, task: Task) -> str | None:
         sizes = self.options.sizes or (QUICK_SIZES if self.device == "cuda" else "8,1")
-        wrong = self._timed(task, "bench_gpu.py", "-k", QUICK, "--sizes", sizes, "--compile-sizes", "none")
-        return self._timed(task, "bench_update.py", "-k", "test_update and plain", "--short") or wrong
+        without = "".join(f" and not {name}" for name in gpu_report.hanging(self.scratch))
+        sizes, limit = ["--sizes", sizes, "--compile-sizes", "none"], ["--timeout", str(A_QUICK_TIME)]
+        first, wrong, cut = Task(task.log, task.deadline - FOR_UPDATE, task.environment), None, False
+        try:
+            wrong = self._timed(first, "bench_gpu.py", "-k", QUICK + without, *sizes, *limit)
+        except OutOfTimeError:
+            cut = True
+        of_update = self._timed(task, "bench_update.py", "-k", f"test_update and plain{without}", "--short", *limit)
+        if cut:
+            raise OutOfTimeError
+        return of_update or wrong
 
     def tests(self, task: Task) -> str | None:
         """One pytest a backend, side by side; those that want the GPU for themselves, afterwards."""
         ids = self.options.chosen_tests
         tests = [str(ROOT / "tests" / name) for name in TIER] if ids is None else ids
-        a_test = A_TEST if self.device == "cuda" else 3 * A_TEST  # what is interpreted is slow
-        each = ["-n", str(_cores(0.4)), "--max-worker-restart", "100000", "--timeout", str(a_test), "-m", "not alone"]
+        each = ["-n", str(_cores(0.4)), "--max-worker-restart", "100000", "-m", "not alone"]
 
-        def run(backend: str) -> str | None:
-            return self._pytest(
-                task.of(f"tests-{backend}"), [*tests, *each, "--only-backend", backend], f"tests-{backend}"
-            )
+        def run(name: str, own: Task, *more: str) -> tuple[str | None, bool]:
+            """(what is wrong, whether its time was over)."""
+            try:
+                return self._pytest(own, [*tests, *more], f"tests-{name}"), False
+            except OutOfTimeError:
+                return None, True
+
+        def of_backend(backend: str) -> tuple[str | None, bool]:
+            a_test = A_TEST[backend] if self.device == "cuda" else 60  # what is interpreted is slow
+            limit = ["--timeout", str(a_test), "--only-backend", backend]
+            return run(backend, task.of(f"tests-{backend}"), *each, *limit)
 
         with ThreadPoolExecutor(2) as pool:
-            wrong = [why for why in pool.map(run, ("cuda", "triton")) if why is not None]
-        if task.left > A_TEST:
-            last = self._pytest(task, [*tests, "-p", "no:xdist", "--timeout", "60", "-m", "alone"], "tests-alone")
-            wrong += [last] if last else []
+            done = list(pool.map(of_backend, ("cuda", "triton")))
+        done.append(run("alone", task, "-p", "no:xdist", "--timeout", "60", "-m", "alone"))
+        wrong = [why for why, _ in done if why is not None]
         if self.device == "cuda" and ids is None:
             wrong += gpu_report.untested(self.scratch, gpu_tools.capability(self.device))
+        if not wrong and any(cut for _, cut in done):
+            raise OutOfTimeError
+        wrong += ["no time was left for some" for _, cut in done[:1] if any(cut for _, cut in done)]
         return "; ".join(wrong) or None
 
     def rivals(self, task: Task) -> str | None:
@@ -333,7 +360,11 @@ class Run:
             listed = self.scratch / f"{path.stem}.txt"
             listed.write_text("\n".join(files))
             report = ["--bench-json", self.scratch / f"{times}-{name}-{round_}.json"] if times else []
-            code = task.run([*base, f"@{listed}", *options, *report])
+            try:
+                code = task.run([*base, f"@{listed}", *options, *report])
+            except OutOfTimeError:
+                outcomes.cut(path)
+                raise
             collected, found = outcomes.read(path)
             left = [test for test in collected if test not in found]
             if not left or (round_ and len(left) >= len(files)):
@@ -352,8 +383,13 @@ def _failure(task: Task, code: int) -> str | None:
 
 
 def _last_line(log: Path) -> str:
+    """What a log ends with: the last line that names an exception, if one was raised, or else the last one."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
-    return lines[-1].removeprefix(SAID)[:200] if lines else "no output"
+    raised = [i for i, line in enumerate(lines) if RAISED.match(line)]
+    trace = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
+    # torch adds advice to what CUDA says, in lines of their own
+    chosen = lines[raised[-1] if raised and trace and raised[-1] > trace[-1] else -1] if lines else "no output"
+    return chosen.removeprefix(SAID)[:200]
 
 
 def _cores(share: float) -> int:

@@ -1,6 +1,7 @@
 """What `bench/gpu.sh` asks of the GPU's tools and of what was built, and how it reads their answers."""
 
 import csv
+import json
 import re
 import shutil
 import tarfile
@@ -50,14 +51,35 @@ def capability(device: str) -> str:
 
 
 def is_built(wanted: str) -> str | None:
-    """What was built before for this GPU of these sources, in words; None if it must be built."""
-    record = native_build.record(native_build.CUDA)
-    there = (ROOT / "kernels" / native_build.CUDA.file).exists()
-    if not there or not record or not record["built"] or wanted not in record["architectures"]:
+    """What was built before for this GPU of these sources, in words; None if it must be built.
+
+    Both extensions: the GPU backends prepare their calls by the CPU's, and take a slower way without it.
+    """
+    for extension in (native_build.NATIVE, native_build.CUDA):
+        record = native_build.record(extension)
+        there = (ROOT / "kernels" / extension.file).exists()
+        if not there or not record or not record["built"]:
+            return None
+        if record.get("sources") != native_build.fingerprint(ROOT / "csrc", extension):
+            return None
+    if record is None or wanted not in record["architectures"]:
         return None
-    if record["sources"] != native_build.fingerprint(ROOT / "csrc", native_build.CUDA):
-        return None
-    return f"the CUDA kernels are there, for sm_{', sm_'.join(record['architectures'])}, of these sources"
+    return f"the kernels are there, for sm_{', sm_'.join(record['architectures'])}, of these sources"
+
+
+def told(output: str) -> tuple[list[dict[str, Any]], str]:
+    """(the lines of a check, the rest of what it printed, its first 200 characters): compilers print to stdout, too."""
+    found, rest = [], []
+    for line in output.splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and record.keys() >= {"what", "error", "limit", "us", "why"}:
+            found.append(record)
+        elif line.strip():
+            rest.append(line.strip())
+    return found, " / ".join(rest)[:200]
 
 
 def judge(code: int | None, output: str) -> dict[str, Any]:

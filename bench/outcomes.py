@@ -3,7 +3,8 @@
     python -m pytest -p outcomes --outcomes PATH ...       with bench/ on PYTHONPATH; also under pytest-xdist
 
 A line of JSON each: {"collected": [ids]}, {"started": id}, and {"test": id, "outcome": ..., "why": ..., "seconds": ...}
-with an outcome of passed, failed, error or skipped, `why` being a failure's last lines or a skip's reason.
+with an outcome of passed, failed, error or skipped, `why` being a failure's last lines or a skip's reason; and, by
+whoever killed it, {"cut": true}.
 
 A test after which CUDA answers with nothing but errors (a kernel wrote where it must not), or a capture of a CUDA graph
 is still under way, ends its process: everything after it would fail for no fault of its own. pytest-xdist replaces such
@@ -26,7 +27,7 @@ DIED = "its process died or was killed"
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("outcomes")
     group.addoption("--outcomes", type=Path, metavar="PATH", help="append each test's outcome to PATH, as JSON lines")
-    group.addoption("--only-backend", help="of tests with a backend those of this one; `cuda` keeps those without, too")
+    group.addoption("--only-backend", help="`triton` keeps the tests with that backend, `cuda` all others")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,11 +45,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _backend(item: pytest.Item) -> str:
     callspec = getattr(item, "callspec", None)
-    return str(callspec.params.get("backend", "cuda")) if callspec else "cuda"
+    return "triton" if callspec and callspec.params.get("backend") == "triton" else "cuda"
 
 
 def read(path: Path) -> tuple[list[str], dict[str, dict[str, Any]]]:
-    """(ids collected, the outcome of each that was started, by id)."""
+    """(ids collected, the outcome of each that was started and not cut off by the end of the time, by id)."""
     collected: dict[str, None] = {}
     found: dict[str, dict[str, Any]] = {}
     started: dict[str, None] = {}
@@ -61,10 +62,18 @@ def read(path: Path) -> tuple[list[str], dict[str, dict[str, Any]]]:
             collected |= dict.fromkeys(record["collected"])
         elif "started" in record:
             started[record["started"]] = None
+        elif "cut" in record:  # what runs then has no outcome
+            started.clear()
         elif record["test"] not in found or found[record["test"]]["outcome"] in ("passed", "skipped"):
             found[record["test"]] = record  # its teardown's error counts, too
     died = {"outcome": "failed", "why": DIED, "seconds": None}
     return list(collected), {test: {"test": test} | died for test in started if test not in found} | found
+
+
+def cut(path: Path) -> None:
+    """Whoever ran pytest killed it, for its time was over: that is no fault of the tests that were running."""
+    with path.open("a") as file:
+        file.write("\n" + json.dumps({"cut": True}) + "\n")  # the last line may be half a one
 
 
 class _Writer:

@@ -98,10 +98,11 @@ def test_several_processes(folder):
 
 def test_one_backend_alone(folder):
     (folder / "test_it.py").write_text(
-        "import pytest\n@pytest.mark.parametrize('backend', ['triton', 'cuda'])\ndef test_a(backend): pass\n"
+        "import pytest\n@pytest.mark.parametrize('backend', ['triton', 'cuda', 'eager'])\ndef test_a(backend): pass\n"
         "def test_b(): pass\n"
     )
-    for backend, wanted in {"triton": {"test_a[triton]"}, "cuda": {"test_a[cuda]", "test_b"}}.items():
+    of_cuda = {"test_a[cuda]", "test_a[eager]", "test_b"}  # each test runs in one of the two
+    for backend, wanted in {"triton": {"test_a[triton]"}, "cuda": of_cuda}.items():
         (folder / "out.jsonl").unlink(missing_ok=True)
         assert pytest_run(folder, "--only-backend", backend) == 0
         assert set(by_name(outcomes.read(folder / "out.jsonl")[1])) == wanted
@@ -113,6 +114,16 @@ def test_a_line_that_was_cut_off(tmp_path):
     collected, found = outcomes.read(path)
     assert collected == ["a", "b"]
     assert found == {"a": {"test": "a", "outcome": "failed", "why": outcomes.DIED, "seconds": None}}
+
+
+def test_what_was_running_when_the_time_was_over(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_text('{"collected": ["a", "b"]}\n{"started": "a"}\n{"test": "a", "outc')
+    outcomes.cut(path)
+    assert outcomes.read(path) == (["a", "b"], {})
+    with path.open("a") as file:
+        file.write('{"started": "b"}\n')
+    assert outcomes.read(path)[1].keys() == {"b"}
 
 
 def test_a_file_that_cannot_be_collected(folder):

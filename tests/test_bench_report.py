@@ -7,7 +7,7 @@ import tarfile
 import gpu_report
 import pytest
 import table
-from gpu_tools import FOUND, fastest_backend, judge, kernels_seen
+from gpu_tools import FOUND, fastest_backend, judge, kernels_seen, told
 from parts import Outcome
 
 
@@ -40,6 +40,36 @@ def test_failures_are_grouped():
         (1, "test_gpu.py::test_select", "cuda", "RuntimeError: CUDA error: misaligned address"),
         (1, "test_gpu.py::test_fp32", "triton", "AssertionError: error 7, allowed 1e-4"),
     ]
+
+
+CHECK = {"backend": "cuda", "precision": "fp32", "kind": "forward", "why": None, "beside": 11}
+FOUND_IT = {"what": "B=1", "error": 1e-6, "limit": 1e-4, "us": 12.5, "why": None}
+
+
+def test_times_beside_others_are_marked():
+    line = gpu_report.check_line(CHECK | {"found": [FOUND_IT]})
+    assert line == "cuda fp32 forward: B=1 1.0e-06 of 1e-04 12.5 us; times beside 11 others"
+    assert "beside" not in gpu_report.check_line(CHECK | {"found": [FOUND_IT | {"us": None}]})
+
+
+def test_what_hung_is_not_timed(tmp_path):
+    hung = "ended after 20 s: it hangs, or compiles too long"
+    checks = [CHECK | {"why": hung}, CHECK | {"kind": "gradient"}, CHECK | {"kind": "update", "why": "wrong"}]
+    (tmp_path / "checks-cuda.json").write_text(json.dumps(checks))
+    triton = {"backend": "triton", "precision": "fp32"}
+    checks = [CHECK | triton | {"kind": kind, "why": hung} for kind in ("gradient", "update", "noise")]
+    (tmp_path / "checks-triton.json").write_text(json.dumps(checks))
+    assert gpu_report.hanging(tmp_path) == [
+        "dql-cuda-fp32",
+        "(backward and dql-triton-fp32)",
+        "(test_update and dql-triton)",
+    ]
+
+
+def test_what_a_check_prints_beside_its_lines():
+    line = json.dumps(FOUND_IT)
+    assert told(f"{line}\n.version 8.0\n7\n[1]\n{line}\n") == ([FOUND_IT] * 2, ".version 8.0 / 7 / [1]")
+    assert told("") == ([], "")
 
 
 CASES = '{"what": "bf16 B=1", "error": 1e-06}\n{"what": "bf16 B=37", "error": 1e-06}\n'

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import gpu_report
 import gpu_run
+import gpu_tools
 import machine
 import outcomes
 import pytest
 import torch
 from cuda_cases import cannot_run
-from parts import Task
+from parts import OutOfTimeError, Task
+
+from dql.kernels import native_build
 
 BENCH = Path(gpu_run.__file__).parent
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -27,6 +30,12 @@ if sys.argv[:1] and os.path.basename(sys.orig_argv[1] if len(sys.orig_argv) > 1 
     backend, precision, kind = sys.orig_argv[2:5]
     if kind == "gradient": time.sleep(1000)
     if kind == "select": os.abort()
+    if (precision, kind) == ("fp32", "forward"): print("ptxas fatal: no such register")
+    if (precision, kind) == ("fp32", "graph"):
+        print('{"what": "B=256", "error": 0.0, "limit": 0.0, "us": null, "why": null}', flush=True)
+        raised = "Traceback (most recent call last):\\n  File\\nRuntimeError: CUDA error: no memory\\nCompile with\\n"
+        print(raised, file=sys.stderr, flush=True)
+        os._exit(1)
     error, code = (0.9, 1) if kind == "update" else (1e-5, 0)
     why = '"wrong"' if code else "null"
     print(f'{{"what": "B=256", "error": {error}, "limit": 0.01, "us": 12.5, "why": {why}}}', flush=True)
@@ -64,14 +73,17 @@ def test_checks_that_hang_crash_and_are_wrong(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    assert "triton bf16 forward: B=256 1.0e-05 of 1e-02 12.5 us" in lines
+    assert "triton bf16 forward: B=256 1.0e-05 of 1e-02 12.5 us; times beside 1 others" in lines
     assert "triton bf16 gradient: FAILED ended after 3 s: it hangs, or compiles too long" in lines
     assert any(line.startswith("triton fp32 select: FAILED its process ended with -6") for line in lines)
-    assert "triton fp32 update: B=256 WRONG 9.0e-01 of 1e-02 12.5 us" in lines
+    assert "triton fp32 forward: B=256 1.0e-05 of 1e-02 12.5 us; times beside 1 others" in lines  # for all ptxas said
+    raised = "triton fp32 graph: B=256 0.0e+00 of 0e+00; FAILED RuntimeError: CUDA error: no memory"
+    assert raised in lines  # outside of what a check looks at
+    assert "triton fp32 update: B=256 WRONG 9.0e-01 of 1e-02 12.5 us; times beside 1 others" in lines
     (path,) = out.glob("*.json")
     report = json.loads(path.read_text())
-    assert report["parts"]["triton"]["why"] == "5 of 10 checks are wrong, 0 were not reached"
-    assert report["parts"]["cuda"]["why"] == "5 of 17 checks are wrong, 0 were not reached"
+    assert report["parts"]["triton"]["why"] == "6 of 10 checks are wrong, 0 were not reached"
+    assert report["parts"]["cuda"]["why"] == "6 of 17 checks are wrong, 0 were not reached"
     assert len(report["checks"]) == 27
     assert report["sources_sha256"] == machine.sources_sha256()
     with tarfile.open(out / f"{path.stem}-logs.tar.gz") as archive:
@@ -144,6 +156,64 @@ def test_a_process_without_workers_is_started_again(run, tmp_path, monkeypatch):
     }
 
 
+def test_a_backend_whose_time_is_over_costs_no_other_test(run, monkeypatch):
+    """Those of the other one run, those that want the GPU alone are at least known to be missing."""
+    asked = []
+
+    def pytest_(own, arguments, name, times=None):
+        asked.append(name)
+        if name == "tests-cuda":
+            raise OutOfTimeError
+        return "tests-triton: 1 of 5 failed" if name == "tests-triton" else None
+
+    monkeypatch.setattr(run, "_pytest", pytest_)
+    assert run.tests(task(run, "tests")) == "tests-triton: 1 of 5 failed; no time was left for some"
+    assert sorted(asked) == ["tests-alone", "tests-cuda", "tests-triton"]
+
+
+def test_what_is_cut_off_is_not_reached(run, tmp_path, monkeypatch):
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    (tmp_path / "test_it.py").write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(100)\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutOfTimeError):
+        run._pytest(task(run, "t", 6), [str(tmp_path / "test_it.py"), "-p", "no:xdist", "--timeout", "60"], "t")
+    tests = gpu_report.tests_of(run.scratch / "t.jsonl")
+    assert (tests["passed"], tests["failed"], len(tests["not_reached"])) == (1, 0, 1)
+
+
+def test_an_update_is_timed_though_the_rest_hangs(run, monkeypatch):
+    """`quick` leaves out what did not end in the checks, and keeps time for an update."""
+    asked = {}
+
+    def timed(own, bench, *more):
+        asked[bench] = (own.left, more)
+        if bench == "bench_gpu.py":
+            raise OutOfTimeError
+
+    hung = {"backend": "cuda", "precision": "bf16", "kind": "forward", "why": "ended after 20 s: it hangs", "found": []}
+    (run.scratch / "checks-cuda.json").write_text(json.dumps([hung]))
+    monkeypatch.setattr(run, "_timed", timed)
+    with pytest.raises(OutOfTimeError):
+        run.quick(task(run, "quick", 60))
+    assert asked["bench_gpu.py"][1][1].endswith(" and not dql-cuda-bf16")
+    assert asked["bench_update.py"][0] - asked["bench_gpu.py"][0] == pytest.approx(gpu_run.FOR_UPDATE, abs=1)
+
+
+def test_kernels_that_were_built_before(tmp_path, monkeypatch):
+    """Of this GPU and these sources, and the CPU's with them: without it a GPU call takes a slower way."""
+    monkeypatch.setattr(gpu_tools, "ROOT", tmp_path)
+    monkeypatch.setattr(native_build, "_HERE", tmp_path / "kernels")
+    (tmp_path / "kernels").mkdir()
+    for extension in (native_build.CUDA, native_build.NATIVE):
+        assert gpu_tools.is_built("90") is None
+        (tmp_path / "kernels" / extension.file).write_bytes(b"code")
+        facts = {"built": True, "sources": native_build.fingerprint(tmp_path / "csrc", extension)}
+        facts |= {"architectures": ["90"]} if extension == native_build.CUDA else {}
+        (tmp_path / "kernels" / extension.record).write_text(json.dumps(facts))
+    assert gpu_tools.is_built("90") == "the kernels are there, for sm_90, of these sources"
+    assert gpu_tools.is_built("100") is None
+
+
 def test_a_missing_package_costs_the_tests(run, monkeypatch):
     monkeypatch.setattr(gpu_run, "PLUGINS", {"pytest-xdist": "xdist", "pytest-nothing": "nothing_of_the_kind"})
     assert run.tests(task(run, "tests")) == "; ".join(["pytest-nothing is not installed"] * 3)
@@ -164,6 +234,9 @@ def test_a_build_and_an_installation_that_fail(run, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_run.gpu_tools, "is_built", lambda capability: None)
     run.device = "cuda"
     monkeypatch.setattr(gpu_run.gpu_tools, "capability", lambda device: "7")  # no such GPU
+    kept = []  # of the build before, when the compiler starts
+    original = Task.run
+    monkeypatch.setattr(Task, "run", lambda *a: kept.extend(gpu_run.ROOT.glob("kernels/_cuda.abi3.so")) or original(*a))
     built = {name: path.read_bytes() for name in gpu_report.BUILT if (path := gpu_run.ROOT / "kernels" / name).exists()}
     try:
         own = task(run, "build", 60)
@@ -174,6 +247,7 @@ def test_a_build_and_an_installation_that_fail(run, tmp_path, monkeypatch):
             (gpu_run.ROOT / "kernels" / name).write_bytes(content)
     assert why is not None
     assert "exit code 1" in why
+    assert kept == []
     monkeypatch.setattr(gpu_run, "WHEELS", tmp_path)
     (tmp_path / "nothing-1.0-py3-none-any.whl").write_bytes(b"no wheel")
     assert "exit code 1: ERROR" in (run.wheels(task(run, "wheels", 60)) or "")
@@ -215,6 +289,22 @@ def test_what_is_larger_than_can_be_carried_is_dropped_with_a_word(tmp_path, mon
     report.pack({})
     assert "has 3 MiB, 1 can go: left out" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.tar.gz"))
+
+
+def test_what_was_packed_before_stays(tmp_path, monkeypatch, capsys):
+    (tmp_path / "logs").mkdir()
+    log = tmp_path / "logs" / "a.log"
+    report = gpu_report.Report(tmp_path, tmp_path, "cpu")
+    log.write_bytes(b"small")
+    report.pack({})
+    log.write_bytes(os.urandom(3 << 20))
+    monkeypatch.setattr(gpu_report, "MOST_BYTES", 1 << 20)
+    report.pack({})
+    assert "has 3 MiB, 1 can go: what was packed before stays" in capsys.readouterr().out
+    (packed,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(packed) as archive:
+        assert archive.extractfile("logs/a.log").read() == b"small"
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_what_one_run_built_is_carried_into_the_next(tmp_path):
