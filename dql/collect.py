@@ -78,7 +78,8 @@ def make_dataset(
     It is written under a hidden name on the same disk and moved to its place whole, so an interrupted make
     leaves nothing there. The same name, steps, seed and versions of gymnasium, mujoco and numpy give the same
     arrays.
-    Each episode's metadata hold its environment seed and its behaviour: snapshot, noise_std and random_prob.
+    Each episode's metadata hold its environment seed, its behaviour (snapshot, noise_std and random_prob) and whether
+    it was cut.
 
     Args:
         name: A dataset id or short name of `RECIPES`.
@@ -193,7 +194,7 @@ def _write(
     dataset = None
     whole: list[float] = []  # returns
     cut: list[float] = []
-    behaviours: list[dict[str, str | float]] = []
+    behaviours: list[dict[str, str | float | bool]] = []
     for chunk in _chunks(_all_episodes(recipe, steps, seed, num_envs, advance)):
         buffers = []
         for episode in chunk:
@@ -208,6 +209,7 @@ def _write(
                     "snapshot": episode.snapshot,
                     "noise_std": episode.noise_std,
                     "random_prob": episode.random_prob,
+                    "cut": episode.cut,  # `dql.datasets.minari` leaves its return out, too
                 }
             )
         if dataset is not None:

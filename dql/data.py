@@ -14,6 +14,8 @@ Whatever cannot be used (NaN, mismatched lengths, actions outside their bounds, 
 half-downloaded file, ...) is refused by a `DatasetError`: one sentence with the dataset, the episode and the remedy.
 """
 
+import copy
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +23,7 @@ import numpy as np
 import torch
 
 from dql import noise
-from dql.datasets.info import FIELDS, DatasetError, DatasetInfo, DatasetNotFoundError, FlatData
+from dql.datasets.info import ACTION_TOLERANCE, FIELDS, DatasetError, DatasetInfo, DatasetNotFoundError, FlatData
 from dql.datasets.sources import DatasetSummary, list_datasets, resolve
 
 __all__ = [
@@ -66,6 +68,15 @@ def _shapes(tensors: Any) -> str:
     return ", ".join(f"{name} {list(getattr(tensors, name).shape)}" for name in FIELDS)
 
 
+def _all_finite(values: torch.Tensor) -> bool:
+    return bool(values.abs().amax().isfinite())  # one pass; amax hands NaN on
+
+
+def _first_row(bad: torch.Tensor) -> list[int]:
+    """The index of the first true element of a vector, in a list, or none."""
+    return bad.nonzero()[:1, 0].tolist()
+
+
 class TransitionDataset:
     """All transitions of a dataset on one device, drawn from by a stateless rule.
 
@@ -86,11 +97,19 @@ class TransitionDataset:
         *,
         reward_tune: str = "none",
     ) -> None:
-        """Takes tensors that fit together.
+        """Takes tensors that fit together, and looks at every value, as the readers of files do.
+
+        Actions that lie outside of [-info.max_action, info.max_action] by rounding only are clipped, in a copy; what
+        next_states hold that is not finite becomes 0, in a copy, where the mask is 0: nothing looks at it.
 
         Raises:
+            TypeError: something else than tensors.
             ValueError: a dtype other than float32, no rows, or shapes or devices that do not fit.
+            DatasetError: NaN or infinity, actions outside of the action space, masks other than 0 and 1.
         """
+        for name, value in zip(FIELDS, (states, actions, rewards, next_states, masks), strict=True):
+            if not isinstance(value, torch.Tensor):
+                raise TypeError(f"{name} must be a float32 tensor, got {type(value).__name__}; use torch.as_tensor")
         self.states, self.actions, self.rewards, self.next_states, self.masks = (
             states,
             actions,
@@ -109,7 +128,37 @@ class TransitionDataset:
                 raise ValueError(f"{name} must be {list(expected.get(name, (N,)))}, got {_shapes(self)}")
             if tensor.dtype != torch.float32 or tensor.device != states.device:
                 raise ValueError(f"{name} must be float32 on {states.device}, got {tensor.dtype} on {tensor.device}")
+        if 0 in (S, actions.shape[1]):
+            raise ValueError(f"states and actions must have a dimension at least, got {_shapes(self)}")
+        self._check_values()
         self._block: tuple[tuple[int, int, int], torch.Tensor] | None = None
+
+    def _check_values(self) -> None:
+        name, bound = self.info.dataset_id, self.info.max_action
+        if not 0 < bound < float("inf"):
+            raise DatasetError(f"dataset {name} has max_action {bound}, which must be a positive number")
+        if bad := _first_row((self.masks != 0) & (self.masks != 1)):
+            row, value = bad[0], self.masks[bad[0]].item()
+            raise DatasetError(f"dataset {name}, row {row}: masks are 1 - termination, 0 or 1, got {value:g}")
+        if not _all_finite(self.next_states):
+            hidden = ~self.next_states.isfinite() & (self.masks == 0)[:, None]
+            self.next_states = self.next_states.masked_fill(hidden, 0.0)
+        for what in ("states", "actions", "rewards", "next_states"):
+            values = getattr(self, what)
+            if not _all_finite(values):
+                (row,) = _first_row(~values.reshape(len(values), -1).isfinite().all(dim=1))
+                raise DatasetError(
+                    f"dataset {name}, row {row}: {what} hold NaN or infinity: remove or repair that transition"
+                )
+        largest = float(self.actions.abs().max())
+        if largest > bound * (1 + ACTION_TOLERANCE):
+            row = int(self.actions.abs().amax(dim=1).argmax())
+            raise DatasetError(
+                f"dataset {name}, row {row}: an action of size {largest:.6g} lies outside the action space "
+                f"[-{bound:g}, {bound:g}]: rescale or clip the actions to it, or give info.max_action"
+            )
+        if largest > bound:
+            self.actions = self.actions.clamp(-bound, bound)
 
     @property
     def state_dim(self) -> int:
@@ -148,8 +197,11 @@ class TransitionDataset:
 
     def to(self, device: torch.device | str) -> "TransitionDataset":
         """The dataset on `device`; tensors that are there already are shared, not copied."""
-        tensors = {name: getattr(self, name).to(device) for name in FIELDS}
-        return TransitionDataset(**tensors, info=self.info, reward_tune=self.reward_tune)
+        moved = copy.copy(self)  # its values were looked at
+        for name in FIELDS:
+            setattr(moved, name, getattr(self, name).to(device))
+        moved._block = None
+        return moved
 
     def tune_rewards(self, name: str) -> "TransitionDataset":
         """A dataset with rewards changed as the paper's tasks ask; the other tensors are shared.
@@ -227,12 +279,13 @@ class TransitionDataset:
 
 
 def load_dataset(
-    name_or_path: str,
+    name_or_path: str | os.PathLike[str],
     *,
     reward_tune: str = "none",
     device: torch.device | str = "cpu",
     cache: bool = True,
     download: bool = False,
+    drop_broken: bool = False,
 ) -> TransitionDataset:
     """Loads a dataset; the forms of its name stand at the top of this module.
 
@@ -242,6 +295,8 @@ def load_dataset(
         device: where the tensors go.
         cache: read and write the flat arrays in $DQL_CACHE (default ~/.cache/dql).
         download: fetch a Minari id that is not on this machine.
+        drop_broken: leave out episodes of a Minari dataset that lack something or hold NaN, infinity or actions outside
+            of the action space, instead of refusing it; `info.note` names them.
 
     Raises:
         DatasetError: it cannot be used; DatasetNotFoundError (also a FileNotFoundError): it is not there.
@@ -250,8 +305,9 @@ def load_dataset(
 
     if reward_tune not in REWARD_TUNES:
         raise DatasetError(f"reward_tune must be one of {', '.join(REWARD_TUNES)}, got {reward_tune!r}")
-    name = str(name_or_path)
-    parts = [cached(source, _read, enabled=cache) for source in resolve(name, download)]
+    name = os.fspath(name_or_path)
+    sources = [replace(source, drop_broken=drop_broken) for source in resolve(name, download)]
+    parts = [cached(source, _read, enabled=cache) for source in sources]
     flat = parts[0] if len(parts) == 1 else _concatenate(parts, name)
     tensors = {field: torch.from_numpy(getattr(flat, field)).to(device) for field in FIELDS}
     return TransitionDataset(**tensors, info=flat.info, reward_tune="none").tune_rewards(reward_tune)
@@ -279,6 +335,7 @@ def _concatenate(parts: list[FlatData], name: str) -> FlatData:
         "action_dim",
         "max_action",
         "observation_rule",
+        "observation_layout",
         "env_id",
         "ref_min_score",
         "ref_max_score",
@@ -300,6 +357,7 @@ def _concatenate(parts: list[FlatData], name: str) -> FlatData:
         episode_returns=np.concatenate([info.episode_returns for info in infos]),
         episode_lengths=np.concatenate([info.episode_lengths for info in infos]),
         num_truncations=sum(truncations) if len(truncations) == len(infos) else None,
+        note="; ".join(dict.fromkeys(info.note for info in infos if info.note)),
     )
     arrays = {field: np.concatenate([getattr(part, field) for part in parts]) for field in FIELDS}
     return FlatData(**arrays, info=info)

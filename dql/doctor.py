@@ -150,4 +150,10 @@ def _folders() -> dict[str, str]:
     from dql.datasets.cache import cache_dir
     from dql.datasets.sources import datasets_root
 
-    return {"datasets": str(datasets_root()), "cache": str(cache_dir())}
+    found = {}
+    for name, folder in {"datasets": datasets_root, "cache": cache_dir}.items():
+        try:
+            found[name] = str(folder())
+        except ValueError as error:  # no home folder
+            found[name] = str(error)
+    return found

@@ -4,22 +4,20 @@ Imports gymnasium: import this module where environments are needed, not at the 
 """
 
 import contextlib
-import dataclasses
 import functools
-import json
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.envs.registration import EnvSpec
 
 from dql.datasets.info import DatasetError, DatasetInfo
-from dql.datasets.observations import flatten_observation, observation_rule
+from dql.datasets.observations import WITH_GOAL, flatten_observation, observation_layout, observation_rule
+from dql.recorded_env import SpecRefusedError, first_line, make_recorded, make_typed
 
 _MUJOCO_REMEDY = 'pip install "diffusion-ql[mujoco]"'
-_ROBOTICS = ("AntMaze", "PointMaze", "FrankaKitchen", "AdroitHand", "Fetch")
+_OTHER_SPACES = "evaluate in the environment that recorded the data, in the version that recorded it"
 
 
 class FirstSuccess(gymnasium.Wrapper):
@@ -56,16 +54,17 @@ def quiet_mujoco() -> Iterator[None]:
 def make_env(info: DatasetInfo) -> gymnasium.Env:
     """Builds the dataset's evaluation environment, with flat float32 observations [S] by the dataset's rule.
 
-    AntMaze ends at its first success and scores 0 or 1.
+    AntMaze ends at its first success and scores 0 or 1. Nothing that a dataset or a run folder records runs as code:
+    `dql.recorded_env` has the rule, `info.with_env(id)` names an environment beyond it.
 
     Raises:
-        DatasetError: the dataset names no environment, its package is not installed, or the environment's spaces are
-            not those of the data.
+        DatasetError: the dataset names no environment, its record is not followed, its package is not installed, or the
+            environment's spaces are not those of the data.
     """
     if info.env_spec is None:
         raise DatasetError(
-            f"dataset {info.dataset_id} names no environment, so it cannot be evaluated by rollouts: record it with "
-            "`env=...`, or step an environment of your own with `agent.act`"
+            f"dataset {info.dataset_id} names no environment (Minari records none whose wrappers hold NumPy arrays or "
+            "functions), so it cannot be evaluated by rollouts: name one with --env, or record it with `env=...`"
         )
     with quiet_mujoco():
         env = _make(info)
@@ -74,10 +73,16 @@ def make_env(info: DatasetInfo) -> gymnasium.Env:
         rule = observation_rule(space)
     except ValueError as error:
         raise DatasetError(f"environment {info.env_id} of dataset {info.dataset_id} cannot be used: {error}") from error
-    if rule != info.observation_rule:
+    if info.observation_rule not in (rule, WITH_GOAL.get(rule)):
         raise DatasetError(
             f"environment {info.env_id} has observations of the rule {rule!r} but dataset {info.dataset_id} has "
-            f"{info.observation_rule!r}: install the version of the environment that recorded the data"
+            f"{info.observation_rule!r}: {_OTHER_SPACES}"
+        )
+    rule = info.observation_rule
+    if (layout := observation_layout(space, rule)) != (info.observation_layout or layout):
+        raise DatasetError(
+            f"environment {info.env_id} has the observations {layout[:200]} but dataset {info.dataset_id} has "
+            f"{str(info.observation_layout)[:200]}: {_OTHER_SPACES}"
         )
     flatten = functools.partial(flatten_observation, space=space, rule=rule)
     size = flatten(space.sample()).shape[0]
@@ -88,40 +93,30 @@ def make_env(info: DatasetInfo) -> gymnasium.Env:
 
 
 def _make(info: DatasetInfo) -> gymnasium.Env:
-    spec = json.loads(info.env_spec or "{}")
-    env_id = spec["id"]
-    entry_point = spec.get("entry_point")
-    named_only = entry_point is None  # its package registers it
-    if "gymnasium_robotics" in str(entry_point) or (named_only and env_id.startswith(_ROBOTICS)):
-        try:
-            import gymnasium_robotics
-        except ImportError as error:
-            raise DatasetError(
-                f"environment {env_id} of dataset {info.dataset_id} needs the package gymnasium-robotics: "
-                "pip install gymnasium-robotics==1.4.2 (kitchen also needs mujoco from 3.1.6 to 3.3.7)"
-            ) from error
-        gymnasium.register_envs(gymnasium_robotics)
+    what = f"environment {info.env_id} of dataset {info.dataset_id}"
     try:
-        if named_only:
-            return gymnasium.make(env_id, max_episode_steps=spec.get("max_episode_steps"), **spec.get("kwargs", {}))
-        known = {field.name for field in dataclasses.fields(EnvSpec) if field.init}
-        spec = {"additional_wrappers": [], **{key: value for key, value in spec.items() if key in known}}
-        return gymnasium.make(EnvSpec.from_json(json.dumps(spec)))
+        return make_typed(str(info.env_id)) if info.env_is_typed else make_recorded(str(info.env_spec))
+    except SpecRefusedError as error:
+        raise DatasetError(
+            f"{what} is not made: {error}; if you trust it, name it with --env (`info.with_env` in Python)"
+        ) from error
     except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
         reason = str(error).split(".  ")[0].split(". (")[0].rstrip(".")
-        if "mujoco" in str(error).lower() or "mujoco" in str(entry_point):
+        if getattr(error, "name", None) == "gymnasium_robotics" or "gymnasium_robotics" in str(error):
             raise DatasetError(
-                f"environment {env_id} of dataset {info.dataset_id} needs mujoco ({reason}): {_MUJOCO_REMEDY}"
+                f"{what} needs the package gymnasium-robotics: "
+                "pip install gymnasium-robotics==1.4.2 (kitchen also needs mujoco from 3.1.6 to 3.3.7)"
             ) from error
-        raise DatasetError(
-            f"environment {env_id} of dataset {info.dataset_id} cannot be imported ({reason}): install its package"
-        ) from error
+        if "mujoco" in str(error).lower():
+            raise DatasetError(f"{what} needs mujoco ({reason}): {_MUJOCO_REMEDY}") from error
+        raise DatasetError(f"{what} cannot be imported ({reason}): install its package") from error
     except gymnasium.error.Error as error:
         reason = str(error).strip().rstrip(".")
         raise DatasetError(
-            f"environment {env_id} of dataset {info.dataset_id} is not known to Gymnasium {gymnasium.__version__} "
-            f"({reason}): install the package that registers it"
+            f"{what} is not known to Gymnasium {gymnasium.__version__} ({reason}): install its package"
         ) from error
+    except Exception as error:  # whatever an environment raises when it is made
+        raise DatasetError(f"{what} cannot be made: {first_line(error)}") from error
 
 
 def _check_sizes(info: DatasetInfo, state_dim: int, action_space: Any) -> None:

@@ -16,21 +16,23 @@ from pathlib import Path
 
 import numpy as np
 
-from dql.datasets.info import FIELDS, DatasetInfo, FlatData
-from dql.datasets.sources import Source
+from dql.datasets.info import FIELDS, DatasetError, DatasetInfo, FlatData
+from dql.datasets.sources import Source, home
 
-FORMAT_VERSION = 1  # raise it whenever a reader or a rule changes what it makes of the same files
+FORMAT_VERSION = 2  # raise it whenever a reader or a rule changes what it makes of the same files
 
 
 def cache_dir() -> Path:
     """$DQL_CACHE, or ~/.cache/dql."""
-    return Path(os.environ.get("DQL_CACHE") or Path.home() / ".cache" / "dql")
+    named = os.environ.get("DQL_CACHE")
+    return Path(named) if named else home("DQL_CACHE") / ".cache" / "dql"
 
 
 def cache_path(source: Source) -> Path:
     """The cache file of a source, whether it exists or not."""
     place = str(source.path.resolve())
     slug = re.sub(r"[^\w.-]+", "-", source.name).strip("-")[-80:]
+    slug += "-dropped" if source.drop_broken else ""
     return cache_dir() / f"{slug}-{hashlib.sha256(place.encode()).hexdigest()[:16]}.safetensors"
 
 
@@ -38,7 +40,11 @@ def cached(source: Source, read: Callable[[Source], FlatData], *, enabled: bool 
     """`read(source)`, or what it returned the last time if the source has not changed since."""
     if not enabled:
         return read(source)
-    path, fingerprint = cache_path(source), _fingerprint(source)
+    try:
+        path = cache_path(source)
+    except DatasetError:  # no home folder: nothing is kept
+        return read(source)
+    fingerprint = _fingerprint(source)
     flat = _load(path, fingerprint)
     if flat is None:
         flat = read(source)
@@ -48,7 +54,7 @@ def cached(source: Source, read: Callable[[Source], FlatData], *, enabled: bool 
 
 def _fingerprint(source: Source) -> str:
     files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in source.files()]
-    return json.dumps([FORMAT_VERSION, source.kind, source.name, files])
+    return json.dumps([FORMAT_VERSION, source.kind, source.name, source.drop_broken, files])
 
 
 def _checksum(arrays: dict[str, np.ndarray], info: str) -> str:
@@ -61,9 +67,9 @@ def _checksum(arrays: dict[str, np.ndarray], info: str) -> str:
 def _load(path: Path, fingerprint: str) -> FlatData | None:
     from safetensors import SafetensorError, safe_open
 
-    if not path.exists():
-        return None
     try:
+        if not path.exists():
+            return None
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
             if metadata.get("fingerprint") != fingerprint:
@@ -77,6 +83,7 @@ def _load(path: Path, fingerprint: str) -> FlatData | None:
 
 
 def _save(path: Path, fingerprint: str, flat: FlatData) -> None:
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     arrays = {name: np.ascontiguousarray(getattr(flat, name)) for name in FIELDS}
@@ -89,6 +96,6 @@ def _save(path: Path, fingerprint: str, flat: FlatData) -> None:
         os.close(handle)
         save_file(arrays, temporary, metadata)
         os.replace(temporary, path)
-    except OSError:  # a read-only or full disk costs only the caching
+    except (OSError, SafetensorError):  # a read-only or full disk costs only the caching
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)

@@ -19,15 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from dql.datasets.info import DatasetError, DatasetInfo, FlatData, broken_file, check_transitions
+from dql.datasets.info import DatasetError, DatasetInfo, FlatData, check_transitions, is_antmaze, word
 from dql.datasets.sources import Source
+from dql.datasets.stored import open_file, read_array
 
 
 @dataclass(frozen=True)
 class D4RLTask:
     """What a file name says: D4RL's reference scores and time limit, and the environment to evaluate in."""
 
-    pattern: str
+    pattern: tuple[str, ...]
+    """Words that follow each other in the name."""
     ref_min_score: float
     ref_max_score: float
     max_episode_steps: int
@@ -35,21 +37,22 @@ class D4RLTask:
 
 
 TASKS = (
-    D4RLTask(r"halfcheetah", -280.178953, 12135.0, 1000, "HalfCheetah-v5"),
-    D4RLTask(r"hopper", -20.272305, 3234.3, 1000, "Hopper-v5"),
-    D4RLTask(r"walker2d", 1.629008, 4592.3, 1000, "Walker2d-v5"),
+    D4RLTask((r"halfcheetah",), -280.178953, 12135.0, 1000, "HalfCheetah-v5"),
+    D4RLTask((r"hopper",), -20.272305, 3234.3, 1000, "Hopper-v5"),
+    D4RLTask((r"walker2d",), 1.629008, 4592.3, 1000, "Walker2d-v5"),
     # -v4 has D4RL's 27 + 2 observations; -v5 adds contact forces
-    D4RLTask(r"ant_?maze.*u-?maze", 0.0, 1.0, 700, "AntMaze_UMaze-v4"),
-    D4RLTask(r"ant_?maze.*(medium|big)", 0.0, 1.0, 1000, "AntMaze_Medium-v4"),
-    D4RLTask(r"ant_?maze.*(large|hardest)", 0.0, 1.0, 1000, "AntMaze_Large-v4"),
-    D4RLTask(r"kitchen", 0.0, 4.0, 280, None),
-    D4RLTask(r"(?<![a-z])pen(?![a-z])", 96.262799, 3076.8331017826877, 100, "AdroitHandPen-v1"),
+    D4RLTask((r"ant[-_]?maze", r"u-?maze"), 0.0, 1.0, 700, "AntMaze_UMaze-v4"),
+    D4RLTask((r"ant[-_]?maze", r"medium|big"), 0.0, 1.0, 1000, "AntMaze_Medium-v4"),
+    D4RLTask((r"ant[-_]?maze", r"large|hardest"), 0.0, 1.0, 1000, "AntMaze_Large-v4"),
+    D4RLTask((r"kitchen",), 0.0, 4.0, 280, None),
+    D4RLTask((r"pen",), 96.262799, 3076.8331017826877, 100, "AdroitHandPen-v1"),
 )
 
 
 def recognise(file_name: str) -> D4RLTask | None:
     """The task of a D4RL file name such as `hopper_medium-v2.hdf5`; None for an unknown one."""
-    return next((task for task in TASKS if re.search(task.pattern, file_name.lower())), None)
+    name = file_name.lower()
+    return next((task for task in TASKS if re.search(".*".join(map(word, task.pattern)), name)), None)
 
 
 def _env_spec(task: D4RLTask) -> str | None:
@@ -72,21 +75,16 @@ def read_d4rl(source: Source) -> FlatData:
     Raises:
         DatasetError: see the module `dql.data`.
     """
-    import h5py
-
-    name, task = source.name, recognise(source.path.name)
-    try:
-        with h5py.File(source.path, "r") as file:
-            keys = set(file.keys())
-            missing = {"observations", "actions", "rewards", "terminals"} - keys
-            if missing:
-                raise DatasetError(
-                    f"dataset {name}: {source.path} has no {', '.join(sorted(missing))}: it is not a D4RL file "
-                    "(a Minari dataset is given by its id or its folder)"
-                )
-            arrays = {key: _array(name, key, file[key]) for key in _WANTED if key in keys}
-    except (OSError, RuntimeError) as error:
-        raise broken_file(name, source.path, error, f"download {source.path.name} again") from error
+    name, task, remedy = source.name, recognise(source.path.name), f"download {source.path.name} again"
+    with open_file(source.path, name, remedy) as file:
+        keys = set(file.keys())
+        missing = {"observations", "actions", "rewards", "terminals"} - keys
+        if missing:
+            raise DatasetError(
+                f"dataset {name}: {source.path} has no {', '.join(sorted(missing))}: it is not a D4RL file "
+                "(a Minari dataset is given by its id or its folder)"
+            )
+        arrays = {key: _array(name, key, read_array(file, key)) for key in _WANTED if key in keys}
     N = len(arrays["rewards"])
     if N == 0:
         raise DatasetError(f"dataset {name} is empty (0 rows): download {source.path.name} again")
@@ -122,7 +120,7 @@ def read_d4rl(source: Source) -> FlatData:
         ref_max_score=None if task is None else task.ref_max_score,
         num_episodes=len(ends) + int(not len(ends) or ends[-1] != N - 1),
         episode_returns=sums[ends + 1] - sums[starts],
-        observation_rule="box",
+        observation_rule="achieved_goal+observation" if task is not None and is_antmaze(name, task.env_id) else "box",
         max_action=1.0,
         state_dim=arrays["observations"].shape[1],
         action_dim=arrays["actions"].shape[1],
@@ -146,13 +144,17 @@ def read_d4rl(source: Source) -> FlatData:
 _WANTED = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
 
 
-def _array(name: str, key: str, stored: Any) -> np.ndarray:
-    """float32 [N, ...] of an HDF5 dataset, flags and rewards as [N]."""
+def _array(name: str, key: str, stored: np.ndarray) -> np.ndarray:
+    """float32 [N, ...] of what was stored, flags and rewards as [N]."""
     with np.errstate(over="ignore", invalid="ignore"):
-        array = np.asarray(stored[()]).astype(np.float32, copy=False)
+        array = stored.astype(np.float32, copy=False)
     if key in ("rewards", "terminals", "timeouts"):
+        if array.size != len(array) if array.ndim else True:
+            raise DatasetError(f"dataset {name}: its {key} have the shape {array.shape} where [N] is needed")
+        if key != "rewards" and not np.isin(array, (0.0, 1.0)).all():
+            raise DatasetError(f"dataset {name}: its {key} hold other values than 0 and 1: repair the file")
         return array.reshape(-1)
-    if array.ndim != 2:
+    if array.ndim != 2 or array.shape[1] == 0:
         raise DatasetError(f"dataset {name}: its {key} have the shape {array.shape} where [N, size] is needed")
     return array
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -52,10 +53,21 @@ class DatasetInfo:
     """Episodes cut short by a time limit and not terminated, where that is known."""
     note: str = ""
     """What a reader of the numbers has to know, e.g. that episodes were cut at their first success."""
+    observation_layout: str | None = None
+    """Names, shapes and nesting of what a row is made of (`dql.datasets.observations`), where that is known."""
+    env_is_typed: bool = field(default=False, repr=False)
+    """Whether `with_env` named the environment, by a user's hand; never read from JSON."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "episode_returns", np.asarray(self.episode_returns, np.float64).reshape(-1))
         object.__setattr__(self, "episode_lengths", np.asarray(self.episode_lengths, np.int64).reshape(-1))
+
+    def with_env(self, env_id: str) -> "DatasetInfo":
+        """The same with another environment to evaluate in, which may be any that Gymnasium can make.
+
+        Gymnasium imports the module of "module:Id": never pass on an id that was read from a file.
+        """
+        return dataclasses.replace(self, env_spec=json.dumps({"id": env_id}), env_is_typed=True)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, DatasetInfo) and self.to_json() == other.to_json()
@@ -66,7 +78,10 @@ class DatasetInfo:
     @property
     def env_id(self) -> str | None:
         """Id of the evaluation environment, e.g. `Hopper-v5`."""
-        return None if self.env_spec is None else json.loads(self.env_spec)["id"]
+        try:
+            return None if self.env_spec is None else str(json.loads(self.env_spec)["id"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return "without an id"
 
     @property
     def is_antmaze(self) -> bool:
@@ -81,19 +96,55 @@ class DatasetInfo:
 
     def to_json(self) -> str:
         """One JSON object; floats keep every digit."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "env_is_typed"}
         return json.dumps(values, default=lambda array: array.tolist())
 
     @classmethod
     def from_json(cls, text: str) -> "DatasetInfo":
-        """The inverse of `to_json`; keys that a later version added are left out."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{key: value for key, value in json.loads(text).items() if key in known})
+        """The inverse of `to_json`; keys that a later version added are left out.
+
+        Raises:
+            ValueError: it is not what `to_json` writes.
+        """
+        try:
+            values = json.loads(text)
+        except RecursionError:
+            values = None
+        if not isinstance(values, dict):
+            raise ValueError("a dataset's info must be a JSON object")
+        known = {f.name for f in dataclasses.fields(cls)} - {"env_is_typed"}
+        values = {key: value for key, value in values.items() if key in known}
+        for name, (kinds, may_be_none) in _KINDS.items():
+            value = values.get(name)
+            if (value is None and (name in values and not may_be_none)) or not isinstance(value, (*kinds, type(None))):
+                raise ValueError(f"a dataset's info has the {name} {str(value)[:60]!r}")
+            if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
+                raise ValueError(f"a dataset's info has the {name} {value}")
+        try:
+            return cls(**values)
+        except (TypeError, OverflowError) as error:
+            raise ValueError(f"a dataset's info is not whole: {error}") from error
+
+
+_KINDS: dict[str, tuple[tuple[type, ...], bool]] = {
+    **dict.fromkeys(("dataset_id", "observation_rule", "note"), ((str,), False)),
+    **dict.fromkeys(("env_spec", "observation_layout"), ((str,), True)),
+    **dict.fromkeys(("ref_min_score", "ref_max_score"), ((int, float), True)),
+    "num_episodes": ((int,), False),
+    "max_action": ((int, float), False),
+    **dict.fromkeys(("state_dim", "action_dim", "num_truncations"), ((int,), True)),
+    **dict.fromkeys(("episode_returns", "episode_lengths"), ((list,), False)),
+}
+
+
+def word(pattern: str) -> str:
+    """A regular expression that finds `pattern` as words of a name: "grasshopper" has no "hopper"."""
+    return rf"(?<![a-z0-9])(?:{pattern})(?![a-z0-9])"
 
 
 def is_antmaze(dataset_id: str, env_id: str | None) -> bool:
     """AntMaze by its dataset id, D4RL file name (`Ant_maze_...`) or environment id."""
-    return any("antmaze" in re.sub(r"[-_]", "", name.lower()) for name in (dataset_id, env_id or ""))
+    return any(re.search(word("ant[-_]?maze"), name.lower()) for name in (dataset_id, env_id or ""))
 
 
 @dataclass
@@ -111,12 +162,17 @@ class FlatData:
 def check_transitions(name: str, label: Callable[[int], str], data: FlatData) -> None:
     """Refuses what no learner can use, and clips actions that are outside by rounding only (in place).
 
+    What a next state holds that is not finite becomes 0 where its mask is 0: nothing looks at it.
+
     Raises:
         DatasetError: NaN or infinity, or an action outside the action space.
     """
     for what in ("states", "actions", "rewards", "next_states"):
         array = getattr(data, what)
         finite = np.isfinite(array)
+        if what == "next_states" and not finite.all():
+            array[~finite & (data.masks == 0)[:, None]] = 0.0
+            finite = np.isfinite(array)
         if not finite.all():
             row = int(np.argwhere(~finite)[0, 0])
             raise DatasetError(

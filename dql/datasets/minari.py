@@ -2,11 +2,14 @@
 
 An episode stores T + 1 observations, so every step keeps its true next one, also at a time limit. AntMaze episodes are
 cut at their first success, with a termination there, as in D4RL: Minari's never terminate and go on rewarding.
+
+A goal environment's `desired_goal` is part of the state where it is not the same in all rows, but never in AntMaze.
 """
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,33 +23,50 @@ from dql.datasets.info import (
     check_transitions,
     is_antmaze,
 )
-from dql.datasets.observations import flatten_rows, observation_rule
-from dql.datasets.sources import MAIN_FILE, Source, again, env_spec_json, read_metadata, reference_scores
+from dql.datasets.observations import WITH_GOAL, flatten_rows, observation_layout, observation_rule
+from dql.datasets.sources import (
+    MAIN_FILE,
+    Source,
+    again,
+    env_spec_json,
+    read_metadata,
+    reference_scores,
+    whole_number,
+)
+from dql.datasets.spaces import action_bound, goal_columns, read_space
+from dql.datasets.stored import as_rows, member, open_file, read_array
+from dql.recorded_env import reward_wrappers
 
 CUT_NOTE = "episodes end at their first success (a termination), as in D4RL"
-Episode = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+GOAL_NOTE = "desired_goal differs between rows and is no part of the state, as in D4RL's AntMaze"
+MOST_EPISODES_NAMED = 20
 
 
-def action_bound(space: Any, name: str) -> float:
-    """max_action of a symmetric Box that is the same in every dimension.
+@dataclass(frozen=True)
+class _Reading:
+    """How the episodes of one dataset are read; the rule is the widest, with the desired goal."""
 
-    Raises:
-        DatasetError: any other space.
-    """
-    from gymnasium import spaces
+    name: str
+    observation_space: Any
+    action_space: Any
+    rule: str
+    bound: float
+    antmaze: bool
+    limit: int | None  # of an episode's steps, where a shorter truncated one was cut by the end of the recording
 
-    if not isinstance(space, spaces.Box):
-        raise DatasetError(
-            f"dataset {name} has a {type(space).__name__} action space: Diffusion-QL needs continuous actions (Box), "
-            "choose a dataset of an environment that has them"
-        )
-    high = float(space.high.flat[0])
-    if not np.isfinite(high) or high <= 0 or (space.high != high).any() or (space.low != -high).any():
-        raise DatasetError(
-            f"dataset {name} has the action bounds {space.low.min():g} .. {space.high.max():g}, which are not one "
-            "finite [-m, m] for all dimensions: record it again under gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)"
-        )
-    return high
+
+@dataclass(frozen=True)
+class _Episode:
+    observations: np.ndarray  # [T + 1, S] float32
+    actions: np.ndarray  # [T, A]
+    rewards: np.ndarray  # [T]
+    terminations: np.ndarray  # [T] bool
+    truncations: np.ndarray  # [T] bool
+    cut: bool  # by the end of the recording, not of the environment
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.terminations[-1] or self.truncations[-1]) and not self.cut
 
 
 def read_minari(source: Source) -> FlatData:
@@ -55,15 +75,10 @@ def read_minari(source: Source) -> FlatData:
     Raises:
         DatasetError: see the module `dql.data`.
     """
-    from minari.serialization import deserialize_space
-
     name, metadata = source.name, read_metadata(source)
-    try:
-        observation_space, action_space = (
-            deserialize_space(metadata[key]) for key in ("observation_space", "action_space")
-        )
-    except (KeyError, ValueError, TypeError) as error:
-        raise DatasetError(f"dataset {name}: its metadata has no readable spaces ({error}): {again(source)}") from error
+    observation_space, action_space = (
+        read_space(metadata, key, source) for key in ("observation_space", "action_space")
+    )
     bound = action_bound(action_space, name)
     try:
         rule = observation_rule(observation_space)
@@ -72,13 +87,31 @@ def read_minari(source: Source) -> FlatData:
     spec = env_spec_json(metadata)
     antmaze = is_antmaze(name, None if spec is None else json.loads(spec)["id"])
 
-    episodes = _read_episodes(
-        source, metadata, lambda stored: _read_episode(stored, observation_space, action_space, rule, antmaze)
-    )
-    observations, actions, rewards, terminations, truncations = zip(*episodes, strict=True)
-    lengths = np.array([len(r) for r in rewards])
+    wide = WITH_GOAL.get(rule, rule)
+    limit = _time_limit(metadata) if name.startswith("dql/") else None
+    reading = _Reading(name, observation_space, action_space, wide, bound, antmaze, limit)
+    numbers, episodes, dropped = _read_episodes(source, metadata, reading)
+    observations, note = [e.observations for e in episodes], [CUT_NOTE] if antmaze else []
+    if wide != rule:
+        columns = goal_columns(observation_space, wide)
+        varies = any((o[:, columns] != observations[0][0, columns]).any() for o in observations)
+        if varies and not antmaze:
+            rule = wide
+        else:
+            kept = np.setdiff1d(np.arange(observations[0].shape[1]), np.arange(columns.start, columns.stop))
+            observations = [o[:, kept] for o in observations]
+            note += [GOAL_NOTE] if varies else []
+    if changed := reward_wrappers(spec):
+        note.append(
+            f"its rewards were changed by {' and '.join(changed)}; evaluations score the environment's own reward"
+        )
+    if dropped:
+        told = ", ".join(map(str, dropped[:MOST_EPISODES_NAMED]))
+        more = f" and {len(dropped) - MOST_EPISODES_NAMED} more" if len(dropped) > MOST_EPISODES_NAMED else ""
+        note.append(f"left out for what they lack or hold: episodes {told}{more}")
+    lengths = np.array([len(e.rewards) for e in episodes])
     ends = np.cumsum(lengths)
-    complete = np.array([t[-1] or u[-1] for t, u in zip(terminations, truncations, strict=True)])
+    complete = np.array([e.complete for e in episodes])
     # A cut episode's return is 0 or 1, whatever the uncut task's reference scores are.
     ref_min, ref_max = (0.0, 1.0) if antmaze else reference_scores(metadata)
     info = DatasetInfo(
@@ -87,112 +120,176 @@ def read_minari(source: Source) -> FlatData:
         ref_min_score=ref_min,
         ref_max_score=ref_max,
         num_episodes=len(episodes),
-        episode_returns=np.array([r.sum(dtype=np.float64) for r in rewards])[complete],
+        episode_returns=np.array([e.rewards.sum(dtype=np.float64) for e in episodes])[complete],
         observation_rule=rule,
         max_action=bound,
         state_dim=observations[0].shape[1],
-        action_dim=actions[0].shape[1],
+        action_dim=episodes[0].actions.shape[1],
         episode_lengths=lengths[complete],
-        num_truncations=sum(bool(u[-1] and not t[-1]) for t, u in zip(terminations, truncations, strict=True)),
-        note=CUT_NOTE if antmaze else "",
+        num_truncations=sum(bool(e.truncations[-1] and not e.terminations[-1]) for e in episodes),
+        note="; ".join(note),
+        observation_layout=observation_layout(observation_space, rule),
     )
     with np.errstate(over="ignore", invalid="ignore"):
         data = FlatData(
             states=np.concatenate([o[:-1] for o in observations]),
-            actions=np.concatenate(actions).astype(np.float32, copy=False),
-            rewards=np.concatenate(rewards).astype(np.float32, copy=False),
+            actions=np.concatenate([e.actions for e in episodes]).astype(np.float32, copy=False),
+            rewards=np.concatenate([e.rewards for e in episodes]).astype(np.float32, copy=False),
             next_states=np.concatenate([o[1:] for o in observations]),
-            masks=1.0 - np.concatenate(terminations).astype(np.float32),
+            masks=1.0 - np.concatenate([e.terminations for e in episodes]).astype(np.float32),
             info=info,
         )
-    check_transitions(name, lambda row: f"episode {int(np.searchsorted(ends, row, side='right'))}", data)
+    check_transitions(name, lambda row: f"episode {numbers[int(np.searchsorted(ends, row, side='right'))]}", data)
     return data
 
 
-def _read_episodes(source: Source, metadata: Mapping[str, Any], read: Callable[[Any], Episode]) -> list[Episode]:
-    name, path = source.name, source.path / MAIN_FILE
-    count = int(metadata.get("total_episodes", 0))
+def _time_limit(metadata: Mapping[str, Any]) -> int | None:
+    """Of the environment that was recorded in."""
+    text = metadata.get("env_spec")
+    try:
+        limit = json.loads(text).get("max_episode_steps") if isinstance(text, str) else None
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return limit if isinstance(limit, int) else None
+
+
+def _read_episodes(
+    source: Source, metadata: Mapping[str, Any], reading: _Reading
+) -> tuple[list[int], list[_Episode], list[int]]:
+    """(numbers of the episodes, the episodes, numbers of those left out)."""
+    name = source.name
+    count = whole_number(metadata, "total_episodes", source)
     if count == 0:
         raise DatasetError(f"dataset {name} is empty (0 episodes): {again(source)}")
-    with ExitStack() as stack:
-        episodes: list[Episode] = []
-        try:
-            if metadata.get("data_format", "hdf5") == "hdf5":
-                if not path.exists():
-                    raise DatasetNotFoundError(f"dataset {name} is only half there (no {path}): {again(source)}")
-                import h5py
-
-                file = stack.enter_context(h5py.File(path, "r"))
-                stored = (file.get(f"episode_{i}", {}) for i in range(count))
+    numbers: list[int] = []
+    episodes: list[_Episode] = []
+    dropped: list[int] = []
+    unreadable = (OSError, RuntimeError) if source.drop_broken else ()  # else they are the file's
+    with _stored(source, metadata) as stored:
+        for i in range(count):
+            try:
+                episode = _read_episode(stored(i), reading)
+                if source.drop_broken:
+                    _check_episode(episode, reading)
+            except (KeyError, ValueError, TypeError, *unreadable) as error:
+                if not source.drop_broken:
+                    raise _broken_episode(source, i, error) from error
+                dropped.append(i)
             else:
-                from minari.dataset.minari_storage import MinariStorage
-
-                stored = iter(MinariStorage.read(source.path).get_episodes(range(count)))
-            for episode in stored:
-                episodes.append(read(episode))
-        except DatasetError:
-            raise
-        except KeyError as error:
-            raise DatasetError(f"dataset {name}, episode {len(episodes)}: {error.args[0]}: {again(source)}") from error
-        except ValueError as error:
-            raise DatasetError(
-                f"dataset {name}, episode {len(episodes)}: {error}: record that episode again"
-            ) from error
-        except (OSError, RuntimeError, ImportError) as error:
-            raise broken_file(name, path, error, again(source)) from error
-    return episodes
+                numbers.append(i)
+                episodes.append(episode)
+    if not episodes:
+        raise DatasetError(f"dataset {name}: none of its {count:,} episodes can be used: {again(source)}")
+    return numbers, episodes, dropped
 
 
-def _as_rows(stored: Any) -> Any:
-    """An HDF5 group as the dict or tuple that the observation space says; arrays stay unread."""
+@contextlib.contextmanager
+def _stored(source: Source, metadata: Mapping[str, Any]) -> Iterator[Callable[[int], Any]]:
+    """A function that gives an episode's group of an HDF5 file, or its dict of arrays in Minari's other formats."""
+    path = source.path / MAIN_FILE
+    if metadata.get("data_format", "hdf5") == "hdf5":
+        if not path.exists():
+            raise DatasetNotFoundError(f"dataset {source.name} is only half there (no {path}): {again(source)}")
+        with open_file(path, source.name, again(source)) as file:
+            yield lambda i: member(file, f"episode_{i}") if f"episode_{i}" in file else {}
+        return
+    try:
+        from minari.dataset.minari_storage import MinariStorage
+
+        storage = MinariStorage.read(source.path)
+        yield lambda i: next(iter(storage.get_episodes([i])))
+    except DatasetError:
+        raise
+    except Exception as error:  # of pyarrow and of what it reads
+        raise broken_file(source.name, source.path, error, again(source)) from error
+
+
+def _broken_episode(source: Source, i: int, error: Exception) -> DatasetError:
+    missing = isinstance(error, KeyError)
+    told = str(error.args[0] if missing and error.args else error)[:250]
+    remedy = again(source) if missing else "record that episode again"
+    return DatasetError(
+        f"dataset {source.name}, episode {i}: {told}: {remedy}, or leave such episodes out with drop_broken "
+        "(--drop-broken)"
+    )
+
+
+def _read_episode(stored: Any, reading: _Reading) -> _Episode:
     if not hasattr(stored, "keys"):
-        return stored
-    if all(key.startswith("_index_") for key in stored):
-        return tuple(_as_rows(stored[f"_index_{i}"]) for i in range(len(stored)))
-    return {key: _as_rows(stored[key]) for key in stored}
-
-
-def _read_episode(stored: Mapping[str, Any], space: Any, action_space: Any, rule: str, antmaze: bool) -> Episode:
-    """observations [T+1, S] float32, actions [T, A], rewards [T], terminations [T], truncations [T]."""
+        raise ValueError("it is an array where a group is needed")
     missing = {"observations", "actions", "rewards", "terminations", "truncations"} - set(stored.keys())
     if missing:
         raise KeyError(f"it has no {', '.join(sorted(missing))}, so it was not written or downloaded to its end")
-    observations = flatten_rows(_as_rows(stored["observations"]), space, rule)
-    actions = stored["actions"][()]
+    rows = as_rows(member(stored, "observations"), "observations")
+    observations = flatten_rows(rows, reading.observation_space, reading.rule)
+    actions = read_array(stored, "actions")
     rewards, terminations, truncations = (
-        stored[key][()].reshape(-1) for key in ("rewards", "terminations", "truncations")
+        _column(read_array(stored, key), key) for key in ("rewards", "terminations", "truncations")
     )
     T = len(rewards)
     if T == 0:
         raise ValueError("it has no steps")
     lengths = {"actions": len(actions), "terminations": len(terminations), "truncations": len(truncations)}
-    if actions.shape[1:] != action_space.shape:
-        raise ValueError(f"its actions have the shape {actions.shape[1:]} where the space says {action_space.shape}")
+    if actions.shape[1:] != reading.action_space.shape:
+        shapes = f"{actions.shape[1:]} where the space says {reading.action_space.shape}"
+        raise ValueError(f"its actions have the shape {shapes}")
     for what, length in lengths.items():
         if length != T:
             raise ValueError(f"it has {T} rewards but {length} {what}")
     if len(observations) != T + 1:
         raise ValueError(f"it has {T} rewards but {len(observations)} observations where Minari stores {T + 1}")
-    if antmaze:
+    cut = _is_cut(stored, reading, T, bool(terminations[-1]))
+    if reading.antmaze:
         hits = np.flatnonzero(_successes(stored, rewards))
         if hits.size:
-            T = int(hits[0]) + 1
+            T, cut = int(hits[0]) + 1, False
             terminations, truncations = np.arange(T) == T - 1, np.zeros(T, bool)
-    return (
+    return _Episode(
         observations[: T + 1],
         actions.reshape(len(actions), -1)[:T],
         rewards[:T],
         terminations[:T],
         truncations[:T],
+        cut,
     )
 
 
-def _successes(stored: Mapping[str, Any], rewards: np.ndarray) -> np.ndarray:
+def _is_cut(stored: Any, reading: _Reading, T: int, terminated: bool) -> bool:
+    """Whether the end of the recording cut it: `dql data make` writes that down; before it did, the limit tells."""
+    told = getattr(stored, "attrs", {}).get("cut")
+    if told is not None:
+        return bool(np.asarray(told).any())
+    return reading.limit is not None and not terminated and reading.limit > T
+
+
+def _column(array: np.ndarray, key: str) -> np.ndarray:
+    """[T]; of terminations and truncations as bool."""
+    if array.ndim == 0 or array.size != len(array):
+        raise ValueError(f"its {key} have the shape {array.shape} where [T] is needed")
+    array = array.reshape(-1)
+    if key == "rewards" or array.dtype == bool:
+        return array
+    if not np.isin(array, (0, 1)).all():
+        raise ValueError(f"its {key} hold other values than 0 and 1")
+    return array.astype(bool)
+
+
+def _check_episode(episode: _Episode, reading: _Reading) -> None:
+    """Raises DatasetError where `check_transitions` would refuse the dataset for this episode."""
+    o = episode.observations
+    with np.errstate(over="ignore", invalid="ignore"):
+        actions, rewards = episode.actions.astype(np.float32), episode.rewards.astype(np.float32)
+    info = DatasetInfo(reading.name, None, None, None, 1, np.zeros(0), reading.rule, reading.bound)
+    masks = 1.0 - episode.terminations.astype(np.float32)
+    check_transitions(reading.name, str, FlatData(o[:-1], actions, rewards, o[1:].copy(), masks, info))
+
+
+def _successes(stored: Any, rewards: np.ndarray) -> np.ndarray:
     """Success after each step [T]: infos["success"] where it was recorded, else reward > 0 (the sparse reward)."""
-    infos = stored.get("infos")
+    infos = member(stored, "infos") if "infos" in stored else None
     if infos is None or "success" not in infos:
         return rewards > 0
-    success = infos["success"][()].reshape(-1).astype(bool)
+    success = read_array(infos, "success").reshape(-1).astype(bool)
     if len(success) not in (len(rewards), len(rewards) + 1):
         raise ValueError(f"it has {len(rewards)} rewards but {len(success)} success flags")
     return success[-len(rewards) :]  # T+1 rows begin with the info of reset

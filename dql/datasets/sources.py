@@ -3,8 +3,10 @@
 Only a download imports minari; listing and finding read folders and metadata.json.
 """
 
+import contextlib
 import difflib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -24,6 +26,7 @@ class Source:
     kind: str  # "minari" | "d4rl"
     path: Path
     name: str
+    drop_broken: bool = False  # leave out episodes that cannot be used
 
     def files(self) -> list[Path]:
         """The files whose change makes a cached copy stale."""
@@ -46,7 +49,20 @@ class DatasetSummary:
 
 def datasets_root() -> Path:
     """The folder of the local Minari datasets: MINARI_DATASETS_PATH, or ~/.minari/datasets."""
-    return Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
+    named = os.environ.get("MINARI_DATASETS_PATH")
+    return Path(named) if named else home("MINARI_DATASETS_PATH") / ".minari" / "datasets"
+
+
+def home(variable: str) -> Path:
+    """The user's folder.
+
+    Raises:
+        DatasetError: there is none, as in a container without HOME; the sentence names the variable to set instead.
+    """
+    try:
+        return Path.home()
+    except RuntimeError as error:
+        raise DatasetError(f"this user has no home folder (HOME is not set): set HOME, or {variable}") from error
 
 
 def local_ids() -> list[str]:
@@ -66,7 +82,7 @@ def list_datasets() -> list[DatasetSummary]:
     summaries = []
     for dataset_id in local_ids():
         folder = datasets_root() / dataset_id / "data"
-        size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
+        size = _megabytes(folder)
         try:
             metadata = read_metadata(Source("minari", folder, dataset_id))
             spec = env_spec_json(metadata)
@@ -76,8 +92,8 @@ def list_datasets() -> list[DatasetSummary]:
             summaries.append(
                 DatasetSummary(
                     dataset_id,
-                    int(metadata.get("total_steps", 0)),
-                    int(metadata.get("total_episodes", 0)),
+                    whole_number(metadata, "total_steps", Source("minari", folder, dataset_id)),
+                    whole_number(metadata, "total_episodes", Source("minari", folder, dataset_id)),
                     size,
                     None if spec is None else json.loads(spec)["id"],
                     *reference_scores(metadata),
@@ -89,18 +105,43 @@ def list_datasets() -> list[DatasetSummary]:
     return summaries
 
 
+def _megabytes(folder: Path) -> float:
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # unreadable, or gone meanwhile
+            total += path.stat().st_size if path.is_file() else 0
+    return total / 1e6
+
+
 def resolve(name: str, download: bool = False) -> list[Source]:
     """The sources behind a name: a Minari id, a folder, a D4RL file, or several of them joined by `+`.
 
     Raises:
         DatasetNotFoundError: one of them is not there.
     """
-    whole = Path(name).expanduser().exists()
+    if not name or "\0" in name:
+        raise DatasetNotFoundError(f"dataset {name!r}: that is no name: see `dql data list`")
+    try:
+        whole = _expanded(name).exists()
+    except OSError as error:  # too long a name, a folder that may not be entered
+        raise DatasetNotFoundError(f"dataset {name[:100]}: {error.strerror}: check the path") from error
     return [source for part in ([name] if whole else name.split("+")) for source in _resolve_one(part, download)]
 
 
+def _expanded(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # ~ without a home
+        return Path(name)
+
+
 def _resolve_one(name: str, download: bool) -> list[Source]:
-    path = Path(name).expanduser()
+    path = _expanded(name)
+    if path.suffix in (".npz", ".npy", ".pkl", ".pickle", ".pt", ".parquet", ".csv") and path.is_file():
+        raise DatasetError(
+            f"dataset {name}: files of this kind are not read: build a TransitionDataset of your arrays and pass it to "
+            "train(..., dataset=...), or write them as a D4RL .hdf5 file"
+        )
     if path.suffix in (".hdf5", ".h5") and path.is_file():
         if (path.parent / "metadata.json").exists():
             return [_minari_folder(path.parent)]
@@ -187,7 +228,9 @@ def read_metadata(source: Source) -> dict[str, Any]:
         raise DatasetNotFoundError(f"dataset {source.name} is only half there (no {path}): {again(source)}")
     try:
         metadata = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except PermissionError as error:
+        raise DatasetError(f"dataset {source.name}: {path} may not be read by this user") from error
+    except (OSError, ValueError, RecursionError) as error:
         raise DatasetError(f"dataset {source.name}: {path} cannot be read ({error}): {again(source)}") from error
     if not isinstance(metadata, dict):
         raise DatasetError(f"dataset {source.name}: {path} holds no metadata: {again(source)}")
@@ -198,12 +241,29 @@ def env_spec_json(metadata: Mapping[str, Any]) -> str | None:
     """The evaluation environment's EnvSpec JSON: `eval_env_spec` where there is one, else `env_spec`."""
     text = metadata.get("eval_env_spec") or metadata.get("env_spec")
     try:
-        return text if text is not None and json.loads(text).get("id") else None
-    except (ValueError, AttributeError, TypeError):
+        has_id = isinstance(text, str) and isinstance(json.loads(text)["id"], str)
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
+    return str(text) if has_id else None
 
 
 def reference_scores(metadata: Mapping[str, Any]) -> tuple[float | None, float | None]:
     """(random, expert), or (None, None) unless both are there."""
     low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    return (None, None) if low is None or high is None else (float(low), float(high))
+    try:
+        scores = float(low), float(high)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return None, None
+    return scores if all(map(math.isfinite, scores)) and scores[0] != scores[1] else (None, None)
+
+
+def whole_number(metadata: Mapping[str, Any], key: str, source: Source) -> int:
+    """A count of the metadata, 0 where it has none.
+
+    Raises:
+        DatasetError: it is no whole number from 0.
+    """
+    value = metadata.get(key, 0)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise DatasetError(f"dataset {source.name}: its metadata has the {key} {str(value)[:60]!r}: {again(source)}")
+    return value

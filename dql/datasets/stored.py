@@ -1,0 +1,111 @@
+"""HDF5 files as strangers wrote them: arrays of real numbers that the file itself holds, or one sentence.
+
+Links out of the file and storage outside of it are not followed (they would read any file that the user can read), a
+size is believed only where it is stored, and whatever the library raises of damaged bytes is a `DatasetError`.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dql.datasets.info import DatasetError, broken_file
+
+_BEST_COMPRESSION = 2000  # deflate reaches 1,032
+_UNSTORED_BYTES = 1 << 24  # of fill values, that any file may claim
+MOST_DEPTH = 32  # of groups in groups
+
+
+@contextlib.contextmanager
+def open_file(path: Path, name: str, remedy: str) -> Iterator[Any]:
+    """The file for reading; errors of the library within the block become the sentence of a broken file.
+
+    Args:
+        path: the HDF5 file.
+        name: of the dataset, for the sentence.
+        remedy: for the sentence.
+
+    Raises:
+        DatasetError: it cannot be read.
+    """
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except DatasetError:
+        raise
+    except PermissionError as error:
+        raise DatasetError(f"dataset {name}: {path} may not be read by this user ({error.strerror})") from error
+    except MemoryError as error:
+        raise DatasetError(f"dataset {name}: {path} needs more memory than there is: {remedy}") from error
+    except Exception as error:  # damaged bytes end in nearly every kind that there is
+        raise broken_file(name, path, error, remedy) from error
+
+
+def member(group: Any, key: str) -> Any:
+    """A group or an array of the group.
+
+    Raises:
+        ValueError: it is a link to somewhere else; KeyError: there is none.
+    """
+    import h5py
+
+    if isinstance(group, dict):  # of another format than HDF5
+        return group[key]
+    if not isinstance(group, h5py.Group):
+        raise ValueError(f"it is an array where a group with {key} is needed")
+    link = group.get(key, getlink=True)
+    if link is None:
+        raise KeyError(f"it has no {key}")
+    if not isinstance(link, h5py.HardLink):
+        raise ValueError(f"its {key} is a link to somewhere else, which is not followed")
+    return group[key]
+
+
+def read_array(group: Any, key: str) -> np.ndarray:
+    """An array of real numbers, whole.
+
+    Raises:
+        ValueError: a group, values that are no real numbers, values stored outside of the file, or a size that the file
+            does not hold; KeyError: there is none.
+    """
+    return _checked(member(group, key), key)[()]
+
+
+def _checked(stored: Any, key: str) -> Any:
+    if isinstance(stored, list):  # as a format without arrays has one
+        stored = np.asarray(stored)
+    if not hasattr(stored, "dtype") or not hasattr(stored, "nbytes"):
+        raise ValueError(f"its {key} is a group where an array is needed")
+    if stored.dtype.kind not in "fiub":
+        raise ValueError(f"its {key} holds {str(stored.dtype)[:60]} where real numbers are needed")
+    if stored.shape is None:
+        raise ValueError(f"its {key} has no values")
+    if isinstance(stored, np.ndarray):
+        return stored
+    if stored.external or stored.is_virtual:
+        raise ValueError(f"its {key} is stored in other files, which are not read")
+    held = stored.id.get_storage_size()
+    if stored.nbytes > _BEST_COMPRESSION * held + _UNSTORED_BYTES:
+        raise ValueError(f"its {key} claims {stored.nbytes:,} bytes, of which the file holds {held:,}")
+    return stored
+
+
+def as_rows(stored: Any, key: str, depth: int = 0) -> Any:
+    """An array or, of a group, a dict of them, or a tuple where members are called `_index_0`, `_index_1`, ..."""
+    if isinstance(stored, tuple):
+        return tuple(as_rows(child, key, depth + 1) for child in stored)
+    if not hasattr(stored, "keys"):
+        return _checked(stored, key)  # unread: not every member is wanted
+    if depth > MOST_DEPTH:
+        raise ValueError(f"its {key} has groups in groups, more than {MOST_DEPTH}")
+    members = {name: as_rows(member(stored, name), name, depth + 1) for name in stored}
+    if members and all(name.startswith("_index_") for name in members):
+        numbers = sorted(int(name.removeprefix("_index_")) for name in members)
+        if numbers != list(range(len(members))):
+            raise ValueError(f"its {key} has the members {', '.join(sorted(members))[:100]}, which are no tuple")
+        return tuple(members[f"_index_{i}"] for i in numbers)
+    return members
