@@ -3,8 +3,11 @@
 import contextlib
 import io
 import json
+import os
 import shlex
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -506,19 +509,56 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The console script: every expected failure is one sentence on stderr and a non-zero exit."""
+    """The console script: every failure is one sentence on stderr and a non-zero exit.
+
+    One that was not foreseen leaves its traceback in a file of its own, which the sentence names.
+    """
     from dql.backends import BackendUnavailable
     from dql.checkpoint import CheckpointError
     from dql.rundir import RunError
 
     try:
         return _dispatch(sys.argv[1:] if arguments is None else arguments)
+    except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (BackendUnavailable, CheckpointError, RunError, ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, UnicodeError):
+            return _unforeseen(error)
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         print(f"interrupted {error}".strip(), file=sys.stderr)
         return 130
+    except Exception as error:
+        if isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY):
+            reason = f" ({_one_line(error)[:200]})" if str(error) else ""
+            print(f"error: there is not enough memory for that: ask for less{reason}", file=sys.stderr)
+            return 1
+        return _unforeseen(error)
+
+
+_LONGEST = 1000  # characters of a sentence: what was typed may be in it
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "std::bad_alloc")
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 60]} ... {text[-50:]}"
+
+
+def _unforeseen(error: BaseException) -> int:
+    """Says what was raised, and where the traceback is; gives the exit code."""
+    place = "it could not be written to a file"
+    with contextlib.suppress(OSError):
+        handle, path = tempfile.mkstemp(prefix="dql-error-", suffix=".txt")
+        with open(handle, "w", errors="backslashreplace") as file:
+            file.write("".join(traceback.format_exception(error)))
+        place = f"its traceback is in {path}"
+    told = f"{type(error).__name__}: {_one_line(error)[:400]}"
+    print(f"error: {told} (dql did not foresee this; {place}, please report it)", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -79,14 +79,14 @@ def make_env(info: DatasetInfo) -> gymnasium.Env:
             f"{info.observation_rule!r}: {_OTHER_SPACES}"
         )
     rule = info.observation_rule
+    flatten = functools.partial(flatten_observation, space=space, rule=rule)
+    size = flatten(space.sample()).shape[0]
+    _check_sizes(info, size, env.action_space)
     if (layout := observation_layout(space, rule)) != (info.observation_layout or layout):
         raise DatasetError(
             f"environment {info.env_id} has the observations {layout[:200]} but dataset {info.dataset_id} has "
             f"{str(info.observation_layout)[:200]}: {_OTHER_SPACES}"
         )
-    flatten = functools.partial(flatten_observation, space=space, rule=rule)
-    size = flatten(space.sample()).shape[0]
-    _check_sizes(info, size, env.action_space)
     flat_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float32)
     env = gymnasium.wrappers.TransformObservation(env, flatten, flat_space)
     return FirstSuccess(env) if info.is_antmaze else env
@@ -109,11 +109,12 @@ def _make(info: DatasetInfo) -> gymnasium.Env:
             ) from error
         if "mujoco" in str(error).lower():
             raise DatasetError(f"{what} needs mujoco ({reason}): {_MUJOCO_REMEDY}") from error
-        raise DatasetError(f"{what} cannot be imported ({reason}): install its package") from error
+        raise DatasetError(f"{what} cannot be imported ({reason}): install the package that registers it") from error
     except gymnasium.error.Error as error:
         reason = str(error).strip().rstrip(".")
         raise DatasetError(
-            f"{what} is not known to Gymnasium {gymnasium.__version__} ({reason}): install its package"
+            f"{what} is not known to Gymnasium {gymnasium.__version__} ({reason}): "
+            "install the package that registers it"
         ) from error
     except Exception as error:  # whatever an environment raises when it is made
         raise DatasetError(f"{what} cannot be made: {first_line(error)}") from error
