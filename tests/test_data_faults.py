@@ -527,3 +527,15 @@ def test_rewards_that_a_wrapper_changed_are_named():
         minari.create_dataset_from_buffers("some/clipped-v0", episodes, env=env)
     note = load_dataset("some/clipped-v0").info.note
     assert note == "its rewards were changed by ClipReward; evaluations score the environment's own reward"
+
+
+def test_a_d4rl_antmaze_file_is_evaluated(tmp_path):
+    """Its rows are [achieved_goal, observation], as today's environment shows them by the goal rule."""
+    path = tmp_path / "antmaze-umaze-v0.hdf5"
+    d4rl_file(path, timeouts=[3], observations=np.zeros((10, 29)), actions=np.zeros((10, 8)))
+    info = load_dataset(path).info
+    assert info.observation_rule == "achieved_goal+observation"
+    pytest.importorskip("gymnasium_robotics", reason="its environments make AntMaze")
+    from dql.environments import make_env
+
+    assert make_env(info).reset(seed=0)[0].shape == (29,)
