@@ -496,6 +496,7 @@ def load(
         raise CheckpointError(f"{path} holds no agent but a {about.get('kind')}; for a policy use DiffusionPolicy.load")
     with reading(path, about, _FORMAT):
         config, dtype = Config.from_dict(about["config"]), tensors["actor.final_layer.bias"].dtype
+        _check_sizes(config, tensors)
         config = config if backend is None else replace(config, backend=backend)
         loaded = make_agent(about["state_dim"], about["action_dim"], config, dtype=dtype)
         loaded._load(tensors)
@@ -506,3 +507,10 @@ def load(
     agent._load(tensors)
     agent.step = loaded.step
     return agent
+
+
+def _check_sizes(config: Config, tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError unless the networks are of the config's size, before memory is taken for that."""
+    widths = [len(t) for name, t in tensors.items() if name.startswith("actor.mid_layer.") and name.endswith(".bias")]
+    if widths != [config.hidden_dim] * config.num_hidden:
+        raise ValueError(f"its hidden layers are {widths}, its config says {config.num_hidden} of {config.hidden_dim}")
