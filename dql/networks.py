@@ -58,6 +58,9 @@ class Activation(nn.Module):
 class FlatModule(nn.Module):
     """A module whose parameters are views into one flat buffer.
 
+    It is shared between processes as any module is: handed to a process (by `torch.multiprocessing`, or after
+    `share_memory()`), both see what either writes into parameters or `flat`. Gradients are each process's own.
+
     Attributes:
         flat: [P] the buffer, a leaf whose `.grad` [P] the parameters' `.grad` are views of. An optimizer takes either
             it, `torch.optim.Adam([module.flat])`, or `module.parameters()`.
@@ -90,6 +93,28 @@ class FlatModule(nn.Module):
         buffer = torch.zeros(self.layout.size, dtype=first.dtype, device=first.device)
         for name, view in self.layout.views(buffer).items():
             view.copy_(parameters[name].detach())
+        self._adopt(buffer)
+
+    def _shared_buffer(self) -> Tensor | None:
+        """The flat buffer that the parameters are views of already, if it is in memory shared with other processes."""
+        parameters = dict(self.named_parameters())
+        first, slot = parameters.get(self.layout.slots[0].name), self.layout.slots[0]
+        if first is None or not first.is_shared() or not first.is_contiguous():
+            return None
+        start = first.storage_offset() - slot.offset
+        if start < 0 or (start + self.layout.size) * first.element_size() > first.untyped_storage().nbytes():
+            return None
+        buffer = torch.empty(0, dtype=first.dtype, device=first.device)
+        buffer.set_(first.untyped_storage(), start, (self.layout.size,))
+        for name, view in self.layout.views(buffer).items():
+            held = parameters.get(name)
+            if held is None or held.data_ptr() != view.data_ptr() or held.shape != view.shape:
+                return None
+        return buffer
+
+    def _adopt(self, buffer: Tensor) -> None:
+        """Makes the parameters views of `buffer`, which holds their values."""
+        parameters = dict(self.named_parameters())
         flat = nn.Parameter(buffer)
         detached = flat.detach()
         places, views = [], self.layout.views(detached)  # one version counter for all
@@ -209,7 +234,12 @@ class FlatModule(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.flatten_parameters()
+        # Another process's module that it shares: torch rebuilt the parameters in that memory, and there they stay.
+        buffer = self._shared_buffer()
+        if buffer is None:
+            self.flatten_parameters()
+        else:
+            self._adopt(buffer)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
         if local_metadata.get("assign_to_params_buffers"):

@@ -1,14 +1,35 @@
 """What goes wrong around a run: threads that build agents, flipped bits, links, simulators that fail or never end."""
 
 import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
+import gymnasium
+import numpy as np
 import pytest
 import torch
+from gymnasium.envs.classic_control.pendulum import PendulumEnv
+from rich.console import Console
 
-from dql.agent import make_agent
-from dql.config import Config
+from dql.agent import DiffusionBC, load, make_agent
+from dql.checkpoint import CheckpointError, load_tensors
+from dql.config import Config, RunConfig
+from dql.data import DatasetError, load_dataset
+from dql.environments import make_env
+from dql.evaluate import EvaluationStopped, evaluate
+from dql.loop import LoopState
+from dql.policy import DiffusionPolicy
+from dql.rundir import RunDir, RunError, append_row, find_checkpoint, read_rows
+from dql.train import resume, train
 
 
 # Initial weights.
@@ -99,3 +120,471 @@ def test_an_agent_on_a_device_that_is_not_there():
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(ValueError, match=r"device 'cuda' cannot be used \(.*\); use 'cpu'"):
         make_agent(3, 2, Config(hidden_dim=16), device="cuda")
+
+
+# Runs whose evaluations, files and folders are not as they should be.
+class Pendulum(PendulumEnv):
+    """Does what a test says, whatever that is, before each step of each episode."""
+
+    do = None
+    constructor = None
+
+    def __init__(self, **options):
+        if Pendulum.constructor is not None:
+            Pendulum.constructor()
+        super().__init__(**options)
+
+    def reset(self, *, seed=None, options=None):
+        self.time = 0
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action):
+        self.time += 1
+        observation, reward, terminated, truncated, info = super().step(action)
+        if Pendulum.do is not None:
+            observation, reward, terminated = Pendulum.do(self.time, observation, reward)
+        return observation, reward, terminated, truncated, info
+
+
+gymnasium.register("Limited-v0", entry_point=Pendulum, max_episode_steps=5)
+gymnasium.register("Endless-v0", entry_point=Pendulum)
+
+
+@pytest.fixture(autouse=True)
+def well_behaved():
+    yield
+    Pendulum.do = Pendulum.constructor = None
+
+
+@pytest.fixture
+def run_config(pendulum, tmp_path):
+    agent = Config(hidden_dim=16, num_hidden=2, batch_size=16, num_updates=40, num_candidates=2, ema_start=4)
+    return RunConfig(
+        pendulum, agent, run_dir=tmp_path / "run", device="cpu", log_every=5, checkpoint_every=10, eval_every=10,
+        eval_episodes=2, env="Limited-v0",
+    )  # fmt: skip
+
+
+def quietly(act, *arguments, **options):
+    said = io.StringIO()
+    result = act(*arguments, console=Console(file=said, width=400), **options)
+    return result, said.getvalue()
+
+
+def assert_one_sentence(error):
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
+
+
+def assert_same_agent(a, b):
+    for name, tensor in a.tensors().items():
+        assert torch.equal(tensor, b.tensors()[name]), name
+
+
+# Evaluations that fail.
+def nan_observation(time, observation, reward):
+    return observation * (math.nan if time == 3 else 1), reward, False
+
+
+def array_reward(time, observation, reward):
+    return observation, np.array([reward, reward]), False
+
+
+def nan_reward(time, observation, reward):
+    return observation, math.nan, False
+
+
+def short_observation(time, observation, reward):
+    return observation[:1], reward, False
+
+
+def broken(time, observation, reward):
+    raise RuntimeError("the simulator\nbroke")
+
+
+@pytest.mark.parametrize("do", [nan_observation, array_reward, nan_reward, short_observation, broken])
+def test_an_evaluation_that_fails_costs_itself(do, run_config, tmp_path):
+    """The second of four fails: its line is empty, the others and the agent are as without it."""
+    undisturbed, _ = quietly(train, run_config)
+    run = replace(run_config, run_dir=tmp_path / "faulty")
+    folder = RunDir(run.run_dir)
+
+    def at_20(*arguments):
+        rows = read_rows(folder.evaluations_path)
+        return do(*arguments) if len(rows) == 1 else (*arguments[1:], False)
+
+    Pendulum.do = at_20
+    faulty, said = quietly(train, run)
+    assert len(re.findall(r"^update 20: the evaluation failed \(\w+: .*\); its line .* is empty, and the run goes on$",
+                          said, re.M)) == 1  # fmt: skip
+    assert said.count("failed") == 1
+    assert_same_agent(undisturbed.agent, faulty.agent)
+    want, got = (read_rows(RunDir(r.run_dir).evaluations_path) for r in (run_config, run))
+    assert [row["step"] for row in got] == [10, 20, 30, 40]
+    assert [row["bc_loss"] for row in got] == [row["bc_loss"] for row in want]
+    assert math.isnan(got[1]["return_mean"])
+    assert got[0] == want[0]
+    assert got[2:] == want[2:]
+    assert [step for step, _ in faulty.evaluations] == [10, 30, 40]
+    best = max((row for row in got if row["step"] != 20), key=lambda row: row["return_mean"])["step"]
+    assert folder.selection()["best"] == best
+    # It is no obstacle to resuming either.
+    again, _ = quietly(resume, run.run_dir, num_updates=45)
+    assert again.step == 45
+    assert [row["step"] for row in read_rows(folder.evaluations_path)] == [10, 20, 30, 40, 45]
+
+
+def test_all_evaluations_fail(run_config):
+    Pendulum.do = broken
+    result, said = quietly(train, run_config)
+    assert result.step == 40
+    assert said.count("the evaluation failed (RuntimeError: the simulator)") == 4
+    folder = RunDir(run_config.run_dir)
+    assert set(folder.selection()) == {"last", "offline"}
+    with pytest.raises(RunError, match="no checkpoint 'best'"):
+        find_checkpoint(run_config.run_dir, "best")
+
+
+def test_a_process_that_dies_in_an_evaluation_has_its_checkpoint(run_config, tmp_path):
+    """A crash of the simulator takes the process along: here an exception that nothing catches."""
+    undisturbed, _ = quietly(train, run_config)
+    run = replace(run_config, run_dir=tmp_path / "crashing", checkpoint_every=1000)
+    folder = RunDir(run.run_dir)
+
+    def crash(time, observation, reward):
+        if time == 4 and len(read_rows(folder.evaluations_path)) == 2:
+            raise SystemExit(3)
+        return observation, reward, False
+
+    Pendulum.do = crash
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            quietly(*((resume, run.run_dir) if folder.config_path.exists() else (train, run)))
+        assert folder.steps()[-1] == 30
+        assert [row["step"] for row in read_rows(folder.evaluations_path)] == [10, 20]
+    # A way around it without mending the simulator.
+    shutil.copytree(run.run_dir, tmp_path / "without")
+    around, _ = quietly(resume, tmp_path / "without", eval_every=0)
+    assert_same_agent(undisturbed.agent, around.agent)
+    Pendulum.do = None
+    mended, _ = quietly(resume, run.run_dir)
+    assert_same_agent(undisturbed.agent, mended.agent)
+    assert folder.evaluations_path.read_bytes() == RunDir(run_config.run_dir).evaluations_path.read_bytes()
+
+
+def test_no_simulator_is_no_reason_not_to_resume(run_config, tmp_path):
+    undisturbed, _ = quietly(train, run_config)
+    run = replace(run_config.with_agent(num_updates=20), run_dir=tmp_path / "moved")
+    quietly(train, run)
+
+    def absent():
+        raise ImportError("libGL.so.1: cannot open shared object file")
+
+    Pendulum.constructor = absent
+    with pytest.raises(DatasetError, match="cannot be imported"):
+        quietly(resume, run.run_dir, num_updates=40, env="Limited-v0")  # it was asked for just now
+    resumed, said = quietly(resume, run.run_dir, num_updates=40)
+    assert len(re.findall(r"^warning: its evaluations are left out.*libGL", said, re.M)) == 1
+    assert "failed" not in said
+    assert_same_agent(undisturbed.agent, resumed.agent)
+    rows = read_rows(RunDir(run.run_dir).evaluations_path)
+    assert [row["step"] for row in rows] == [10, 20, 30, 40]
+    assert [math.isnan(row["return_mean"]) for row in rows] == [False, False, True, True]
+    assert set(RunDir(run.run_dir).selection()) == {"last", "best", "offline"}
+    Pendulum.constructor = None
+    _, said = quietly(resume, run.run_dir, num_updates=50)
+    assert "warning" not in said
+    assert not math.isnan(read_rows(RunDir(run.run_dir).evaluations_path)[-1]["return_mean"])
+    Pendulum.constructor = broken_constructor
+    with pytest.raises(RunError, match=r"Limited-v0 cannot be made \(KeyError: 'x'\); .*--eval-every 0") as caught:
+        quietly(train, replace(run, run_dir=tmp_path / "new"))
+    assert_one_sentence(caught)
+
+
+def broken_constructor():
+    raise KeyError("x")
+
+
+def test_evaluations_may_be_changed_on_resuming(run_config, dql_here, tmp_path):
+    quietly(train, run_config.with_agent(num_updates=20))
+    flags = ("--num-updates", 40, "--eval-every", 5, "--eval-episodes", 3, "--env", "Endless-v0", "--eval-max-steps", 7)
+    done = dql_here("train", "--resume", run_config.run_dir, *flags)
+    assert done.code == 0, done.err
+    folder = RunDir(run_config.run_dir)
+    rows = read_rows(folder.evaluations_path)
+    assert [row["step"] for row in rows] == [10, 20, 25, 30, 35, 40]
+    assert [row["episodes"] for row in rows] == [2, 2, 3, 3, 3, 3]
+    assert [row["length_mean"] for row in rows] == [5, 5, 7, 7, 7, 7]
+    # Returns of five steps and of seven are not compared.
+    assert folder.selection()["best"] == max(rows[2:], key=lambda row: row["return_mean"])["step"]
+    written = RunConfig.from_dict(folder.read_config()["run"])
+    assert (written.eval_every, written.eval_episodes, written.env, written.eval_max_steps) == (5, 3, "Endless-v0", 7)
+    dql_here("train", "--resume", run_config.run_dir, "--lr", 1).refused("--lr cannot be given with --resume")
+    dql_here("train", "--resume", run_config.run_dir, "--eval-every=-1").refused("eval_every must not be negative")
+
+
+# Episodes that do not end.
+def test_an_environment_without_a_time_limit(run_config, dql_here, tmp_path):
+    run = replace(run_config, env="Endless-v0")
+    with pytest.raises(DatasetError, match=r"Endless-v0 has no time limit.*--eval-max-steps N") as caught:
+        quietly(train, run)
+    assert_one_sentence(caught)
+    assert not run.run_dir.exists(), "found before training"
+    result, _ = quietly(train, replace(run, eval_max_steps=3))
+    assert [evaluation.lengths.tolist() for _, evaluation in result.evaluations] == [[3, 3]] * 4
+    done = dql_here("eval", run.run_dir, "--episodes", 1, "--json")  # as the run says
+    assert json.loads(done.out)["last"]["length_mean"] == 3
+    done = dql_here("eval", run.run_dir, "--episodes", 1, "--json", "--eval-max-steps", 2)
+    assert json.loads(done.out)["last"]["length_mean"] == 2
+    info = replace(load_dataset(run.dataset).info, env_spec='{"id": "Endless-v0"}')
+    with pytest.raises(DatasetError, match=r"evaluate\(max_episode_steps=N\)"):
+        evaluate(result.agent, info)
+    with pytest.raises(ValueError, match="max_episode_steps must be at least 1, got 0"):
+        evaluate(result.agent, info, max_episode_steps=0)
+    # One that ends by itself is cut as well, or ends before.
+    limited = replace(info, env_spec='{"id": "Limited-v0"}')
+    for cap, length in ((2, 2), (5, 5), (9, 5)):
+        assert set(evaluate(result.agent, limited, episodes=3, max_episode_steps=cap).lengths) == {length}
+
+
+def test_an_evaluation_stops_within_a_step(run_config):
+    """Of one environment, not of all."""
+    steps = 0
+
+    def stop():
+        nonlocal steps
+        steps += 1
+        return steps > 30
+
+    calls = []
+    Pendulum.do = lambda time, observation, reward: (calls.append(time), (observation, reward, False))[1]
+    info = replace(load_dataset(run_config.dataset).info, env_spec='{"id": "Endless-v0"}')
+    with pytest.raises(EvaluationStopped):
+        evaluate(Still(), info, episodes=8, max_episode_steps=1000, stop=stop)
+    assert calls == [1] * 8 + [2] * 4  # it was asked as each was made, reset, before each round and each step
+
+
+class Still:
+    def act(self, states, *, seed=None):
+        assert np.isfinite(states).all()
+        return np.zeros((len(states), 1), np.float32)
+
+
+def test_what_a_finished_episode_shows_is_nobodys(run_config):
+    """The even episodes end with NaN after two steps; the odd ones are bit for bit what they are without that."""
+    info = replace(load_dataset(run_config.dataset).info, env_spec='{"id": "Limited-v0"}')
+    agent = DiffusionBC(3, 1, Config(hidden_dim=16, num_hidden=2, max_action=2.0))
+    whole = evaluate(agent, info, episodes=6, seed=4)
+
+    made = itertools.count()
+
+    def make():
+        env = make_env(info)
+        number, step = next(made), env.step
+
+        def ending(action):
+            observation, reward, terminated, truncated, extra = step(action)
+            if number % 2 == 0 and env.unwrapped.time == 2:
+                return observation * math.nan, reward, True, truncated, extra
+            return observation, reward, terminated, truncated, extra
+
+        env.step = ending
+        return env
+
+    cut = evaluate(agent, info, episodes=6, seed=4, make=make)
+    assert cut.lengths.tolist() == [2, 5, 2, 5, 2, 5]
+    np.testing.assert_array_equal(cut.returns[1::2], whole.returns[1::2])
+
+
+# Checkpoints that are not what was written, or another run's.
+def flipped(path, bit):
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    return bytes(data)
+
+
+def test_no_flipped_bit_goes_unnoticed(run_config):
+    """In the header, the description, any tensor, the loop's own state; and the sentence names the file."""
+    run = replace(run_config, eval_every=20)
+    quietly(train, run)
+    folder = RunDir(run.run_dir)
+    moments = random.Random(0)
+    wrong = []
+    for path in (
+        folder.checkpoint_path(40) / "agent.safetensors",
+        folder.checkpoint_path(40) / "loop.json",
+        folder.policy_path,
+    ):
+        whole = path.read_bytes()
+        for bit in moments.sample(range(8 * len(whole)), 150):
+            path.write_bytes(flipped(path, bit))
+            try:
+                if path.name == "agent.safetensors":
+                    load(path.parent)
+                elif path.name == "loop.json":
+                    LoopState.from_dict({k: v for k, v in folder.read_loop(40).items() if k != "of"})
+                else:
+                    DiffusionPolicy.load(path)
+            except (CheckpointError, RunError, ValueError) as error:
+                if path.name != "loop.json" and str(path) not in str(error):
+                    wrong.append((path.name, bit, str(error)))
+            else:
+                wrong.append((path.name, bit))
+            path.write_bytes(whole)
+    assert wrong == []
+    for path in (folder.checkpoint_path(40) / "agent.safetensors", folder.checkpoint_path(40) / "loop.json"):
+        whole = path.read_bytes()
+        path.write_bytes(flipped(path, 8 * len(whole) - 100))
+        with pytest.raises(
+            RunError, match=rf"{path} is damaged.*remove {path.parent}, and resuming starts from"
+        ) as caught:
+            quietly(resume, run.run_dir)
+        assert_one_sentence(caught)
+        path.write_bytes(whole)
+    assert quietly(resume, run.run_dir)[0].step == 40
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_digest(run_config):
+    from safetensors.torch import save
+
+    quietly(train, run_config)
+    folder = RunDir(run_config.run_dir).checkpoint_path(40)
+    tensors, about = load_tensors(folder / "agent.safetensors")
+    assert "digest" not in about
+    (folder / "agent.safetensors").write_bytes(save(tensors, metadata={"dql": json.dumps(about)}))
+    loop = json.loads((folder / "loop.json").read_text())
+    for added in ("digest", "of", "evaluation_owed"):
+        del loop[added]
+    (folder / "loop.json").write_text(json.dumps(loop))
+    resumed, _ = quietly(resume, run_config.run_dir, num_updates=50)
+    assert resumed.step == 50
+
+
+@pytest.mark.parametrize("what", ["seed", "hidden_dim", "step", "lr", "dataset's loop"])
+def test_a_checkpoint_of_another_run(what, run_config, tmp_path):
+    quietly(train, run_config)
+    agent = run_config.agent
+    other = {
+        "seed": replace(agent, seed=1),
+        "hidden_dim": replace(agent, hidden_dim=32),
+        "lr": replace(agent, lr=1e-4),
+    }.get(what, agent)
+    other = replace(run_config, agent=other, run_dir=tmp_path / "other", eval_every=0)
+    if what == "step":
+        other = replace(other, checkpoint_every=1, keep=5)
+    if what == "dataset's loop":
+        other = other.with_agent(reward_tune="normalize")
+    quietly(train, other)
+    source, target = (RunDir(run.run_dir).checkpoint_path(40) for run in (other, run_config))
+    if what == "step":
+        source = source.with_name("step-000000039")
+    if what == "dataset's loop":
+        shutil.copy(source / "loop.json", target / "loop.json")
+    else:
+        shutil.rmtree(target)
+        shutil.copytree(source, target)
+    with pytest.raises(RunError, match=rf"{target} is no checkpoint of this run: it is of .*, or remove") as caught:
+        quietly(resume, run_config.run_dir)
+    assert_one_sentence(caught)
+    if what != "dataset's loop":
+        assert {"step": "update 39", "hidden_dim": "hidden_dim 32"}.get(what, what) in str(caught.value)
+    shutil.rmtree(target)
+    assert quietly(resume, run_config.run_dir)[0].step == 40, "as the sentence says"
+
+
+# Links in a run's folder.
+NAMES = (".lock", "config.json", "metrics.csv", "evaluations.csv", "selection.json", "policy.safetensors",
+         "checkpoints/step-000000040/agent.safetensors", "checkpoints/step-000000040/loop.json")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_link_in_the_folder_is_refused(name, run_config, tmp_path):
+    quietly(train, run_config)
+    link, elsewhere = run_config.run_dir / name, tmp_path / "precious"
+    shutil.move(link, elsewhere)
+    before = elsewhere.write_bytes(elsewhere.read_bytes() or b"precious") and elsewhere.read_bytes()
+    link.symlink_to(elsewhere)
+    with pytest.raises(RunError, match=rf"{link} is a symbolic link.*put the file or folder itself there") as caught:
+        quietly(resume, run_config.run_dir, num_updates=50)
+    assert_one_sentence(caught)
+    assert elsewhere.read_bytes() == before
+    link.unlink()
+    shutil.move(elsewhere, link)
+    assert quietly(resume, run_config.run_dir, num_updates=50)[0].step == 50, "the lock was given back"
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/step-000000040", "checkpoints/.step-000000050.unfinished",
+                                  "checkpoints/.step-000000020.old"])  # fmt: skip
+def test_a_linked_folder_is_refused(name, run_config, tmp_path):
+    """Of checkpoints, and of their temporary names, which anybody can tell."""
+    quietly(train, run_config)
+    link, elsewhere = run_config.run_dir / name, tmp_path / "precious"
+    if link.exists():
+        shutil.move(link, elsewhere)
+    else:
+        elsewhere.mkdir()
+    (elsewhere / "file").write_text("precious")
+    link.symlink_to(elsewhere)
+    before = sorted(p.name for p in elsewhere.rglob("*"))
+    with pytest.raises(RunError, match=rf"{link} is a symbolic link"):
+        quietly(resume, run_config.run_dir, num_updates=50)
+    assert sorted(p.name for p in elsewhere.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.csv", "evaluations.csv", "config.json", "checkpoints"])
+def test_a_new_run_follows_no_link(name, run_config, tmp_path):
+    """Nor a dangling one, which looks as if nothing were there."""
+    for target in (tmp_path / "nothing", tmp_path / "precious"):
+        run = replace(run_config, run_dir=tmp_path / f"run-{target.name}")
+        run.run_dir.mkdir()
+        if target.name == "precious":
+            target.mkdir() if name == "checkpoints" else target.write_text("precious")
+        (run.run_dir / name).symlink_to(target)
+        with pytest.raises(RunError, match="is a symbolic link"):
+            quietly(train, run)
+    assert not (tmp_path / "nothing").exists()
+    assert (tmp_path / "precious").is_dir() or (tmp_path / "precious").read_text() == "precious"
+
+
+def test_links_that_appear_while_a_run_is_under_way(tmp_path):
+    """Each writer refuses by itself: the folder was looked at when the run began."""
+    folder, elsewhere = RunDir(tmp_path / "run"), tmp_path / "precious"
+    folder.path.mkdir()
+    elsewhere.mkdir()
+    agent = DiffusionBC(3, 1, Config(hidden_dim=16, num_hidden=2))
+    (elsewhere / "rows").write_text("precious")
+    folder.metrics_path.symlink_to(elsewhere / "rows")
+    with pytest.raises(CheckpointError, match=r"metrics\.csv: it is a symbolic link"):
+        append_row(folder.metrics_path, {"step": 1})
+    assert (elsewhere / "rows").read_text() == "precious"
+    folder.save_checkpoint(1, agent, {})
+    (folder.checkpoints_path / ".step-000000002.unfinished").symlink_to(elsewhere)
+    with pytest.raises(CheckpointError, match="symbolic link"):
+        folder.save_checkpoint(2, agent, {})
+    shutil.move(folder.checkpoints_path, tmp_path / "moved")
+    folder.checkpoints_path.symlink_to(elsewhere)
+    with pytest.raises(CheckpointError, match="symbolic link"):
+        folder.save_checkpoint(3, agent, {})
+    assert [p.name for p in elsewhere.iterdir()] == ["rows"]
+    # A file that is replaced whole: the link goes, what it pointed to stays.
+    (folder.path / "selection.json").symlink_to(elsewhere / "rows")
+    folder.write_json("selection.json", {"last": 3})
+    assert (elsewhere / "rows").read_text() == "precious"
+    assert not (folder.path / "selection.json").is_symlink()
+
+
+def test_the_folder_itself_may_be_reached_through_a_link(run_config, tmp_path):
+    (tmp_path / "big-disk").mkdir()
+    run_config.run_dir.symlink_to(tmp_path / "big-disk")
+    quietly(train, run_config)
+    assert quietly(resume, run_config.run_dir, num_updates=50)[0].step == 50
+    assert RunDir(tmp_path / "big-disk").steps()[-1] == 50
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.csv"])
+def test_a_pipe_is_not_waited_for(name, run_config):
+    run_config.run_dir.mkdir()
+    os.mkfifo(run_config.run_dir / name)
+    with pytest.raises((RunError, CheckpointError)) as caught:
+        quietly(train, run_config)
+    assert_one_sentence(caught)
