@@ -1,11 +1,13 @@
 """What goes wrong around a run: threads that build agents, flipped bits, links, simulators that fail or never end."""
 
+import copy
 import hashlib
 import io
 import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -588,3 +590,69 @@ def test_a_pipe_is_not_waited_for(name, run_config):
     with pytest.raises((RunError, CheckpointError)) as caught:
         quietly(train, run_config)
     assert_one_sentence(caught)
+
+
+# Networks shared between processes.
+def in_another_process(policy, critic, turn, answers):
+    """Runs in a spawned process: adds to what it was given, then says what it sees of the other's writes."""
+    policy.denoiser.flat_parameters()
+    with torch.no_grad():
+        policy.denoiser.flat.add_(0.25)
+        critic.get_parameter("q1_model.0.weight").fill_(7.0)
+    answers.put("written")
+    turn.get()
+    answers.put((policy.denoiser.flat.sum().item(), critic.flat.sum().item()))
+    # Training goes on there as anywhere: a step of an optimizer is seen too.
+    optimizer = torch.optim.SGD([policy.denoiser.flat], lr=1.0)
+    policy.bc_loss(torch.zeros(4, 3), torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64), torch.ones(4, 2)).backward()
+    optimizer.step()
+    answers.put(policy.denoiser.flat.sum().item())
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_spawned_process_shares_the_networks(shared):
+    """Whether share_memory() was called or torch's pickling did it, as for every nn.Module."""
+    import dql
+
+    policy, critic = DiffusionPolicy(3, 2, hidden_dim=16, num_hidden=2), dql.TwinCritic(3, 2, 16, 2)
+    if shared:
+        policy.share_memory()
+        critic.share_memory()
+    states, before = torch.randn(5, 3), policy.denoiser.flat.detach().clone()
+    actions = dql.sample(states, policy, seed=1)
+    context = torch.multiprocessing.get_context("spawn")
+    turn, answers = context.Queue(), context.Queue()
+    process = context.Process(target=in_another_process, args=(policy, critic, turn, answers))
+    process.start()
+    try:
+        assert answers.get(timeout=60) == "written"
+        assert torch.equal(policy.denoiser.flat, before + 0.25)
+        assert (critic.get_parameter("q1_model.0.weight") == 7.0).all()
+        policy.denoiser.flat_parameters()
+        after = dql.sample(states, policy, seed=1)  # by whatever backend: nothing derived from the old weights is used
+        assert not torch.equal(after, actions)
+        torch.testing.assert_close(after, dql.sample(states, policy, seed=1, backend="eager"))
+        with torch.no_grad():
+            policy.denoiser.get_parameter("final_layer.bias").fill_(3.0)
+            critic.flat.mul_(0.5)
+        turn.put("read")
+        assert answers.get(timeout=60) == (policy.denoiser.flat.sum().item(), critic.flat.sum().item())
+        total = policy.denoiser.flat.sum().item()
+        stepped = answers.get(timeout=60)
+        assert stepped != total
+        assert policy.denoiser.flat.sum().item() == stepped
+    finally:
+        process.join(20)
+        process.kill()
+    assert process.exitcode == 0
+
+
+def test_copies_share_nothing():
+    """A deep copy or a plain pickle of a shared network is one's own."""
+    policy = DiffusionPolicy(3, 2, hidden_dim=16, num_hidden=2).share_memory()
+    for other in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
+        other.denoiser.flat_parameters()
+        with torch.no_grad():
+            other.denoiser.flat.zero_()
+        assert other.denoiser.get_parameter("final_layer.weight").eq(0).all()
+        assert not policy.denoiser.get_parameter("final_layer.weight").eq(0).all()
