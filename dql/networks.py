@@ -105,7 +105,7 @@ class FlatModule(nn.Module):
         if start < 0 or (start + self.layout.size) * first.element_size() > first.untyped_storage().nbytes():
             return None
         buffer = torch.empty(0, dtype=first.dtype, device=first.device)
-        buffer.set_(first.untyped_storage(), start, (self.layout.size,))
+        buffer.set_(first.untyped_storage(), start, (self.layout.size,), (1,))
         for name, view in self.layout.views(buffer).items():
             held = parameters.get(name)
             if held is None or held.data_ptr() != view.data_ptr() or held.shape != view.shape:
