@@ -59,6 +59,9 @@ class DiffusionBC:
     Attributes:
         policy: the DiffusionPolicy that is trained.
         step: updates done.
+
+    Raises:
+        ValueError: a size that makes no network, no such backend, or no such device.
     """
 
     algorithm = "diffusion-bc"
@@ -75,12 +78,19 @@ class DiffusionBC:
         self.config = replace(config or Config(), algorithm=self.algorithm)  # type: ignore[arg-type]
         check_name(self.config.backend)
         self.step = 0
-        # Built on the CPU from the seed alone: the same weights on every device, torch's own generator untouched.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed & (2**63 - 1))
-            self._build(state_dim, action_dim, torch.device(device), dtype)
+        # Built on the CPU from the seed alone: the same weights on every device and in every thread, whatever others
+        # draw from torch's own generator meanwhile.
+        generator = torch.Generator("cpu").manual_seed(self.config.seed & (2**63 - 1))
+        self._build(state_dim, action_dim, checked_device(device), dtype, generator)
 
-    def _build(self, state_dim: int, action_dim: int, device: torch.device, dtype: torch.dtype) -> None:
+    def _build(
+        self,
+        state_dim: int,
+        action_dim: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        generator: torch.Generator,
+    ) -> None:
         c = self.config
         policy = DiffusionPolicy(
             state_dim,
@@ -91,6 +101,7 @@ class DiffusionBC:
             c.T,
             c.beta_schedule,
             activation=c.activation,
+            generator=generator,
         )
         self.policy = policy.to(device=device, dtype=dtype)
         self._actor_adam = FlatAdam(self.policy.denoiser, c.lr, self._actor_grad_norm())
@@ -274,11 +285,18 @@ class DiffusionQL(DiffusionBC):
     def _actor_grad_norm(self) -> float:
         return self.config.grad_norm
 
-    def _build(self, state_dim: int, action_dim: int, device: torch.device, dtype: torch.dtype) -> None:
-        super()._build(state_dim, action_dim, device, dtype)
+    def _build(
+        self,
+        state_dim: int,
+        action_dim: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        generator: torch.Generator,
+    ) -> None:
+        super()._build(state_dim, action_dim, device, dtype, generator)
         c = self.config
         self.ema_policy = deepcopy(self.policy).requires_grad_(False)
-        critic = TwinCritic(state_dim, action_dim, c.hidden_dim, c.num_hidden, c.activation)
+        critic = TwinCritic(state_dim, action_dim, c.hidden_dim, c.num_hidden, c.activation, generator=generator)
         self.critic = critic.to(device=device, dtype=dtype)
         self.critic_target = deepcopy(self.critic).requires_grad_(False)
         self._critic_adam = FlatAdam(self.critic, c.critic_lr, c.grad_norm)
@@ -478,6 +496,7 @@ def load(
         raise CheckpointError(f"{path} holds no agent but a {about.get('kind')}; for a policy use DiffusionPolicy.load")
     with reading(path, about, _FORMAT):
         config, dtype = Config.from_dict(about["config"]), tensors["actor.final_layer.bias"].dtype
+        _check_sizes(config, tensors)
         config = config if backend is None else replace(config, backend=backend)
         loaded = make_agent(about["state_dim"], about["action_dim"], config, dtype=dtype)
         loaded._load(tensors)
@@ -488,3 +507,10 @@ def load(
     agent._load(tensors)
     agent.step = loaded.step
     return agent
+
+
+def _check_sizes(config: Config, tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError unless the networks are of the config's size, before memory is taken for that."""
+    widths = [len(t) for name, t in tensors.items() if name.startswith("actor.mid_layer.") and name.endswith(".bias")]
+    if widths != [config.hidden_dim] * config.num_hidden:
+        raise ValueError(f"its hidden layers are {widths}, its config says {config.num_hidden} of {config.hidden_dim}")

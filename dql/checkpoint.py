@@ -2,9 +2,11 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 
 FILE = "agent.safetensors"  # of an agent, in a checkpoint's folder
+_ABOUT = {"kind", "format", "state_dim", "action_dim", "step", "config", "digest"}  # of policies and agents
 UNFINISHED = ".unfinished"  # how the names of temporary files and folders end
 
 
@@ -22,11 +25,26 @@ class CheckpointError(RuntimeError):
 
 def explain(path: Path, error: OSError) -> CheckpointError:
     """The sentence for a write that failed."""
+    if error.errno == errno.ELOOP:
+        return CheckpointError(f"cannot write {path}: it is a symbolic link; put the file itself there, or remove it")
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return CheckpointError(
             f"cannot write {path}: {error.strerror}; what was there before is untouched; free some space"
         )
     return CheckpointError(f"cannot write {path}: {error.strerror or error}; choose a folder that you may write to")
+
+
+def open_file(path: Path, flags: int) -> int:
+    """A descriptor of the regular file at `path` itself: no link is followed, and a pipe is not waited for.
+
+    Raises:
+        OSError: as `os.open`; ELOOP for a symbolic link, EINVAL for what is no file.
+    """
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return descriptor
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
@@ -45,8 +63,8 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
+            os.fchmod(file.fileno(), 0o644)
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
@@ -67,20 +85,33 @@ def _flush_folder(folder: Path) -> None:
 def save_tensors(path: str | os.PathLike[str], tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
     """Writes tensors and a JSON description (in the file's header) as one safetensors file, atomically.
 
+    The description in the file holds a digest of both as well, which `load_tensors` checks.
+
     Raises:
         CheckpointError: it cannot be written.
     """
     from safetensors.torch import save
 
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomically(path, save(plain, metadata={"dql": json.dumps(about)}))
+    described = json.dumps(about | {"digest": _digest(plain, about)})
+    write_atomically(path, save(plain, metadata={"dql": described}))  # one entry: safetensors shuffles several
+
+
+def _digest(tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> str:
+    """BLAKE2b of the description and of every tensor's name, type, shape and bytes."""
+    whole = hashlib.blake2b(json.dumps(about).encode(), digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        whole.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        whole.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return whole.hexdigest()
 
 
 def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Reads what `save_tensors` wrote: (tensors on the CPU, description).
 
     Raises:
-        CheckpointError: missing, damaged, or not written by dql.
+        CheckpointError: missing, not readable, damaged, or not written by dql.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -89,23 +120,55 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
         raise CheckpointError(
             f"{path} is a pickle; for the authors' files use from_published(torch.load({str(path)!r}))"
         )
-    if not path.is_file():
-        kind = "is a folder" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"{path} {kind}; give the path of the .safetensors file")
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe is not waited for
+        kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+        os.close(descriptor)
+        if kind == stat.S_IFDIR:
+            raise IsADirectoryError
+    except OSError as error:
+        if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
+            what = "is a folder" if isinstance(error, IsADirectoryError) else "does not exist"
+            raise CheckpointError(f"{path} {what}; give the path of the .safetensors file") from error
+        raise unreadable(path, error) from error
+    if kind != stat.S_IFREG:
+        raise CheckpointError(f"{path} is no regular file; give the path of the .safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         about = json.loads(metadata["dql"]) if "dql" in metadata else None
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        if isinstance(about, dict):
+            _check_digest(tensors, about, sorted(metadata))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
         raise CheckpointError(
-            f"{path} is damaged or no safetensors file ({error}); take another checkpoint of the run"
+            f"{path} is damaged or no safetensors file ({reason}); take another checkpoint of the run"
         ) from error
     if not isinstance(about, dict):
         raise CheckpointError(
             f"{path} was not written by dql; for the authors' .pth files use DiffusionPolicy.from_published"
         )
     return tensors, about
+
+
+def _check_digest(tensors: dict[str, torch.Tensor], about: dict[str, Any], entries: list[str]) -> None:
+    """Takes the digest out of the description; files of earlier versions have none.
+
+    Raises:
+        ValueError: the file is not as it was written. A name that nobody writes may be the digest's own, damaged.
+    """
+    if unknown := [*sorted(about.keys() - _ABOUT), *(name for name in entries if name != "dql")]:
+        raise ValueError(f"its header holds {unknown[0]!r}")
+    digest = about.pop("digest", None)
+    if digest is not None and digest != _digest(tensors, about):
+        raise ValueError("its content is not what was written: the digest differs")
+
+
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """The sentence for a file that is there and cannot be read, which says nothing of what it holds."""
+    remedy = "make it readable for this user" if isinstance(error, PermissionError) else "mend that and try again"
+    return CheckpointError(f"cannot read {path}: {error.strerror or error}; {remedy}")
 
 
 def checked_device(device: torch.device | str) -> torch.device:
@@ -132,8 +195,8 @@ def reading(path: str | os.PathLike[str], about: dict[str, Any], known_format: i
         )
     try:
         yield
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} is damaged: {reason}; take another checkpoint of the run") from error
 
 

@@ -143,7 +143,7 @@ class TrainArguments:
     dataset: str | None = None
     """A Minari dataset id, ids joined by +, a folder of one, or a D4RL .hdf5 file."""
     resume: Path | None = None
-    """Continue the run in this folder; beside it only --num-updates may be given."""
+    """Continue the run in this folder; beside it only --num-updates, --env and --eval-* may be given."""
     tuned: str | None = None
     """Start from the paper's hyper-parameters for this task, e.g. hopper-medium-expert-v2."""
     run_dir: Path | None = None
@@ -160,6 +160,8 @@ class TrainArguments:
     """Updates between two evaluations, and once at the end; 0 for none."""
     eval_episodes: int = RunConfig.eval_episodes
     """Episodes of an evaluation."""
+    eval_max_steps: int | None = None
+    """Steps after which an episode of an evaluation is cut; needed where the environment has no time limit."""
     env: str | None = None
     """Gymnasium id to evaluate in, where the dataset names none."""
     top_k: int = RunConfig.top_k
@@ -169,6 +171,16 @@ class TrainArguments:
     graphed: bool = RunConfig.graphed
     """On a GPU, record the update as a CUDA graph and replay it: one launch instead of one for each small kernel."""
     agent: tyro.conf.OmitArgPrefixes[Config] = field(default_factory=Config)
+
+
+# Flags that may stand beside --resume, and the arguments of dql.train.resume that they are.
+_RESUMABLE = {
+    "--num-updates": "num_updates",
+    "--eval-every": "eval_every",
+    "--eval-episodes": "eval_episodes",
+    "--eval-max-steps": "eval_max_steps",
+    "--env": "env",
+}
 
 
 def train(arguments: list[str]) -> int:
@@ -185,9 +197,10 @@ def train(arguments: list[str]) -> int:
     args = _parse_train(arguments, defaults)
     console = make_console()
     if args.resume is not None:
-        changed = _value_of("--num-updates", arguments)
-        _only(("--resume", "--num-updates"), arguments)
-        result = training.resume(args.resume, num_updates=None if changed is None else int(changed), console=console)
+        _only(("--resume", *_RESUMABLE), arguments)
+        given = {name: value for flag, name in _RESUMABLE.items() if (value := _value_of(flag, arguments)) is not None}
+        values = vars(args) | {"num_updates": args.agent.num_updates}
+        result = training.resume(args.resume, **{name: values[name] for name in given}, console=console)
     elif _value_of("--max-action", arguments) is not None:
         raise ValueError("--max-action cannot be given: a run takes it from its dataset")
     elif args.dataset is None:
@@ -251,6 +264,7 @@ def evaluate(
     device: str = "auto",
     backend: str | None = None,
     env: str | None = None,
+    eval_max_steps: int | None = None,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> int:
     """Roll out a run's checkpoints in its environment, with episodes that training did not see.
@@ -263,6 +277,7 @@ def evaluate(
         device: auto, cpu, cuda, ...
         backend: auto, cpp, eager, ... instead of the run's own.
         env: Gymnasium id, where the dataset names none.
+        eval_max_steps: Steps after which an episode is cut; by default what the run says.
         as_json: Print JSON.
     """
     from dql import noise
@@ -275,7 +290,8 @@ def evaluate(
     folder = RunDir(run)
     written = folder.read_config()
     info = DatasetInfo.from_json(json.dumps(written["dataset"]["info"]))
-    if (env := env or written["run"]["env"]) is not None:
+    eval_max_steps = eval_max_steps or written["run"].get("eval_max_steps")
+    if (env := env or written["run"].get("env")) is not None:
         info = replace(info, env_spec=json.dumps({"id": env}))
     names = list(folder.selection()) or ["last"] if checkpoint == "all" else [checkpoint]
     done: dict[Path, Evaluation] = {}
@@ -284,7 +300,8 @@ def evaluate(
         path = find_checkpoint(run, name)
         if path not in done:
             agent = load(path, device=resolve_device(device), backend=backend)
-            done[path] = roll_out(agent, info, episodes=episodes, seed=noise.derive(seed, "eval"))
+            seed_of_all = noise.derive(seed, "eval")
+            done[path] = roll_out(agent, info, episodes=episodes, seed=seed_of_all, max_episode_steps=eval_max_steps)
         rows[name] = {"step": int(path.name.removeprefix("step-")), "path": str(path)} | done[path].to_dict()
     if as_json:
         print(json.dumps(rows, indent=2))

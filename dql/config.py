@@ -1,9 +1,69 @@
 """Hyper-parameters: `Config` of an agent, `RunConfig` of a run, and the paper's 20 tuned tasks."""
 
+import functools
 import math
+import numbers
+import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+def _plain(name: str, kind: Any, value: Any) -> Any:
+    """The value as the plain Python object that a field of this kind holds, NumPy's numbers among what is welcome.
+
+    Raises:
+        ValueError: it is of another kind; the sentence names the field and the value.
+    """
+    options = get_args(kind)
+    if type(None) in options:
+        if value is None:
+            return None
+        (kind,) = (option for option in options if option is not type(None))
+    if get_origin(kind) is Literal:
+        if not isinstance(value, str) or value not in options:
+            raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}")
+        return str(value)
+    is_bool = isinstance(value, bool) or type(value).__name__ in ("bool", "bool_")  # NumPy's, no subclass
+    if kind is bool:
+        if not is_bool:
+            raise ValueError(f"{name} must be True or False, got {value!r}")
+        return bool(value)
+    if kind is int:
+        if is_bool or not isinstance(value, numbers.Integral):
+            raise ValueError(f"{name} must be an integer, got {value!r}")
+        return int(value)
+    if kind is float:
+        # An integer stays one if it is Python's: "got 0" is what was given.
+        if is_bool or not isinstance(value, numbers.Real) or not _is_finite(value):
+            raise ValueError(f"{name} must be a finite number, got {value!r}")
+        return value if type(value) is int else float(value)
+    if kind is str:
+        if not isinstance(value, (str, os.PathLike)):
+            raise ValueError(f"{name} must be a string, got {value!r}")
+        return str(value)
+    if kind is Path:
+        if not isinstance(value, (str, os.PathLike)):
+            raise ValueError(f"{name} must be a path, got {value!r}")
+        return Path(value)
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} must be a dql.{kind.__name__}, got {value!r}")
+    return value
+
+
+def _is_finite(value: numbers.Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
+
+
+_hints = functools.cache(get_type_hints)
+
+
+def _check_fields(config: Any) -> None:
+    for name, kind in _hints(config.__class__).items():
+        object.__setattr__(config, name, _plain(name, kind, getattr(config, name)))
 
 
 @dataclass(frozen=True)
@@ -62,16 +122,7 @@ class Config:
     """Of everything random: initial weights, data order, noise."""
 
     def __post_init__(self) -> None:
-        for name, kind in get_type_hints(type(self)).items():
-            choices = get_args(kind) if get_origin(kind) is Literal else (getattr(self, name),)
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name, kind in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if kind is int and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ValueError(f"{name} must be an integer, got {value!r}")
-            if kind is float and not (isinstance(value, (int, float)) and math.isfinite(value)):
-                raise ValueError(f"{name} must be a finite number, got {value!r}")
+        _check_fields(self)
         for name in (
             "hidden_dim",
             "num_hidden",
@@ -147,6 +198,8 @@ class RunConfig:
     """Updates between two evaluations, and once at the end; 0 for none."""
     eval_episodes: int = 10
     """Episodes of an evaluation."""
+    eval_max_steps: int | None = None
+    """Steps after which an episode of an evaluation is cut; needed where the environment has no time limit."""
     env: str | None = None
     """Gymnasium id to evaluate in, where the dataset names none."""
     top_k: int = 1
@@ -157,9 +210,13 @@ class RunConfig:
     """On a GPU, record the update as a CUDA graph and replay it: one launch instead of one for each small kernel."""
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "checkpoint_every", "keep", "eval_episodes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if type(self.device).__name__ == "device":  # torch's
+            object.__setattr__(self, "device", str(self.device))
+        _check_fields(self)
+        for name in ("log_every", "checkpoint_every", "keep", "eval_episodes", "eval_max_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         for name in ("eval_every", "top_k", "threads"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -171,18 +228,20 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
-        """The inverse of `to_dict`. Raises ValueError for a field that this version does not have."""
+        """The inverse of `to_dict`. Raises ValueError for a field that is missing or unknown to this version."""
         values = _known(cls, values)
-        values["agent"] = Config.from_dict(values["agent"])
-        if values.get("run_dir") is not None:
-            values["run_dir"] = Path(values["run_dir"])
-        return cls(**values)
+        for name in ("dataset", "agent"):
+            if name not in values:
+                raise ValueError(f"RunConfig field {name!r} is missing")
+        return cls(**values | {"agent": Config.from_dict(values["agent"])})
 
     def with_agent(self, **changes: Any) -> "RunConfig":
         return replace(self, agent=replace(self.agent, **changes))
 
 
 def _known(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ValueError(f"the fields of a {cls.__name__} must be a dictionary, got {values!r:.80}")
     names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(values.keys() - names)
     if unknown:

@@ -1,5 +1,8 @@
 """Rollouts in vectorised Gymnasium environments, normalised scores, and model selection."""
 
+import contextlib
+import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -87,8 +90,52 @@ def confidence_interval(values: np.ndarray, level: float = 0.95, resamples: int 
     return float(low), float(high)
 
 
+class EvaluationStopped(Exception):
+    """`evaluate` was asked to stop; the episodes so far say nothing."""
+
+
+def time_limit(env: "gymnasium.Env") -> int | None:
+    """Steps after which Gymnasium truncates an episode of this environment; None if nothing does."""
+    from gymnasium.wrappers import TimeLimit
+
+    layer: Any = env
+    while layer is not None:
+        if isinstance(layer, TimeLimit):
+            return int(layer._max_episode_steps)
+        layer = layer.__dict__.get("env")
+    spec = getattr(env.unwrapped, "spec", None)
+    limit = None if spec is None else spec.max_episode_steps
+    return limit if limit is not None and limit > 0 else None
+
+
+def make_limited(info: "DatasetInfo", max_episode_steps: int | None) -> "gymnasium.Env":
+    """The environment that `info` names (`dql.environments.make_env`), known to end its episodes.
+
+    Raises:
+        DatasetError: it cannot be made here, or has no time limit and `max_episode_steps` is None.
+    """
+    from dql.datasets.info import DatasetError
+    from dql.environments import make_env
+
+    env = make_env(info)
+    if max_episode_steps is None and time_limit(env) is None:
+        env.close()
+        raise DatasetError(
+            f"environment {info.env_id} has no time limit, so an episode might never end: cut its episodes with "
+            "--eval-max-steps N (in Python: evaluate(max_episode_steps=N), RunConfig(eval_max_steps=N))"
+        )
+    return env
+
+
 def evaluate(
-    actor: Actor, info: "DatasetInfo", *, episodes: int = 10, seed: int = 0, make: Callable[[], Any] | None = None
+    actor: Actor,
+    info: "DatasetInfo",
+    *,
+    episodes: int = 10,
+    seed: int = 0,
+    make: Callable[[], Any] | None = None,
+    max_episode_steps: int | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Evaluation:
     """Rolls the actor out for whole episodes.
 
@@ -96,27 +143,36 @@ def evaluate(
     counts once however long the others take, and it does not matter how many there are.
 
     Args:
-        actor: its `act` is called once a step, with the states of all environments.
+        actor: its `act` is called once a step, with the states of all environments; zeros stand for those whose
+            episodes have ended.
         info: of the dataset: which environment, how its observations are flattened, the reference scores.
         episodes: how many.
         seed: of environments and actions.
-        make: builds one environment; None builds the one that `info` names (`dql.environments.make_env`).
+        make: builds one environment, which has to end its episodes by itself or by `max_episode_steps`; None builds
+            the one that `info` names (`dql.environments.make_env`).
+        max_episode_steps: an episode is cut after so many steps; None leaves that to the environment.
+        stop: asked before every step of every environment whether to give up.
 
     Raises:
-        ValueError: no episodes, or observations with NaN.
-        DatasetError: the environment cannot be made here; the sentence says what to install.
+        ValueError: no episodes, no steps, or an environment whose observations are not finite or whose rewards are no
+            finite numbers.
+        DatasetError: the environment cannot be made here, and the sentence says what to install; or it has no time
+            limit, and `max_episode_steps` is None.
+        EvaluationStopped: `stop` said so.
     """
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, got {episodes}")
+    if max_episode_steps is not None and max_episode_steps < 1:
+        raise ValueError(f"max_episode_steps must be at least 1, got {max_episode_steps}")
     if make is None:
-        from dql.environments import make_env
 
         def make() -> Any:
-            return make_env(info)
+            return make_limited(info, max_episode_steps)
 
     returns, lengths = [], []
     for first in range(0, episodes, _WAVE):
-        r, n = _wave(actor, make, min(_WAVE, episodes - first), first, seed)
+        count = min(_WAVE, episodes - first)
+        r, n = _wave(actor, make, count, first, seed, max_episode_steps or sys.maxsize, stop or (lambda: False))
         returns.append(r)
         lengths.append(n)
     all_returns = np.concatenate(returns)
@@ -124,29 +180,72 @@ def evaluate(
 
 
 def _wave(
-    actor: Actor, make: Callable[[], "gymnasium.Env"], count: int, first: int, seed: int
+    actor: Actor,
+    make: Callable[[], "gymnasium.Env"],
+    count: int,
+    first: int,
+    seed: int,
+    max_episode_steps: int,
+    stop: Callable[[], bool],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Episodes first .. first + count, side by side."""
-    from gymnasium.vector import SyncVectorEnv
+    """Episodes first .. first + count, side by side; an environment is left alone once its episode has ended."""
 
-    environments = SyncVectorEnv([make] * count)
-    try:
-        resets: list[int | None] = [noise.derive(seed, "episode", first + i) % 2**31 for i in range(count)]
-        states, _ = environments.reset(seed=resets)
-        returns, lengths = np.zeros(count), np.zeros(count, np.int64)
-        running = np.ones(count, bool)
+    def go_on() -> None:
+        if stop():
+            raise EvaluationStopped
+
+    returns, lengths = np.zeros(count), np.zeros(count, np.int64)
+    with contextlib.ExitStack() as closing:
+        environments: list[gymnasium.Env] = []
+        for _ in range(count):
+            go_on()
+            environments.append(make())
+            closing.callback(environments[-1].close)
+        space = environments[0].observation_space
+        states = np.zeros((count, *(space.shape or ())), space.dtype)
+        for i, environment in enumerate(environments):
+            go_on()
+            observation, _ = environment.reset(seed=noise.derive(seed, "episode", first + i) % 2**31)
+            _show(states[i], observation, first + i, 0)
+        running = list(range(count))
         step = 0
-        while running.any():
-            actions = actor.act(states, seed=noise.derive(seed, "act", first, step))
-            states, rewards, terminated, truncated, _ = environments.step(actions)
-            # The vector environment starts a finished one anew; what it earns then is nobody's.
-            returns[running] += rewards[running]
-            lengths[running] += 1
-            running &= ~(terminated | truncated)
+        while running:
+            go_on()
+            actions = actor.act(states.copy(), seed=noise.derive(seed, "act", first, step))
             step += 1
-    finally:
-        environments.close()
+            for i in tuple(running):
+                go_on()
+                observation, reward, terminated, truncated, _ = environments[i].step(actions[i])
+                returns[i] += _number(reward, first + i, step)
+                lengths[i] += 1
+                if terminated or truncated or step >= max_episode_steps:
+                    running.remove(i)
+                    states[i] = 0  # nobody acts on it: what a finished episode shows last may be anything
+                else:
+                    _show(states[i], observation, first + i, step)
     return returns, lengths
+
+
+def _show(state: np.ndarray, observation: Any, episode: int, step: int) -> None:
+    """Writes the observation into its row of the states."""
+    if (shape := np.shape(observation)) != state.shape:
+        raise ValueError(
+            f"the environment's observation must be {list(state.shape)}, got {list(shape)} (episode {episode}, "
+            f"step {step})"
+        )
+    with np.errstate(over="ignore"):  # what does not fit is infinite, and refused
+        state[...] = observation
+    if not np.isfinite(state).all():
+        raise ValueError(f"the environment's observation holds NaN or infinity (episode {episode}, step {step})")
+
+
+def _number(reward: Any, episode: int, step: int) -> float:
+    array = np.asarray(reward)
+    if array.ndim or array.dtype.kind not in "fiub" or not np.isfinite(array):
+        raise ValueError(
+            f"the environment's reward must be one finite number, got {reward!r:.80} (episode {episode}, step {step})"
+        )
+    return float(array)
 
 
 @dataclass(frozen=True)
@@ -155,6 +254,7 @@ class Scored:
 
     step: int
     return_mean: float
+    """NaN where the evaluation failed."""
     bc_loss: float
     """Mean since the evaluation before, as the published code ranks it."""
 
@@ -163,7 +263,8 @@ def select_checkpoints(evaluations: Sequence[Scored], top_k: int) -> dict[str, i
     """Which step each rule of model selection takes.
 
     last: the final evaluation. best: the highest return ("online" in the paper; a maximum over evaluations, so it is
-    biased upwards: report it as such). offline: rank `top_k` by bc_loss, 0 being the lowest; no environment needed.
+    biased upwards: report it as such); there is none if every evaluation failed. offline: rank `top_k` by bc_loss, 0
+    being the lowest; no environment needed.
 
     Raises:
         ValueError: no evaluations.
@@ -171,16 +272,19 @@ def select_checkpoints(evaluations: Sequence[Scored], top_k: int) -> dict[str, i
     if not evaluations:
         raise ValueError("no evaluations to select from; train with --eval-every")
     by_loss = sorted(evaluations, key=lambda e: e.bc_loss)
-    return {
-        "last": evaluations[-1].step,
-        "best": max(evaluations, key=lambda e: e.return_mean).step,
-        "offline": by_loss[min(top_k, len(by_loss) - 1)].step,
-    }
+    chosen = {"last": evaluations[-1].step, "offline": by_loss[min(top_k, len(by_loss) - 1)].step}
+    for step in _best(evaluations):
+        chosen["best"] = step
+    return {name: chosen[name] for name in ("last", "best", "offline") if name in chosen}
 
 
 def worth_keeping(evaluations: Sequence[Scored], top_k: int) -> set[int]:
     """Steps whose checkpoints a selection may still ask for: the best, and the top_k + 1 lowest by bc_loss."""
-    if not evaluations:
-        return set()
     by_loss = sorted(evaluations, key=lambda e: e.bc_loss)
-    return {e.step for e in by_loss[: top_k + 1]} | {max(evaluations, key=lambda e: e.return_mean).step}
+    return {e.step for e in by_loss[: top_k + 1]} | _best(evaluations)
+
+
+def _best(evaluations: Sequence[Scored]) -> set[int]:
+    """The step of the highest return, the first of equals; none if every evaluation failed."""
+    succeeded = [e for e in evaluations if not math.isnan(e.return_mean)]
+    return {max(succeeded, key=lambda e: e.return_mean).step} if succeeded else set()

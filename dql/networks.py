@@ -4,6 +4,7 @@ Each network's parameters are views into one flat buffer (`FlatModule.flat`), la
 optimiser, the gradient norm, EMA and the target update are one elementwise pass each, and a kernel takes one pointer.
 """
 
+import math
 import numbers
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -57,6 +58,9 @@ class Activation(nn.Module):
 class FlatModule(nn.Module):
     """A module whose parameters are views into one flat buffer.
 
+    It is shared between processes as any module is: handed to a process (by `torch.multiprocessing`, or after
+    `share_memory()`), both see what either writes into parameters or `flat`. Gradients are each process's own.
+
     Attributes:
         flat: [P] the buffer, a leaf whose `.grad` [P] the parameters' `.grad` are views of. An optimizer takes either
             it, `torch.optim.Adam([module.flat])`, or `module.parameters()`.
@@ -89,6 +93,28 @@ class FlatModule(nn.Module):
         buffer = torch.zeros(self.layout.size, dtype=first.dtype, device=first.device)
         for name, view in self.layout.views(buffer).items():
             view.copy_(parameters[name].detach())
+        self._adopt(buffer)
+
+    def _shared_buffer(self) -> Tensor | None:
+        """The flat buffer that the parameters are views of already, if it is in memory shared with other processes."""
+        parameters = dict(self.named_parameters())
+        first, slot = parameters.get(self.layout.slots[0].name), self.layout.slots[0]
+        if first is None or not first.is_shared() or not first.is_contiguous():
+            return None
+        start = first.storage_offset() - slot.offset
+        if start < 0 or (start + self.layout.size) * first.element_size() > first.untyped_storage().nbytes():
+            return None
+        buffer = torch.empty(0, dtype=first.dtype, device=first.device)
+        buffer.set_(first.untyped_storage(), start, (self.layout.size,), (1,))
+        for name, view in self.layout.views(buffer).items():
+            held = parameters.get(name)
+            if held is None or held.data_ptr() != view.data_ptr() or held.shape != view.shape:
+                return None
+        return buffer
+
+    def _adopt(self, buffer: Tensor) -> None:
+        """Makes the parameters views of `buffer`, which holds their values."""
+        parameters = dict(self.named_parameters())
         flat = nn.Parameter(buffer)
         detached = flat.detach()
         places, views = [], self.layout.views(detached)  # one version counter for all
@@ -208,7 +234,12 @@ class FlatModule(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.flatten_parameters()
+        # Another process's module that it shares: torch rebuilt the parameters in that memory, and there they stay.
+        buffer = self._shared_buffer()
+        if buffer is None:
+            self.flatten_parameters()
+        else:
+            self._adopt(buffer)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
         if local_metadata.get("assign_to_params_buffers"):
@@ -256,6 +287,7 @@ class Denoiser(FlatModule):
         num_hidden: hidden layers; the paper's is 3.
         time_dim: size of the time embedding, even; the paper's is 16.
         activation: "mish" (the paper's), "relu" or "silu".
+        generator: of the initial weights, a CPU generator; None draws from torch's own, as every nn.Module does.
 
     Raises:
         ValueError: a size that is no positive integer, an odd time_dim, an unknown activation.
@@ -271,6 +303,8 @@ class Denoiser(FlatModule):
         num_hidden: int = 3,
         time_dim: int = 16,
         activation: str = "mish",
+        *,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         state_dim, action_dim, hidden_dim, num_hidden, time_dim = _sizes(
@@ -282,12 +316,13 @@ class Denoiser(FlatModule):
         self.layout = self.spec.layout
         self.time_mlp = nn.Sequential(
             TimeEmbedding(time_dim),
-            nn.Linear(time_dim, 2 * time_dim),
+            _linear(time_dim, 2 * time_dim, generator),
             Activation(activation),
-            nn.Linear(2 * time_dim, time_dim),
+            _linear(2 * time_dim, time_dim, generator),
         )
-        self.mid_layer = _hidden_layers(action_dim + time_dim + state_dim, hidden_dim, num_hidden, activation)
-        self.final_layer = nn.Linear(hidden_dim, action_dim)
+        inputs = action_dim + time_dim + state_dim
+        self.mid_layer = _hidden_layers(inputs, hidden_dim, num_hidden, activation, generator)
+        self.final_layer = _linear(hidden_dim, action_dim, generator)
         self.flatten_parameters()
 
     def forward(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
@@ -316,6 +351,7 @@ class TwinCritic(FlatModule):
         hidden_dim: H; the paper's is 256.
         num_hidden: hidden layers; the paper's is 3.
         activation: "mish" (the paper's), "relu" or "silu".
+        generator: of the initial weights, a CPU generator; None draws from torch's own, as every nn.Module does.
 
     Raises:
         ValueError: a size that is no positive integer, an unknown activation.
@@ -324,7 +360,14 @@ class TwinCritic(FlatModule):
     spec: CriticSpec
 
     def __init__(
-        self, state_dim: int, action_dim: int, hidden_dim: int = 256, num_hidden: int = 3, activation: str = "mish"
+        self,
+        state_dim: int,
+        action_dim: int,
+        hidden_dim: int = 256,
+        num_hidden: int = 3,
+        activation: str = "mish",
+        *,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         state_dim, action_dim, hidden_dim, num_hidden = _sizes(
@@ -334,8 +377,8 @@ class TwinCritic(FlatModule):
         self.layout = self.spec.layout
 
         def q_model() -> nn.Sequential:
-            hidden = _hidden_layers(state_dim + action_dim, hidden_dim, num_hidden, activation)
-            return nn.Sequential(*hidden, nn.Linear(hidden_dim, 1))
+            hidden = _hidden_layers(state_dim + action_dim, hidden_dim, num_hidden, activation, generator)
+            return nn.Sequential(*hidden, _linear(hidden_dim, 1, generator))
 
         self.q1_model = q_model()
         self.q2_model = q_model()
@@ -390,10 +433,24 @@ class TwinCritic(FlatModule):
         return torch.minimum(*self(states, actions))
 
 
-def _hidden_layers(inputs: int, hidden_dim: int, num_hidden: int, activation: str) -> nn.Sequential:
+def _linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
+    """nn.Linear with its own initial weights, drawn from `generator`: the same numbers as torch's from that state."""
+    if generator is None:
+        return nn.Linear(inputs, outputs)
+    layer = nn.Linear(inputs, outputs, device="meta").to_empty(device="cpu")  # built without drawing
+    with torch.no_grad():
+        nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
+        bound = 1 / math.sqrt(inputs)
+        layer.bias.uniform_(-bound, bound, generator=generator)
+    return layer
+
+
+def _hidden_layers(
+    inputs: int, hidden_dim: int, num_hidden: int, activation: str, generator: torch.Generator | None
+) -> nn.Sequential:
     layers: list[nn.Module] = []
     for _ in range(num_hidden):
-        layers += [nn.Linear(inputs, hidden_dim), Activation(activation)]
+        layers += [_linear(inputs, hidden_dim, generator), Activation(activation)]
         inputs = hidden_dim
     return nn.Sequential(*layers)
 

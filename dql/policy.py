@@ -33,6 +33,7 @@ class DiffusionPolicy(nn.Module):
         time_dim: size of the time embedding.
         activation: "mish" (the paper's), "relu" or "silu".
         predict_epsilon: the denoiser predicts the noise (the paper's); False: it predicts x_0.
+        generator: of the initial weights, a CPU generator; None draws from torch's own, as every nn.Module does.
 
     Attributes:
         denoiser: the network; `denoiser.flat` holds its parameters.
@@ -55,6 +56,8 @@ class DiffusionPolicy(nn.Module):
         time_dim: int = 16,
         activation: str = "mish",
         predict_epsilon: bool = True,
+        *,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         bound: Any = max_action  # NumPy's numbers are welcome
@@ -64,7 +67,9 @@ class DiffusionPolicy(nn.Module):
         self.max_action = float(max_action)
         self.schedule = NoiseSchedule(beta_schedule, T)
         self.predict_epsilon = bool(predict_epsilon)
-        self.denoiser = Denoiser(state_dim, action_dim, hidden_dim, num_hidden, time_dim, activation)
+        self.denoiser = Denoiser(
+            state_dim, action_dim, hidden_dim, num_hidden, time_dim, activation, generator=generator
+        )
         self._q_sample_table: tuple[NoiseSchedule | None, Tensor | None] = (None, None)
         self.kept = Kept()
 

@@ -1,4 +1,4 @@
-"""The training loop: data in, run folder out. A run that is killed and resumed ends as if it had never been."""
+"""Training: data in, run folder out. A run that is killed and resumed ends as if it had never been."""
 
 import hashlib
 import json
@@ -6,57 +6,27 @@ import math
 import os
 import platform
 import shlex
-import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
-from dql import __version__, noise
+from dql import __version__
 from dql.agent import DiffusionBC, DiffusionQL, load, make_agent
 from dql.checkpoint import CheckpointError, checked_device
-from dql.config import Config, RunConfig
-from dql.data import DatasetInfo, TransitionDataset, load_dataset
-from dql.evaluate import Evaluation, Scored, evaluate, select_checkpoints, worth_keeping
-from dql.graphed_update import GraphedUpdate
-from dql.rundir import RunDir, RunError, append_row, drop_rows_after
+from dql.config import RunConfig
+from dql.data import DatasetError, DatasetInfo, TransitionDataset, load_dataset
+from dql.evaluate import make_limited
+from dql.loop import Loop, LoopState, RunResult, TrainingDivergedError, log_owed
+from dql.rundir import RunDir, RunError, drop_rows_after
 from dql.terminal import make_console
 
-_PLAIN_LINE_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
-
-
-class TrainingDivergedError(RunError):
-    """A loss became NaN or infinite; the message names the last good checkpoint and what to change."""
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a run came to.
-
-    Attributes:
-        path: the run folder.
-        agent: as it is after the last update.
-        step: updates done.
-        evaluations: those of this process, with their steps; evaluations.csv has all.
-        stopped_by: name of the signal that ended it early, or None.
-        seconds: spent in updates, over all resumptions.
-    """
-
-    path: Path
-    agent: DiffusionBC | DiffusionQL
-    step: int
-    evaluations: list[tuple[int, Evaluation]]
-    stopped_by: str | None
-    seconds: float
+__all__ = ["RunResult", "TrainingDivergedError", "default_run_dir", "resolve_device", "resume", "train"]
 
 
 def default_run_dir(run: RunConfig) -> Path:
@@ -89,13 +59,17 @@ def _device_of(run: RunConfig) -> torch.device:
 def train(run: RunConfig, *, dataset: TransitionDataset | None = None, console: Console | None = None) -> RunResult:
     """Starts a run and takes it to its end.
 
+    An evaluation that fails (the environment raises, or shows NaN) is reported in a line and has an empty line in
+    evaluations.csv; the run goes on.
+
     Args:
         run: what to do; `run.agent.max_action` is replaced by the dataset's.
         dataset: already loaded (with `run.agent.reward_tune` applied); None loads `run.dataset`.
         console: where progress is shown; None for a new one.
 
     Raises:
-        RunError: the folder holds a run already or is in use, or the dataset's rewards are tuned otherwise.
+        RunError: the folder holds a run already, is in use or holds a link, or the dataset's rewards are tuned
+            otherwise.
         ValueError: the device is not there.
         DatasetError: the data, or the environment to evaluate in, cannot be used.
         CheckpointError: the disk is full or not writable.
@@ -103,8 +77,7 @@ def train(run: RunConfig, *, dataset: TransitionDataset | None = None, console: 
     """
     console = console or make_console()
     folder = RunDir(run.run_dir or default_run_dir(run))
-    folder.lock()
-    try:
+    with _locked(folder):
         if folder.holds_a_run() and not folder.config_path.exists():
             raise RunError(
                 f"{folder.path} holds the remains of a run without its config.json; remove it or choose --run-dir"
@@ -121,37 +94,56 @@ def train(run: RunConfig, *, dataset: TransitionDataset | None = None, console: 
         if run.threads:
             torch.set_num_threads(run.threads)
         data = load_dataset(run.dataset, reward_tune=run.agent.reward_tune) if dataset is None else dataset
-        if data.reward_tune != run.agent.reward_tune:
-            raise RunError(
-                f"the dataset's rewards are tuned {data.reward_tune!r}, the agent's config says "
-                f"{run.agent.reward_tune!r}; load it with load_dataset(..., reward_tune={run.agent.reward_tune!r})"
-            )
+        _check_reward_tune(run, data)
         data = data.to(device)
         run = run.with_agent(max_action=data.max_action)
         info = _evaluation_info(run, data.info)
+        _check_environment(run, info)
         agent = make_agent(data.state_dim, data.action_dim, run.agent, device=device)
-        folder.write_json("config.json", _describe(run, data, info, _fingerprint(data), torch.get_num_threads()))
-        return _Loop(run, folder, data, info, agent, console).run()
-    finally:
-        folder.unlock()
+        fingerprint = _fingerprint(data)
+        threads = torch.get_num_threads()
+        described = _describe(run, data, info, fingerprint, threads, in_memory=dataset is not None)
+        folder.write_json("config.json", described)
+        return Loop(run, folder, data, info, agent, console, _origin(run, fingerprint, info)).run()
 
 
-def resume(path: Path, *, num_updates: int | None = None, console: Console | None = None) -> RunResult:
+def resume(
+    path: str | os.PathLike[str],
+    *,
+    num_updates: int | None = None,
+    eval_every: int | None = None,
+    eval_episodes: int | None = None,
+    eval_max_steps: int | None = None,
+    env: str | None = None,
+    dataset: TransitionDataset | None = None,
+    console: Console | None = None,
+) -> RunResult:
     """Continues a run from its last checkpoint, exactly.
+
+    Evaluations do not change what is learnt, so they may be changed. Where their environment cannot be made on this
+    machine, the run goes on with a warning, and its evaluations count as failed. Returns in another environment are not
+    compared with those before: "best" is the best of those since.
 
     Args:
         path: the run folder.
         num_updates: a new length; only with a constant learning rate, whose past does not depend on it.
+        eval_every: instead of the run's own; 0 for no more evaluations, one that is owed included.
+        eval_episodes: instead of the run's own.
+        eval_max_steps: instead of the run's own.
+        env: instead of the run's own.
+        dataset: the one this run began with, already loaded; None loads the run's.
         console: where progress is shown.
 
-    Raises: as `train`; also RunError for a folder that is no run, has no checkpoint, or whose dataset has changed.
+    Raises: as `train`; also RunError for a folder that is no run, has no checkpoint, whose checkpoint is not its own,
+        or whose dataset has changed; DatasetError for an environment that is named here and cannot be used.
     """
     console = console or make_console()
     folder = RunDir(path)
     written = folder.read_config()
     run = RunConfig.from_dict(written["run"])
-    folder.lock()
-    try:
+    changes = {"eval_every": eval_every, "eval_episodes": eval_episodes, "eval_max_steps": eval_max_steps, "env": env}
+    run = replace(run, **{name: value for name, value in changes.items() if value is not None})  # type: ignore[arg-type]
+    with _locked(folder):
         if num_updates is not None and num_updates != run.agent.num_updates:
             if run.agent.lr_schedule != "constant":
                 raise RunError("the length of a run with a cosine schedule cannot be changed: its past depends on it")
@@ -161,7 +153,8 @@ def resume(path: Path, *, num_updates: int | None = None, console: Console | Non
             run = run.with_agent(num_updates=num_updates)
         device = _device_of(run)
         torch.set_num_threads(written["threads"])  # sums over rows depend on how threads split them
-        data = load_dataset(run.dataset, reward_tune=run.agent.reward_tune).to(device)
+        data = (_load_again(run, written) if dataset is None else dataset).to(device)
+        _check_reward_tune(run, data)
         fingerprint = _fingerprint(data)
         if fingerprint != written["dataset"]["fingerprint"]:
             raise RunError(
@@ -169,45 +162,156 @@ def resume(path: Path, *, num_updates: int | None = None, console: Console | Non
                 f"{written['dataset']['fingerprint']}); restore it or start a new run"
             )
         info = _evaluation_info(run, data.info)
+        unable = _why_not_evaluated(run, info)
+        if unable is not None and env is not None:
+            raise unable
         folder.clean()
-        steps = folder.steps()
-        if steps:
-            try:
-                agent = load(folder.checkpoint_path(steps[-1]), device=device)
-            except CheckpointError as error:
-                earlier = f"update {steps[-2]:,}" if len(steps) > 1 else "the beginning"
-                raise RunError(
-                    f"{error}: remove {folder.checkpoint_path(steps[-1])}, and resuming starts from {earlier}"
-                ) from error
-            agent.config = replace(agent.config, num_updates=run.agent.num_updates)
-            state = folder.read_loop(steps[-1])
-        else:  # killed before the first checkpoint: from the start, which is as exact
-            agent = make_agent(data.state_dim, data.action_dim, run.agent, device=device)
-            state = None
-        folder.write_json("config.json", _describe(run, data, info, fingerprint, written["threads"]))
-        for file in (folder.metrics_path, folder.evaluations_path):
-            drop_rows_after(file, agent.step)
-        complete = " (it is complete: --num-updates N lengthens it)" if agent.step >= run.agent.num_updates else ""
-        console.print(f"resuming {path} at update {agent.step:,}{complete}", markup=False, soft_wrap=True)
-        return _Loop(run, folder, data, info, agent, console, state).run()
+        agent, state = _last_checkpoint(folder, run, data, info, fingerprint, device)
+        in_memory = bool(written["dataset"].get("in_memory"))
+        described = _describe(run, data, info, fingerprint, written["threads"], in_memory=in_memory)
+        folder.write_json("config.json", described)
+        step = agent.step
+        drop_rows_after(folder.metrics_path, step - 1 if state is not None and log_owed(run, state, step) else step)
+        drop_rows_after(folder.evaluations_path, step - 1 if state is not None and state.evaluation_owed else step)
+        if state is not None and not run.eval_every:
+            state.evaluation_owed = False
+        complete = " (it is complete: --num-updates N lengthens it)" if step >= run.agent.num_updates else ""
+        console.print(f"resuming {path} at update {step:,}{complete}", markup=False, soft_wrap=True)
+        if unable is not None:
+            console.print(
+                f"warning: its evaluations are left out, their lines in evaluations.csv empty: {unable}",
+                markup=False,
+                soft_wrap=True,
+            )
+        origin = _origin(run, fingerprint, info)
+        return Loop(run, folder, data, info, agent, console, origin, state, evaluates=unable is None).run()
+
+
+@contextmanager
+def _locked(folder: RunDir) -> Iterator[None]:
+    folder.lock()
+    try:
+        yield
     finally:
         folder.unlock()
 
 
-def _evaluation_info(run: RunConfig, info: DatasetInfo) -> DatasetInfo:
-    """The dataset's info with the environment to evaluate in; builds it once, so that nothing fails hours later."""
-    from dql.environments import make_env
+def _check_reward_tune(run: RunConfig, data: TransitionDataset) -> None:
+    if data.reward_tune != run.agent.reward_tune:
+        raise RunError(
+            f"the dataset's rewards are tuned {data.reward_tune!r}, the agent's config says "
+            f"{run.agent.reward_tune!r}; load it with load_dataset(..., reward_tune={run.agent.reward_tune!r})"
+        )
 
-    if run.env is not None:
-        info = replace(info, env_spec=json.dumps({"id": run.env}))
-    if run.eval_every:
-        if info.env_spec is None:
-            raise RunError(
-                f"dataset {info.dataset_id} names no environment to evaluate in; name one with --env, "
-                "or train without evaluations, --eval-every 0"
-            )
-        make_env(info).close()
-    return info
+
+def _load_again(run: RunConfig, written: dict[str, Any]) -> TransitionDataset:
+    try:
+        return load_dataset(run.dataset, reward_tune=run.agent.reward_tune)
+    except DatasetError as error:
+        if not written["dataset"].get("in_memory"):
+            raise
+        raise RunError(
+            f"this run began with a dataset that was handed over in memory, and {run.dataset!r} cannot be loaded; "
+            "resume it in Python: dql.train.resume(path, dataset=...)"
+        ) from error
+
+
+def _last_checkpoint(
+    folder: RunDir, run: RunConfig, data: TransitionDataset, info: DatasetInfo, fingerprint: str, device: torch.device
+) -> tuple[DiffusionBC | DiffusionQL, LoopState | None]:
+    """Agent and loop of the last checkpoint, known to be this run's; a new agent if none is saved yet.
+
+    Raises:
+        RunError: the checkpoint is damaged or another run's.
+    """
+    steps = folder.steps()
+    if not steps:  # killed before the first checkpoint: from the start, which is as exact
+        return make_agent(data.state_dim, data.action_dim, run.agent, device=device), None
+    step = steps[-1]
+    path = folder.checkpoint_path(step)
+    earlier = f"update {steps[-2]:,}" if len(steps) > 1 else "the beginning"
+    remedy = f"remove {path}, and resuming starts from {earlier}"
+    try:
+        agent = load(path, device=device)
+    except CheckpointError as error:
+        raise RunError(f"{error}: {remedy}") from error
+    loop = folder.read_loop(step)
+    of = loop.pop("of", {"step": step})  # an earlier version wrote none
+    sizes = (agent.policy.state_dim, agent.policy.action_dim)
+    ours, its = run.agent.to_dict(), agent.config.to_dict()
+    if run.agent.lr_schedule == "constant":  # the length may have been changed since
+        its["num_updates"] = ours["num_updates"]
+    differing = [f"{name} {its[name]!r}, the run's is {ours[name]!r}" for name in ours if its[name] != ours[name]]
+    if agent.step != step:
+        differing.append(f"update {agent.step:,}, its folder is named for {step:,}")
+    if sizes != (data.state_dim, data.action_dim):
+        differing.append(f"sizes {sizes}, the dataset's are {(data.state_dim, data.action_dim)}")
+    expected = _origin(run, fingerprint, info) | {"step": step}
+    if not isinstance(of, dict):
+        differing.append(f"origin {of!r:.80}")
+    else:
+        differing += [
+            f"{name} {of[name]!r} in loop.json, the run's is {expected[name]!r}"
+            for name in ("step", "seed", "fingerprint")
+            if name in of and of[name] != expected[name]
+        ]
+    if differing:
+        raise RunError(
+            f"{path} is no checkpoint of this run: it is of {differing[0]}; restore it and config.json, or {remedy}"
+        )
+    try:
+        state = LoopState.from_dict(loop)
+    except ValueError as error:
+        raise RunError(f"{path / 'loop.json'} is damaged: {error}; {remedy}") from error
+    if of.get("evaluated_in", expected["evaluated_in"]) != expected["evaluated_in"]:
+        # Returns in another environment say nothing of those in this one.
+        state.scored = [replace(scored, return_mean=math.nan) for scored in state.scored]
+    agent.config = replace(agent.config, num_updates=run.agent.num_updates)
+    return agent, state
+
+
+def _origin(run: RunConfig, fingerprint: str, info: DatasetInfo) -> dict[str, Any]:
+    """Whose a checkpoint is, beside the agent's config, and where its evaluations were."""
+    return {"seed": run.agent.seed, "fingerprint": fingerprint, "evaluated_in": [info.env_spec, run.eval_max_steps]}
+
+
+def _evaluation_info(run: RunConfig, info: DatasetInfo) -> DatasetInfo:
+    """The dataset's info, with the environment to evaluate in."""
+    return info if run.env is None else replace(info, env_spec=json.dumps({"id": run.env}))
+
+
+def _check_environment(run: RunConfig, info: DatasetInfo) -> None:
+    """Builds the environment to evaluate in once, so that nothing fails hours later.
+
+    Raises:
+        RunError: the dataset names none, or it fails for a reason of its own.
+        DatasetError: it cannot be used.
+    """
+    if not run.eval_every:
+        return
+    if info.env_spec is None:
+        raise RunError(
+            f"dataset {info.dataset_id} names no environment to evaluate in; name one with --env, "
+            "or train without evaluations, --eval-every 0"
+        )
+    try:
+        make_limited(info, run.eval_max_steps).close()
+    except DatasetError:
+        raise
+    except Exception as error:  # an environment's constructor may raise anything
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        raise RunError(
+            f"environment {info.env_id} cannot be made ({type(error).__name__}: {reason}); name another with --env, "
+            "or train without evaluations, --eval-every 0"
+        ) from error
+
+
+def _why_not_evaluated(run: RunConfig, info: DatasetInfo) -> RunError | DatasetError | None:
+    try:
+        _check_environment(run, info)
+    except (RunError, DatasetError) as error:
+        return error
+    return None
 
 
 def _fingerprint(data: TransitionDataset) -> str:
@@ -218,7 +322,7 @@ def _fingerprint(data: TransitionDataset) -> str:
 
 
 def _describe(
-    run: RunConfig, data: TransitionDataset, info: DatasetInfo, fingerprint: str, threads: int
+    run: RunConfig, data: TransitionDataset, info: DatasetInfo, fingerprint: str, threads: int, *, in_memory: bool
 ) -> dict[str, Any]:
     return {
         "run": run.to_dict(),
@@ -227,6 +331,7 @@ def _describe(
             "state_dim": data.state_dim,
             "action_dim": data.action_dim,
             "fingerprint": fingerprint,
+            "in_memory": in_memory,
             "info": json.loads(info.to_json()),
         },
         "threads": threads,
@@ -237,215 +342,3 @@ def _describe(
             "python": platform.python_version(),
         },
     }
-
-
-class _Means:
-    """Running means of an update's metrics, kept on the device: no sync until somebody reads them."""
-
-    def __init__(self, sums: list[float] | None = None, count: int = 0) -> None:
-        self.sums: torch.Tensor | None = None if sums is None else torch.tensor(sums, dtype=torch.float64)
-        self.count = count
-
-    def add(self, values: torch.Tensor) -> None:
-        self.sums = values.clone() if self.sums is None else self.sums.to(values.device).add_(values)
-        self.count += 1
-
-    def read(self) -> list[float]:
-        return [] if self.sums is None else (self.sums / max(self.count, 1)).tolist()
-
-    def state(self) -> dict[str, Any]:
-        return {"sums": None if self.sums is None else self.sums.tolist(), "count": self.count}
-
-
-class _Loop:
-    """The loop over updates and everything that happens between them."""
-
-    def __init__(
-        self,
-        run: RunConfig,
-        folder: RunDir,
-        data: TransitionDataset,
-        info: DatasetInfo,
-        agent: DiffusionBC | DiffusionQL,
-        console: Console,
-        state: dict[str, Any] | None = None,
-    ) -> None:
-        self.config, self.folder, self.data, self.info, self.agent = run, folder, data, info, agent
-        self.update = GraphedUpdate(agent, run.agent.batch_size).update if run.graphed else agent.update
-        self.console = console
-        state = state or {}
-        self.seconds: float = state.get("seconds", 0.0)
-        self.since_log = _Means(**state.get("since_log", {}))
-        self.since_evaluation = _Means(**state.get("since_evaluation", {}))
-        self.scored = [Scored(**s) for s in state.get("evaluations", [])]
-        self.names: list[str] = state.get("names", [])
-        self.saved_step = agent.step if state else -1
-        self.results: list[tuple[int, Evaluation]] = []
-        self.stop: str | None = None
-
-    def run(self) -> RunResult:
-        run, agent = self.config, self.agent
-        if self.saved_step >= 0:  # resumed: the kill may have come between a checkpoint and its tidying
-            self._tidy()
-        with _signals(self._on_signal), _progress(run.agent, agent.step, self.console) as show:
-            last_seconds, last_step = self.seconds, agent.step
-            started = time.perf_counter() - self.seconds
-            while agent.step < run.agent.num_updates and self.stop is None:
-                self._update()
-                step = agent.step
-                ended = step == run.agent.num_updates
-                if step % run.log_every == 0 or ended:
-                    self.seconds = time.perf_counter() - started
-                    rate = (step - last_step) / max(self.seconds - last_seconds, 1e-9)
-                    last_seconds, last_step = self.seconds, step
-                    show(step, rate, self._log(rate))
-                evaluating = bool(run.eval_every) and (step % run.eval_every == 0 or ended)
-                if evaluating:
-                    self._check(dict(zip(self.names, self.since_log.read(), strict=False)))
-                    before = time.perf_counter()
-                    self._evaluate()
-                    started += time.perf_counter() - before  # `seconds` are those of updates
-                if evaluating or ended or step % run.checkpoint_every == 0:
-                    self.seconds = time.perf_counter() - started
-                    self._save()
-            self.seconds = time.perf_counter() - started
-        if self.stop is not None and self.saved_step != agent.step:
-            self._save()
-        if self.stop is None:
-            agent.policy.save(self.folder.policy_path)
-        return RunResult(self.folder.path, agent, agent.step, self.results, self.stop, self.seconds)
-
-    def _on_signal(self, name: str) -> None:
-        self.stop = name
-
-    def _update(self) -> None:
-        c = self.config.agent
-        metrics = self.update(self.data.sample(c.batch_size, c.seed, self.agent.step))
-        self.names = list(metrics)
-        values = torch.stack(list(metrics.values())).double()
-        self.since_log.add(values)
-        self.since_evaluation.add(values)
-
-    def _log(self, rate: float) -> dict[str, float]:
-        means = dict(zip(self.names, self.since_log.read(), strict=True))
-        self._check(means)
-        row = {"step": self.agent.step, "seconds": round(self.seconds, 3), "updates_per_second": round(rate, 3)}
-        append_row(self.folder.metrics_path, row | means)
-        self.since_log = _Means()
-        return means
-
-    def _check(self, means: dict[str, float]) -> None:
-        bad = [name for name, value in means.items() if not math.isfinite(value)]
-        if bad:
-            steps = self.folder.steps()
-            where = (
-                f"the last good checkpoint is {self.folder.checkpoint_path(steps[-1])}" if steps else "none is saved"
-            )
-            raise TrainingDivergedError(
-                f"{bad[0]} became NaN or infinite before update {self.agent.step:,}; {where}; try a lower --lr, "
-                "--reward-tune normalize, or another --grad-norm"
-            )
-
-    def _evaluate(self) -> None:
-        run, step = self.config, self.agent.step
-        result = evaluate(
-            self.agent, self.info, episodes=run.eval_episodes, seed=noise.derive(run.agent.seed, "evaluation")
-        )
-        self.results.append((step, result))
-        bc_loss = dict(zip(self.names, self.since_evaluation.read(), strict=True))["actor/bc_loss"]
-        self.since_evaluation = _Means()
-        self.scored.append(Scored(step, result.return_mean, bc_loss))
-        append_row(self.folder.evaluations_path, {"step": step} | result.to_dict() | {"bc_loss": bc_loss})
-        low, high = result.return_interval
-        score = "" if result.normalized_score is None else f", normalised score {result.normalized_score:.1f}"
-        self.console.print(
-            f"update {step:,}: return {result.return_mean:.1f} [{low:.1f}, {high:.1f}] "
-            f"over {run.eval_episodes} episodes{score}",
-            markup=False,
-            soft_wrap=True,
-        )
-
-    def _save(self) -> None:
-        """A checkpoint, and what follows from it."""
-        self._check(dict(zip(self.names, self.since_log.read(), strict=False)))
-        loop = {
-            "seconds": self.seconds,
-            "since_log": self.since_log.state(),
-            "since_evaluation": self.since_evaluation.state(),
-            "evaluations": [vars(s) for s in self.scored],
-            "names": self.names,
-        }
-        step = self.agent.step
-        self.folder.save_checkpoint(step, self.agent, loop)
-        self.saved_step = step
-        self._tidy()
-
-    def _tidy(self) -> None:
-        """The selection written, and the checkpoints removed that nothing asks for any more."""
-        if self.scored:
-            chosen = select_checkpoints(self.scored, self.config.top_k) | {"last": self.saved_step}
-            self.folder.write_json("selection.json", chosen)
-        self.folder.prune(self.config.keep, worth_keeping(self.scored, self.config.top_k) | {self.saved_step})
-
-
-@contextmanager
-def _signals(stop: Callable[[str], None]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask the loop to end after the update at hand; a second Ctrl-C interrupts at once."""
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        stop(signal.Signals(number).name)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    try:
-        previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: whoever runs that has the signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-class _RateColumn(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.fields['rate']:.1f} updates/s")
-
-
-@contextmanager
-def _progress(config: Config, step: int, console: Console) -> Iterator[Callable[[int, float, dict[str, float]], None]]:
-    """A bar on a terminal; elsewhere a line now and then."""
-    total = config.num_updates
-    shown = {"actor/bc_loss": "bc", "actor/q_loss": "q_loss", "critic/loss": "critic", "critic/target_q": "target"}
-
-    def text(means: dict[str, float]) -> str:
-        return "  ".join(f"{short} {means[name]:.4g}" for name, short in shown.items() if name in means)
-
-    if not console.is_terminal:
-        spoken = time.monotonic()
-
-        def line(step: int, rate: float, means: dict[str, float]) -> None:
-            nonlocal spoken
-            if time.monotonic() - spoken >= _PLAIN_LINE_EVERY or step == total:
-                spoken = time.monotonic()
-                left = (total - step) / max(rate, 1e-9)
-                console.print(
-                    f"{step:,}/{total:,}  {rate:.1f} updates/s  {left:.0f} s left  {text(means)}",
-                    markup=False,
-                    soft_wrap=True,
-                )
-
-        yield line
-        return
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _RateColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[losses]}"),
-        console=console,
-    ) as progress:
-        task = progress.add_task(config.algorithm, total=total, completed=step, rate=0.0, losses="")
-        yield lambda step, rate, means: progress.update(task, completed=step, rate=rate, losses=text(means))

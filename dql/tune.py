@@ -57,13 +57,12 @@ class Problem:
     """
 
     def __init__(self, spec: DenoiserSpec, precision: str, rows: int, steps: int, device: torch.device) -> None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            policy = DiffusionPolicy(
-                spec.state_dim, spec.action_dim, NO_BOUND, spec.hidden_dim, spec.num_hidden, T=steps
-            ).to(device)
-            self.states = torch.randn(rows, spec.state_dim).to(device)  # [R, S]
-            self.d_actions = torch.randn(rows, spec.action_dim).to(device)  # [R, A]
+        own = torch.Generator("cpu").manual_seed(0)
+        policy = DiffusionPolicy(
+            spec.state_dim, spec.action_dim, NO_BOUND, spec.hidden_dim, spec.num_hidden, T=steps, generator=own
+        ).to(device)
+        self.states = torch.randn(rows, spec.state_dim, generator=own).to(device)  # [R, S]
+        self.d_actions = torch.randn(rows, spec.action_dim, generator=own).to(device)  # [R, A]
         self.rows, self.precision, self.flat = rows, precision, policy.denoiser.buffer.detach()
         self.runner = TritonBackend().chain_runner(
             Chain(

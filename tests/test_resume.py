@@ -5,6 +5,7 @@ of the killed process counts them and sends the SIGKILL), which meets the moment
 And by the signals that ask for a clean end.
 """
 
+import copy
 import csv
 import json
 import os
@@ -384,3 +385,115 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(run_config):
     for name, tensor in first.agent.tensors().items():
         assert torch.equal(again.agent.tensors()[name], tensor), name
     assert rows(run_config.run_dir / "metrics.csv") == kept, "no line twice"
+
+
+# Evaluations that a signal meets.
+_SLOW = """
+import os, time
+import gymnasium
+from gymnasium.envs.classic_control.pendulum import PendulumEnv
+
+class Slow(PendulumEnv):
+    steps = 0
+    def step(self, action):
+        if os.path.exists(os.environ["SLOW"]):
+            Slow.steps += 1
+            if Slow.steps == 3:
+                open(os.environ["SLOW"] + ".begun", "w").close()
+            time.sleep(0.3)
+        return super().step(action)
+
+gymnasium.register("Slow-v0", entry_point=Slow, max_episode_steps=40)
+"""
+
+
+@pytest.fixture
+def slow(tmp_path, monkeypatch):
+    """An environment's name, and a file: while that is there, an episode takes 12 seconds."""
+    (tmp_path / "slow_environment.py").write_text(_SLOW)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("SLOW", str(tmp_path / "slow"))
+    return "slow_environment:Slow-v0", tmp_path / "slow"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_ends_an_evaluation_at_once(number, slow, dql, dql_command, pendulum, flags, tmp_path):
+    """And the resumed run does it again: everything ends as if there had been no signal."""
+    env, slowing = slow
+    arguments = ["train", "--dataset", pendulum, *flags, "--env", env, "--checkpoint-every", 1000]
+    assert dql(*arguments, "--run-dir", "reference").code == 0
+    assert_everything_is_compared(tmp_path / "reference")
+    slowing.touch()
+    process = subprocess.Popen(
+        dql_command(*arguments, "--run-dir", tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    while process.poll() is None and not slowing.with_name("slow.begun").exists():
+        time.sleep(0.01)
+    sent = time.monotonic()
+    process.send_signal(number)
+    out, err = (said.decode() for said in process.communicate(timeout=30))
+    assert time.monotonic() - sent < 4, "an episode had ten seconds to go"
+    assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[number], err
+    folder = RunDir(tmp_path / "run")
+    assert folder.steps() == [80], "its checkpoint came first"
+    assert folder.read_loop(80)["evaluation_owed"] is True
+    assert not folder.evaluations_path.exists()
+    if number != signal.SIGKILL:
+        assert "after update 80, checkpoint written" in out
+        assert err == ""
+    slowing.unlink()
+    done = dql("train", "--resume", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert differences(tmp_path / "run", tmp_path / "reference") == []
+    assert bookkeeping(tmp_path / "run") == bookkeeping(tmp_path / "reference")
+
+
+def test_a_run_in_memory_is_resumed(run_config, tmp_path):
+    """Its dataset is handed over again; another is refused, and none is, with what to do."""
+    from dataclasses import replace
+
+    from dql.data import load_dataset
+
+    data = load_dataset(run_config.dataset)
+    run = replace(run_config, dataset="my-robot")
+    train(run.with_agent(num_updates=20), dataset=data)
+    with pytest.raises(RunError, match=r"in memory, and 'my-robot' cannot be loaded; .*resume\(path, dataset=\.\.\.\)"):
+        resume(run.run_dir, num_updates=30)
+    other = copy.copy(data)
+    other.rewards = data.rewards + 1
+    with pytest.raises(RunError, match="is not the one this run began with"):
+        resume(run.run_dir, num_updates=30, dataset=other)
+    with pytest.raises(RunError, match="rewards are tuned 'normalize'"):
+        resume(run.run_dir, num_updates=30, dataset=load_dataset(run_config.dataset, reward_tune="normalize"))
+    again = resume(str(run.run_dir), num_updates=30, dataset=data)
+    whole = train(replace(run, run_dir=tmp_path / "whole"), dataset=data)
+    for name, tensor in whole.agent.tensors().items():
+        assert torch.equal(again.agent.tensors()[name], tensor), name
+    assert resume(run.run_dir, dataset=data).step == 30, "it is still known to be one"
+
+
+def test_a_line_of_metrics_that_could_not_be_written_is_on_resuming(run_config, tmp_path, monkeypatch):
+    """A full disk with room for a checkpoint: no update is lost, no line is missing and none is there twice."""
+    from dataclasses import replace
+
+    import dql.loop
+    from dql.checkpoint import CheckpointError
+
+    run = replace(run_config, checkpoint_every=1000, eval_every=15, eval_episodes=1)
+    train(replace(run, run_dir=tmp_path / "whole"))
+    append = dql.loop.append_row
+
+    def full(path, row):
+        if row["step"] == 15 and path.name == full.name:
+            raise CheckpointError(f"cannot write {path}: No space left on device")
+        append(path, row)
+
+    monkeypatch.setattr(dql.loop, "append_row", full)
+    for full.name in ("metrics.csv", "metrics.csv", "evaluations.csv", "evaluations.csv"):
+        with pytest.raises(CheckpointError, match=full.name):
+            resume(run.run_dir) if RunDir(run.run_dir).config_path.exists() else train(run)
+        assert RunDir(run.run_dir).steps() == [15]
+    monkeypatch.setattr(dql.loop, "append_row", append)
+    assert resume(run.run_dir).step == 30
+    assert differences(run.run_dir, tmp_path / "whole") == []
+    assert bookkeeping(run.run_dir) == bookkeeping(tmp_path / "whole")
