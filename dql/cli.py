@@ -291,8 +291,8 @@ def evaluate(
     written = folder.read_config()
     info = DatasetInfo.from_json(json.dumps(written["dataset"]["info"]))
     eval_max_steps = eval_max_steps or written["run"].get("eval_max_steps")
-    if (env := env or written["run"].get("env")) is not None:
-        info = replace(info, env_spec=json.dumps({"id": env}))
+    if (named := env or written["run"].get("env")) is not None:
+        info = info.with_env(named, typed=env is not None)
     names = list(folder.selection()) or ["last"] if checkpoint == "all" else [checkpoint]
     done: dict[Path, Evaluation] = {}
     rows = {}

@@ -117,7 +117,10 @@ def _make(info: DatasetInfo) -> gymnasium.Env:
             "install the package that registers it"
         ) from error
     except Exception as error:  # whatever an environment raises when it is made
-        raise DatasetError(f"{what} cannot be made: {first_line(error)}") from error
+        raise DatasetError(
+            f"{what} cannot be made ({first_line(error)}): name another with --env, or train without evaluations, "
+            "--eval-every 0"
+        ) from error
 
 
 def _check_sizes(info: DatasetInfo, state_dim: int, action_space: Any) -> None:

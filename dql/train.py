@@ -97,7 +97,7 @@ def train(run: RunConfig, *, dataset: TransitionDataset | None = None, console: 
         _check_reward_tune(run, data)
         data = data.to(device)
         run = run.with_agent(max_action=data.max_action)
-        info = _evaluation_info(run, data.info)
+        info = _evaluation_info(run, data.info, typed=True)
         _check_environment(run, info)
         agent = make_agent(data.state_dim, data.action_dim, run.agent, device=device)
         fingerprint = _fingerprint(data)
@@ -143,6 +143,11 @@ def resume(
     run = RunConfig.from_dict(written["run"])
     changes = {"eval_every": eval_every, "eval_episodes": eval_episodes, "eval_max_steps": eval_max_steps, "env": env}
     run = replace(run, **{name: value for name, value in changes.items() if value is not None})  # type: ignore[arg-type]
+    if env is None and run.env is not None and ":" in run.env and run.eval_every:
+        raise RunError(
+            f"this run evaluates in {run.env!r}, and no module is imported because a folder says so: give "
+            f"--env {shlex.quote(run.env)} again if you trust it, or --eval-every 0"
+        )
     with _locked(folder):
         if num_updates is not None and num_updates != run.agent.num_updates:
             if run.agent.lr_schedule != "constant":
@@ -161,7 +166,7 @@ def resume(
                 f"dataset {run.dataset} is not the one this run began with (fingerprint {fingerprint}, it was "
                 f"{written['dataset']['fingerprint']}); restore it or start a new run"
             )
-        info = _evaluation_info(run, data.info)
+        info = _evaluation_info(run, data.info, typed=env is not None)
         unable = _why_not_evaluated(run, info)
         if unable is not None and env is not None:
             raise unable
@@ -275,17 +280,17 @@ def _origin(run: RunConfig, fingerprint: str, info: DatasetInfo) -> dict[str, An
     return {"seed": run.agent.seed, "fingerprint": fingerprint, "evaluated_in": [info.env_spec, run.eval_max_steps]}
 
 
-def _evaluation_info(run: RunConfig, info: DatasetInfo) -> DatasetInfo:
-    """The dataset's info, with the environment to evaluate in."""
-    return info if run.env is None else replace(info, env_spec=json.dumps({"id": run.env}))
+def _evaluation_info(run: RunConfig, info: DatasetInfo, *, typed: bool) -> DatasetInfo:
+    """The dataset's info, with the environment to evaluate in; `typed` if the user named it, and no run folder."""
+    return info if run.env is None else info.with_env(run.env, typed=typed)
 
 
 def _check_environment(run: RunConfig, info: DatasetInfo) -> None:
     """Builds the environment to evaluate in once, so that nothing fails hours later.
 
     Raises:
-        RunError: the dataset names none, or it fails for a reason of its own.
-        DatasetError: it cannot be used.
+        RunError: the dataset names none.
+        DatasetError: it cannot be made or used.
     """
     if not run.eval_every:
         return
@@ -294,16 +299,7 @@ def _check_environment(run: RunConfig, info: DatasetInfo) -> None:
             f"dataset {info.dataset_id} names no environment to evaluate in; name one with --env, "
             "or train without evaluations, --eval-every 0"
         )
-    try:
-        make_limited(info, run.eval_max_steps).close()
-    except DatasetError:
-        raise
-    except Exception as error:  # an environment's constructor may raise anything
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
-        raise RunError(
-            f"environment {info.env_id} cannot be made ({type(error).__name__}: {reason}); name another with --env, "
-            "or train without evaluations, --eval-every 0"
-        ) from error
+    make_limited(info, run.eval_max_steps).close()
 
 
 def _why_not_evaluated(run: RunConfig, info: DatasetInfo) -> RunError | DatasetError | None:

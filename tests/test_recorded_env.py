@@ -207,3 +207,28 @@ def test_spaces_of_one_size_are_not_the_same(data, environment):
         make_env(info({"id": "Shown-v0"}, rule=rule, max_action=1.0, observation_layout=same))
     finally:
         del gymnasium.registry["Shown-v0"]
+
+
+def test_a_run_folder_imports_no_module(pendulum, tiny, dql_here, tmp_path, monkeypatch):
+    """What was typed at `dql train` is typed again where the run goes on: its config.json may be a stranger's."""
+    (tmp_path / "myenv.py").write_text(
+        "import gymnasium\nfrom gymnasium.envs.classic_control import PendulumEnv\n"
+        "gymnasium.register('Reach-v0', entry_point=PendulumEnv, max_episode_steps=7)\n"
+    )
+    few = ["--num-updates", "4", "--eval-every", "2", "--eval-episodes", "1", "--device", "cpu"]
+    run = ["--dataset", pendulum, "--run-dir", tmp_path / "run"]
+    try:
+        assert dql_here("train", *run, *tiny, *few, "--env", "myenv:Reach-v0").code == 0
+        sys.modules.pop("myenv")
+        gymnasium.registry.pop("Reach-v0")
+        longer = ["train", "--resume", tmp_path / "run", "--num-updates", "6"]
+        dql_here(*longer).refused("myenv:Reach-v0", "--env myenv:Reach-v0 again")
+        dql_here("eval", tmp_path / "run", "--episodes", "1").refused(
+            "myenv:Reach-v0", "would import a module", "--env"
+        )
+        assert "myenv" not in sys.modules
+        assert dql_here(*longer, "--env", "myenv:Reach-v0").code == 0
+        assert dql_here("eval", tmp_path / "run", "--episodes", "1", "--env", "myenv:Reach-v0").code == 0
+    finally:
+        gymnasium.registry.pop("Reach-v0", None)
+        sys.modules.pop("myenv", None)

@@ -298,7 +298,9 @@ def test_no_simulator_is_no_reason_not_to_resume(run_config, tmp_path):
     assert "warning" not in said
     assert not math.isnan(read_rows(RunDir(run.run_dir).evaluations_path)[-1]["return_mean"])
     Pendulum.constructor = broken_constructor
-    with pytest.raises(RunError, match=r"Limited-v0 cannot be made \(KeyError: 'x'\); .*--eval-every 0") as caught:
+    with pytest.raises(
+        DatasetError, match=r"Limited-v0 .* cannot be made \(KeyError: 'x'\): .*--eval-every 0"
+    ) as caught:
         quietly(train, replace(run, run_dir=tmp_path / "new"))
     assert_one_sentence(caught)
 

@@ -62,12 +62,14 @@ class DatasetInfo:
         object.__setattr__(self, "episode_returns", np.asarray(self.episode_returns, np.float64).reshape(-1))
         object.__setattr__(self, "episode_lengths", np.asarray(self.episode_lengths, np.int64).reshape(-1))
 
-    def with_env(self, env_id: str) -> "DatasetInfo":
-        """The same with another environment to evaluate in, which may be any that Gymnasium can make.
+    def with_env(self, env_id: str, *, typed: bool = True) -> "DatasetInfo":
+        """The same with another environment to evaluate in.
 
-        Gymnasium imports the module of "module:Id": never pass on an id that was read from a file.
+        Args:
+            env_id: of Gymnasium.
+            typed: whether the user named it, and not a file: only then is the module of "module:Id" imported.
         """
-        return dataclasses.replace(self, env_spec=json.dumps({"id": env_id}), env_is_typed=True)
+        return dataclasses.replace(self, env_spec=json.dumps({"id": env_id}), env_is_typed=typed)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, DatasetInfo) and self.to_json() == other.to_json()
