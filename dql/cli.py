@@ -32,7 +32,7 @@ def demo(
 
     Args:
         out: Folder of runs, pictures and the policy.
-        updates: Updates of each agent.
+        updates: Updates of Diffusion-QL; behaviour cloning takes five times as many, which cost as much.
         episodes: Episodes of the final evaluation.
         seed: Of training.
         fresh: Drop the folder's earlier demo and start over.

@@ -17,19 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from dql import noise
 from dql.agent import DiffusionBC, DiffusionQL
 from dql.checkpoint import CheckpointError
-from dql.config import Config, RunConfig
+from dql.config import RunConfig
 from dql.data import DatasetInfo, TransitionDataset
 from dql.evaluate import Evaluation, EvaluationStopped, Scored, evaluate, select_checkpoints, worth_keeping
 from dql.graphed_update import GraphedUpdate
+from dql.progress import progress
 from dql.rundir import RunDir, RunError, append_row
 
-_PLAIN_LINE_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 # What evaluations.csv has for an evaluation that failed, beside its step and bc_loss.
 _NO_RESULT: dict[str, Any] = dict.fromkeys(Evaluation(np.zeros(1), np.zeros(1, np.int64), None).to_dict())
 
@@ -199,7 +197,7 @@ class Loop:
             TrainingDivergedError: a loss became NaN.
         """
         run, agent, state = self.config, self.agent, self.state
-        with _signals(self._on_signal), _progress(run.agent, agent.step, self.console) as show:
+        with _signals(self._on_signal), progress(run.agent, agent.step, self.console) as show:
             if self.saved_step >= 0:  # resumed: what ended it may have come between a checkpoint and what follows it
                 self._tidy()
                 if log_owed(run, state, agent.step):
@@ -359,46 +357,3 @@ def _signals(stop: Callable[[str], None]) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-class _RateColumn(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.fields['rate']:.1f} updates/s")
-
-
-@contextmanager
-def _progress(config: Config, step: int, console: Console) -> Iterator[Callable[[int, float, dict[str, float]], None]]:
-    """A bar on a terminal; elsewhere a line now and then."""
-    total = config.num_updates
-    shown = {"actor/bc_loss": "bc", "actor/q_loss": "q_loss", "critic/loss": "critic", "critic/target_q": "target"}
-
-    def text(means: dict[str, float]) -> str:
-        return "  ".join(f"{short} {means[name]:.4g}" for name, short in shown.items() if name in means)
-
-    if not console.is_terminal:
-        spoken = time.monotonic()
-
-        def line(step: int, rate: float, means: dict[str, float]) -> None:
-            nonlocal spoken
-            if time.monotonic() - spoken >= _PLAIN_LINE_EVERY or step == total:
-                spoken = time.monotonic()
-                left = (total - step) / max(rate, 1e-9)
-                console.print(
-                    f"{step:,}/{total:,}  {rate:.1f} updates/s  {left:.0f} s left  {text(means)}",
-                    markup=False,
-                    soft_wrap=True,
-                )
-
-        yield line
-        return
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _RateColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[losses]}"),
-        console=console,
-    ) as progress:
-        task = progress.add_task(config.algorithm, total=total, completed=step, rate=0.0, losses="")
-        yield lambda step, rate, means: progress.update(task, completed=step, rate=rate, losses=text(means))

@@ -1,6 +1,7 @@
 """Pictures and tables from runs. Figures are drawn without a display and written as PNG."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 # One colour a subject in every figure, distinguishable without red-green vision (Okabe and Ito).
 COLORS = {"data": "#7f7f7f", "DiffusionBC": "#0072B2", "Diffusion-QL": "#D55E00", "Diffusion-QL, acting": "#E69F00"}
+_OTHER_COLORS = ("#009E73", "#CC79A7", "#56B4E9", "#000000", "#F0E442", "#0072B2", "#D55E00", "#E69F00")
 _NEIGHBOURS = 400  # transitions whose states are nearest, as a sample of the data's actions at a state
 _SAMPLES = 2000  # actions drawn from a policy
 _CHOICES = 200  # actions chosen by an agent, each from its own candidates
@@ -34,13 +36,21 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple["Figu
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def learning_curve(runs: Mapping[str, Path], behaviour_returns: np.ndarray, path: Path) -> None:
-    """Return against updates, a line and its interval over episodes a run, beside the data's mean return.
+def learning_curve(runs: Mapping[str, Path | Sequence[Path]], behaviour_returns: np.ndarray, path: Path) -> "Figure":
+    """Return against updates beside the data's mean return: a line for each name, with its 95% interval.
+
+    Of one run the interval is over the episodes of an evaluation: it says how well that agent was measured, and nothing
+    of how another seed would fare. Of several runs, which differ by their seed, the line is the mean of their mean
+    returns and the interval is over seeds (bootstrap over runs). The legend says which it is. Evaluations that failed
+    are left out; of several runs a step is shown that all of them have.
 
     Args:
-        runs: name -> run folder with an evaluations.csv.
+        runs: name -> run folder with an evaluations.csv, or several of them.
         behaviour_returns: episode returns of the data [E].
         path: the PNG to write.
+
+    Returns:
+        the figure.
     """
     figure, axes = _figure(1, 1, 6.4, 4.0)
     ax = axes[0, 0]
@@ -48,20 +58,44 @@ def learning_curve(runs: Mapping[str, Path], behaviour_returns: np.ndarray, path
     mean = float(np.mean(behaviour_returns))
     ax.axhline(mean, color=COLORS["data"], linestyle="--", label=f"data, mean of {len(behaviour_returns)} episodes")
     ax.axhspan(low, high, color=COLORS["data"], alpha=0.2, linewidth=0)
-    for name, folder in runs.items():
-        rows = read_rows(RunDir(folder).evaluations_path)
-        step, means, lows, highs = (
-            [row[key] for row in rows] for key in ("step", "return_mean", "return_low", "return_high")
-        )
-        ax.plot(step, means, marker="o", markersize=3, color=COLORS.get(name), label=name)
-        ax.fill_between(step, lows, highs, color=COLORS.get(name), alpha=0.2, linewidth=0)
+    for name, color in _colors(runs).items():
+        folders = runs[name]
+        several = [folders] if isinstance(folders, (str, Path)) else list(folders)
+        steps, means, lows, highs = _curve(several)
+        kind = "episodes" if len(several) == 1 else f"{len(several)} seeds"
+        ax.plot(steps, means, marker="o", markersize=3, color=color, label=f"{name}, interval over {kind}")
+        ax.fill_between(steps, lows, highs, color=color, alpha=0.2, linewidth=0)
     ax.set_xlabel("updates")
     ax.set_ylabel("return")
-    ax.set_title("Evaluation during training (mean, 95% interval over episodes)", fontsize=10)
+    ax.set_title("Evaluation during training (mean, 95% interval)", fontsize=10)
     ax.legend(frameon=False, fontsize=9)
     ax.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+    return figure
+
+
+def _colors(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each name: its own where it has one, else the next that none of the others has."""
+    names = list(names)
+    free = itertools.cycle([c for c in _OTHER_COLORS if c not in {COLORS.get(name) for name in names}])
+    return {name: COLORS.get(name) or next(free) for name in names}
+
+
+def _curve(folders: Sequence[Path]) -> tuple[list[int], list[float], list[float], list[float]]:
+    """(steps, means, lower ends, upper ends) of one run over episodes, of several over runs."""
+    tables = []
+    for folder in folders:
+        rows = read_rows(RunDir(folder).evaluations_path)
+        tables.append({int(row["step"]): row for row in rows if np.isfinite(row["return_mean"])})
+    if len(tables) == 1:
+        rows = list(tables[0].values())
+        means, lows, highs = ([row[key] for row in rows] for key in ("return_mean", "return_low", "return_high"))
+        return list(tables[0]), means, lows, highs
+    steps = sorted(set.intersection(*map(set, tables)))
+    returns = [np.array([table[step]["return_mean"] for table in tables]) for step in steps]
+    intervals = [confidence_interval(values) for values in returns]
+    return steps, [float(r.mean()) for r in returns], [low for low, _ in intervals], [high for _, high in intervals]
 
 
 def spread_states(dataset: "TransitionDataset", count: int) -> torch.Tensor:
@@ -111,6 +145,7 @@ def action_distribution(
     edges = np.linspace(-bound, bound, 41)
     figure, axes = _figure(dims, len(states), 2.6 * len(states), 2.3 * dims + 0.6)
     scale = dataset.states.std(0).clamp_min(1e-6)
+    colors = _colors(["data", *policies])
     for column, state in enumerate(states):
         nearest = ((dataset.states - state) / scale).norm(dim=1).topk(min(_NEIGHBOURS, len(dataset)), largest=False)
         drawn: dict[str, torch.Tensor] = {"data": dataset.actions[nearest.indices]}
@@ -125,7 +160,7 @@ def action_distribution(
                     if name == "data"
                     else {"histtype": "step", "linewidth": 1.5}
                 )
-                ax.hist(values, bins=edges, density=True, color=COLORS.get(name), label=name, **style)
+                ax.hist(values, bins=edges, density=True, color=colors[name], label=name, **style)
             ax.set_yticks([])
             ax.spines[["top", "right", "left"]].set_visible(False)
             ax.set_xlabel("action" if dataset.action_dim == 1 else f"action {dim}", fontsize=8)

@@ -10,11 +10,13 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex
 
 from dql.data import TransitionDataset
 from dql.datasets.info import DatasetInfo
+from dql.evaluate import confidence_interval
 from dql.policy import DiffusionPolicy
-from dql.report import action_distribution, learning_curve, spread_states
+from dql.report import COLORS, _colors, action_distribution, learning_curve, spread_states
 from dql.rundir import RunDir, append_row
 
 
@@ -107,6 +109,42 @@ def test_learning_curve(tmp_path):
 def test_the_curve_of_a_run_without_evaluations(tmp_path):
     learning_curve({"mine": tmp_path}, np.array([1.0]), tmp_path / "curve.png")
     assert_picture(tmp_path / "curve.png", 960, 600)
+
+
+def test_each_curve_has_one_colour_and_says_what_its_band_is(tmp_path):
+    """Line and band of one name in one colour, of two names in two; episodes of one run, seeds of several."""
+    alone = evaluations(tmp_path / "a", [2.0, 5.0])
+    seeds = [evaluations(tmp_path / f"s{i}", [10.0 * i, 3.0, 7.0][: 2 + i % 2]) for i in range(4)]
+    figure = learning_curve({"mine": alone, "other": seeds, "DiffusionBC": alone}, np.zeros(2), tmp_path / "c.png")
+    ax = figure.axes[0]
+    lines = {line.get_label(): line for line in ax.get_lines()[1:]}
+    assert list(lines) == [
+        "mine, interval over episodes",
+        "other, interval over 4 seeds",
+        "DiffusionBC, interval over episodes",
+    ]
+    colors = [to_hex(line.get_color()) for line in lines.values()]
+    bands = [to_hex(band.get_facecolor()[0][:3]) for band in ax.collections]
+    assert colors == bands
+    assert len({*colors, COLORS["data"].lower()}) == 4
+    assert colors[2] == COLORS["DiffusionBC"].lower()
+    other = lines["other, interval over 4 seeds"]
+    assert other.get_xydata().tolist() == [[100.0, 15.0], [200.0, 3.0]]  # what all seeds have
+    band = ax.collections[1].get_paths()[0].vertices
+    low, high = confidence_interval(np.array([0.0, 10.0, 20.0, 30.0]))
+    assert band[:, 1].min() == 3.0 and band[:, 1].max() == high  # no spread where the seeds agree
+    assert low in band[:, 1]
+
+
+def test_many_names_have_their_own_colours():
+    colors = _colors([*"abcdefg", "data"])
+    assert len(set(colors.values())) == 8
+
+
+def test_failed_evaluations_are_left_out(tmp_path):
+    folder = evaluations(tmp_path / "a", [2.0, float("nan"), 4.0])
+    figure = learning_curve({"mine": folder}, np.zeros(2), tmp_path / "c.png")
+    assert figure.axes[0].get_lines()[1].get_xydata().tolist() == [[100.0, 2.0], [300.0, 4.0]]
 
 
 def test_no_display_is_needed(tmp_path):

@@ -13,7 +13,7 @@ from data_files import d4rl_file
 from rich.console import Console
 
 import dql
-from dql import loop
+from dql import progress
 from dql.agent import DiffusionBC, DiffusionQL, load
 from dql.checkpoint import load_tensors
 from dql.config import Config, RunConfig
@@ -310,7 +310,7 @@ def test_progress_without_a_terminal(run_config):
 
 
 def test_progress_is_spoken_now_and_then(run_config, monkeypatch):
-    monkeypatch.setattr(loop, "_PLAIN_LINE_EVERY", 0.0)
+    monkeypatch.setattr(progress, "PLAIN_LINE_EVERY", 0.0)
     _, said = train_quietly(run_config)
     assert [line.split("/")[0] for line in said.splitlines()] == ["10", "20", "25"]
 
@@ -320,7 +320,7 @@ def test_progress_on_a_terminal(run_config):
     train(run_config, console=Console(file=said, force_terminal=True, width=140))
     text = said.getvalue()
     assert "25/25" in text
-    assert "updates/s" in text
+    assert re.search(r"[0-9]/s", text)
     assert re.search(r"critic \S+", text)
     assert "\x1b[" in text
 
