@@ -262,7 +262,12 @@ class DiffusionBC:
         for prefix, module in self._modules().items():
             module.load_state_dict(under(prefix))
         for prefix, optimizer in self._optimizers().items():
-            optimizer.load(under(prefix))
+            moments = under(prefix)
+            shapes = {name: list(tensor.shape) for name, tensor in moments.items()}
+            size = list(optimizer.module.flat.shape)
+            if moments and shapes != {"step": [], "exp_avg": size, "exp_avg_sq": size}:
+                raise ValueError(f"the optimizer {prefix} has {shapes}, which do not fit {size} parameters")
+            optimizer.load(moments)
 
 
 class DiffusionQL(DiffusionBC):
@@ -496,11 +501,11 @@ def load(
         raise CheckpointError(f"{path} holds no agent but a {about.get('kind')}; for a policy use DiffusionPolicy.load")
     with reading(path, about, _FORMAT):
         config, dtype = Config.from_dict(about["config"]), tensors["actor.final_layer.bias"].dtype
-        _check_sizes(config, tensors)
+        _check_sizes(about, config, tensors)
         config = config if backend is None else replace(config, backend=backend)
         loaded = make_agent(about["state_dim"], about["action_dim"], config, dtype=dtype)
         loaded._load(tensors)
-        loaded.step = int(about["step"])
+        loaded.step = about["step"]
     if device.type == "cpu":
         return loaded
     agent = make_agent(about["state_dim"], about["action_dim"], config, device=device, dtype=dtype)
@@ -509,8 +514,13 @@ def load(
     return agent
 
 
-def _check_sizes(config: Config, tensors: dict[str, Tensor]) -> None:
-    """Raises ValueError unless the networks are of the config's size, before memory is taken for that."""
+def _check_sizes(about: dict[str, Any], config: Config, tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError unless a file's networks are of the sizes it names, before memory is taken for those."""
     widths = [len(t) for name, t in tensors.items() if name.startswith("actor.mid_layer.") and name.endswith(".bias")]
-    if widths != [config.hidden_dim] * config.num_hidden:
-        raise ValueError(f"its hidden layers are {widths}, its config says {config.num_hidden} of {config.hidden_dim}")
+    A = len(tensors["actor.final_layer.bias"])
+    S = tensors["actor.mid_layer.0.weight"].shape[1] - A - len(tensors["actor.time_mlp.3.bias"])
+    held = (S, A, *widths)
+    if held != (about["state_dim"], about["action_dim"], *[config.hidden_dim] * config.num_hidden):
+        raise ValueError(f"its networks' sizes {held} are not those that it names")
+    if type(about["step"]) is not int or not 0 <= about["step"] < 1 << 63:
+        raise ValueError(f"step {about['step']!r:.80} is no number of updates")

@@ -195,7 +195,7 @@ def reading(path: str | os.PathLike[str], about: dict[str, Any], known_format: i
         )
     try:
         yield
-    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} is damaged: {reason}; take another checkpoint of the run") from error
 

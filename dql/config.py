@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
-def _plain(name: str, kind: Any, value: Any) -> Any:
+def plain_value(name: str, kind: Any, value: Any) -> Any:
     """The value as the plain Python object that a field of this kind holds, NumPy's numbers among what is welcome.
 
     Raises:
@@ -22,32 +22,34 @@ def _plain(name: str, kind: Any, value: Any) -> Any:
         (kind,) = (option for option in options if option is not type(None))
     if get_origin(kind) is Literal:
         if not isinstance(value, str) or value not in options:
-            raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}")
+            raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r:.80}")
         return str(value)
     is_bool = isinstance(value, bool) or type(value).__name__ in ("bool", "bool_")  # NumPy's, no subclass
     if kind is bool:
         if not is_bool:
-            raise ValueError(f"{name} must be True or False, got {value!r}")
+            raise ValueError(f"{name} must be True or False, got {value!r:.80}")
         return bool(value)
     if kind is int:
         if is_bool or not isinstance(value, numbers.Integral):
-            raise ValueError(f"{name} must be an integer, got {value!r}")
+            raise ValueError(f"{name} must be an integer, got {value!r:.80}")
+        if abs(int(value)) > 1 << 64:
+            raise ValueError(f"{name} must be below 2^64, got a number of {int(value).bit_length()} bits")
         return int(value)
     if kind is float:
         # An integer stays one if it is Python's: "got 0" is what was given.
         if is_bool or not isinstance(value, numbers.Real) or not _is_finite(value):
-            raise ValueError(f"{name} must be a finite number, got {value!r}")
+            raise ValueError(f"{name} must be a finite number, got {value!r:.80}")
         return value if type(value) is int else float(value)
     if kind is str:
         if not isinstance(value, (str, os.PathLike)):
-            raise ValueError(f"{name} must be a string, got {value!r}")
+            raise ValueError(f"{name} must be a string, got {value!r:.80}")
         return str(value)
     if kind is Path:
         if not isinstance(value, (str, os.PathLike)):
-            raise ValueError(f"{name} must be a path, got {value!r}")
+            raise ValueError(f"{name} must be a path, got {value!r:.80}")
         return Path(value)
     if not isinstance(value, kind):
-        raise ValueError(f"{name} must be a dql.{kind.__name__}, got {value!r}")
+        raise ValueError(f"{name} must be a dql.{kind.__name__}, got {value!r:.80}")
     return value
 
 
@@ -63,7 +65,7 @@ _hints = functools.cache(get_type_hints)
 
 def _check_fields(config: Any) -> None:
     for name, kind in _hints(config.__class__).items():
-        object.__setattr__(config, name, _plain(name, kind, getattr(config, name)))
+        object.__setattr__(config, name, plain_value(name, kind, getattr(config, name)))
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,8 @@ class LoopState:
         names, scored, owed = values["names"], values["evaluations"], values.get("evaluation_owed", False)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("names are no list of strings")
+        if names and "actor/bc_loss" not in names:
+            raise ValueError("names have no actor/bc_loss")
         if not isinstance(owed, bool):
             raise ValueError("evaluation_owed is neither true nor false")
         if not isinstance(scored, list) or not all(

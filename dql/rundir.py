@@ -21,7 +21,9 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+import numpy as np
 
 from dql.checkpoint import (
     FILE,
@@ -33,7 +35,7 @@ from dql.checkpoint import (
     unreadable,
     write_atomically,
 )
-from dql.config import RunConfig
+from dql.config import RunConfig, plain_value
 
 _FILES = ("config.json", "metrics.csv", "evaluations.csv", "selection.json", "policy.safetensors")
 _LOOP = "loop.json"
@@ -307,12 +309,12 @@ def _check_dataset(values: Any) -> None:
         raise ValueError(f"dataset.fingerprint must be a string, got {values.get('fingerprint')!r:.80}")
     try:
         info = DatasetInfo.from_json(json.dumps(values.get("info")))
+        for name, kind in get_type_hints(DatasetInfo).items():
+            if kind is not np.ndarray:
+                plain_value(name, kind, getattr(info, name))
         spec = None if info.env_spec is None else json.loads(info.env_spec)
         if spec is not None and not isinstance(spec["id"], str):
             raise ValueError("the environment's id is no string")
-        low, high = info.ref_min_score, info.ref_max_score
-        if not all(score is None or math.isfinite(score) for score in (low, high)):
-            raise ValueError("a reference score is not finite")
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"dataset.info does not describe a dataset ({reason})") from error

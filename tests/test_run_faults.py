@@ -1,5 +1,6 @@
 """What goes wrong around a run: threads that build agents, flipped bits, links, simulators that fail or never end."""
 
+import contextlib
 import copy
 import hashlib
 import io
@@ -11,9 +12,13 @@ import pickle
 import random
 import re
 import shutil
+import subprocess
+import sys
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -23,7 +28,7 @@ from gymnasium.envs.classic_control.pendulum import PendulumEnv
 from rich.console import Console
 
 from dql.agent import DiffusionBC, load, make_agent
-from dql.checkpoint import CheckpointError, load_tensors
+from dql.checkpoint import CheckpointError, load_tensors, save_tensors
 from dql.config import Config, RunConfig
 from dql.data import DatasetError, load_dataset
 from dql.environments import make_env
@@ -658,3 +663,268 @@ def test_copies_share_nothing():
             other.denoiser.flat.zero_()
         assert other.denoiser.get_parameter("final_layer.weight").eq(0).all()
         assert not policy.denoiser.get_parameter("final_layer.weight").eq(0).all()
+
+
+# Files of JSON that hold something else.
+STRANGE = [None, "x", "", -1, 0.5, math.inf, -math.inf, math.nan, 10**400, [], {}, [[]], True, {"a": 1}, "9" * 100]
+
+
+def places(values, path=()):
+    """The path of every value in a tree of JSON."""
+    if path:
+        yield path
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from places(value, (*path, key))
+    elif isinstance(values, list):
+        for i, value in enumerate(values[:1]):
+            yield from places(value, (*path, i))
+
+
+def changed(values, path, value=None, *, remove=False):
+    values = copy.deepcopy(values)
+    inside = values
+    for key in path[:-1]:
+        inside = inside[key]
+    if remove:
+        del inside[path[-1]]
+    else:
+        inside[path[-1]] = value
+    return values
+
+
+def variants(values, number=100):
+    """Some of (what was changed, the values with that) for every place and every strange thing."""
+    every = []
+    for path in places(values):
+        every.append(((*path, "removed"), changed(values, path, remove=True)))
+        every += [((*path, f"{strange!r:.20}"), changed(values, path, strange)) for strange in STRANGE]
+    return random.Random(0).sample(every, min(number, len(every)))
+
+
+def not_in_a_sentence(act, cases):
+    """The cases that raise anything but one sentence of ours; which of them nobody minded."""
+    wrong, fine = [], []
+    for what, prepare in cases:
+        prepare()
+        try:
+            act()
+        except (RunError, CheckpointError, DatasetError, ValueError) as error:
+            if "\n" in str(error) or len(str(error)) > 900:
+                wrong.append((what, str(error)))
+        except BaseException as error:
+            wrong.append((what, repr(error)))
+        else:
+            fine.append(what)
+    assert wrong == []
+    return fine
+
+
+@pytest.fixture
+def ended(run_config):
+    """A run that has ended, so that resuming does no update."""
+    quietly(train, replace(run_config.with_agent(num_updates=10), eval_episodes=1))
+    return RunDir(run_config.run_dir)
+
+
+def test_a_config_of_strange_values(ended, monkeypatch):
+    written = json.loads(ended.config_path.read_text())
+    cases = [
+        (what, lambda values=values: ended.config_path.write_text(json.dumps(values)))
+        for what, values in variants(written)
+    ]
+    # Nothing of it may start training: what differs from the checkpoint is another run's.
+    monkeypatch.setattr("dql.loop.Loop._update", lambda self: pytest.fail("it trains"))
+    cases = [case for case in cases if case[0][-2] != "num_updates" or case[0][-1] != "removed"]  # a million: longer
+    fine = not_in_a_sentence(lambda: quietly(resume, ended.path), cases)
+    for what in fine:
+        assert what[0] in ("versions", "dataset", "run"), what
+        assert what[1] != "agent" or what[2:] in [(name, "removed") for name in written["run"]["agent"]], what
+    assert not [what for what in fine if what[0] == "dataset" and what[1] not in
+                ("transitions", "state_dim", "action_dim", "in_memory", "info")]  # fmt: skip
+
+
+def test_reading_a_run_of_strange_values(ended):
+    """Who only reads it: dql eval, dql.load."""
+    from dql.cli import evaluate as command
+    from dql.data import DatasetInfo
+
+    written = json.loads(ended.config_path.read_text())
+    info = DatasetInfo.from_json(json.dumps(written["dataset"]["info"]))
+    del written["dataset"]["info"]["episode_returns"], written["dataset"]["info"]["episode_lengths"]
+    written["dataset"]["info"] |= {"episode_returns": [1.0], "episode_lengths": [1]}
+    assert info.max_action == 2.0
+    tree = {"dataset": {"info": written["dataset"]["info"]}}
+    cases = [
+        (what, lambda values=values: ended.config_path.write_text(json.dumps(written | values)))
+        for what, values in variants(tree)
+    ]
+    cases = [(what, prepare) for what, prepare in cases if len(what) > 2]
+
+    def read():
+        ended.read_config()
+        command(ended.path, checkpoint="last", episodes=1, device="cpu", as_json=True)
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        not_in_a_sentence(read, random.Random(1).sample(cases, 40))
+
+
+def test_a_loop_of_strange_values(ended, monkeypatch):
+    path = ended.checkpoint_path(10) / "loop.json"
+    written = ended.read_loop(10)
+    monkeypatch.setattr("dql.loop.Loop._update", lambda self: pytest.fail("it trains"))
+    cases = [
+        (what, lambda values=values: ended.save_loop(10, values))  # with the digest that fits
+        for what, values in variants(written)
+    ]
+    not_in_a_sentence(lambda: quietly(resume, ended.path), cases)
+    ended.save_loop(10, written)
+    assert quietly(resume, ended.path)[0].step == 10
+    for text in ("[]", "3", "null", '"x"', "{}", "", "{", "\xff\xfe", '{"digest": "x"}'):
+        path.write_bytes(text.encode("latin-1"))
+        with pytest.raises(RunError, match=f"{path} is damaged") as caught:
+            quietly(resume, ended.path)
+        assert_one_sentence(caught)
+
+
+def test_a_checkpoint_of_strange_values(ended):
+    path = ended.checkpoint_path(10) / "agent.safetensors"
+    tensors, about = load_tensors(path)
+    cases = [
+        (what, lambda values=values: save_tensors(path, tensors, values))  # with the digest that fits
+        for what, values in variants(about)
+    ]
+    fine = not_in_a_sentence(lambda: load(path.parent), cases)
+    # A number of the config may be another: resuming compares them.
+    assert {what[0] for what in fine if what != ("format", "True")} <= {"config"}
+    cases = [
+        (name, lambda name=name, value=value: save_tensors(path, tensors | {name: value}, about))
+        for name in tensors
+        for value in (torch.zeros(3), torch.zeros(0, 2))
+    ]
+    cases += [(name, lambda name=name: save_tensors(path, {k: v for k, v in tensors.items() if k != name}, about))
+              for name in tensors]  # fmt: skip
+    assert not_in_a_sentence(lambda: load(path.parent), cases) == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "selection.json", "checkpoints/step-000000010/loop.json"])
+@pytest.mark.parametrize(
+    "text",
+    [b"[" * 200_000, b'{"run": ' + b"9" * 5000 + b"}", b'{"a": "' + b"\xff" + b'"}', b"", b"[1, 2]", b"nonsense"],
+    ids=["deep", "long number", "no UTF-8", "empty", "a list", "no JSON"],
+)
+def test_what_is_no_json(name, text, ended, dql_here):
+    path = ended.path / name
+    path.write_bytes(text)
+    command = ("eval", ended.path) if name == "selection.json" else ("train", "--resume", ended.path)
+    assert len(dql_here(*command).refused(path, "damaged")) < 500
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "evaluations.csv"])
+@pytest.mark.parametrize("text", [b"step,a\r\nx,1\r\n", b"step,a\r\n\r\n\xff\r\n", b"step,a\r\n\r\n"])
+def test_what_is_no_table(name, text, ended):
+    (ended.path / name).write_bytes(text)
+    with pytest.raises(RunError, match=f"{ended.path / name} is damaged"):
+        quietly(resume, ended.path)
+
+
+NAMES_READ = ("config.json", "metrics.csv", "checkpoints", "checkpoints/step-000000010/agent.safetensors",
+              "checkpoints/step-000000010/loop.json")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES_READ)
+def test_what_may_not_be_read_is_not_called_damaged(name, ended):
+    """In a process of another user, for whom the file says no."""
+    place = Path(tempfile.mkdtemp())  # pytest's own folders are closed to others
+    try:
+        run = place / "run"
+        shutil.copytree(ended.path, run)
+        done = subprocess.run(
+            [sys.executable, "-c", _AS_ANOTHER, str(run), name], capture_output=True, text=True, check=False
+        )
+        if done.returncode == 77:
+            pytest.skip("only root can become another user")
+        assert done.returncode == 0, done.stderr
+        said = done.stdout.strip()
+        assert "Permission denied" in said
+        assert "damaged" not in said
+        assert str(run / name) in said
+        assert "\n" not in said
+    finally:
+        shutil.rmtree(place)
+
+
+_AS_ANOTHER = """
+import os, sys
+from pathlib import Path
+import dql
+from dql.agent import load
+from dql.checkpoint import CheckpointError, load_tensors
+from dql.rundir import RunDir, RunError, read_rows
+import safetensors.torch, torch, dql.datasets.info
+run, name = Path(sys.argv[1]), sys.argv[2]
+os.chmod(run.parent, 0o755), os.chmod(run, 0o755), os.chmod(run / name, 0)
+try:
+    os.setuid(65534)
+except OSError:
+    sys.exit(77)
+folder = RunDir(run)
+try:
+    folder.read_config()
+    read_rows(folder.metrics_path)
+    step = max(folder.steps())
+    load_tensors(folder.checkpoint_path(step) / "agent.safetensors")
+    folder.read_loop(step)
+except (RunError, CheckpointError) as error:
+    print(error)
+"""
+
+
+# Values of a RunConfig.
+def test_a_run_config_takes_what_means_a_value():
+    agent = Config(hidden_dim=np.int64(16), lr=np.float32(0.5), max_q_backup=np.bool_(True), seed=np.uint64(2**64 - 1))
+    run = RunConfig(Path("a.hdf5"), agent, run_dir="some/where", keep=np.int8(2), device=torch.device("cpu"))
+    assert (run.dataset, run.run_dir, run.device, run.keep) == ("a.hdf5", Path("some/where"), "cpu", 2)
+    assert RunConfig.from_dict(json.loads(json.dumps(run.to_dict()))) == run
+    for config in (run, agent):
+        for name, value in vars(config).items():
+            assert type(value) in (str, int, float, bool, type(None), type(Path()), Config), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"dataset": None}, "dataset must be a string, got None"),
+        ({"agent": {}}, r"agent must be a dql\.Config, got {}"),
+        ({"run_dir": 3}, "run_dir must be a path, got 3"),
+        ({"device": None}, "device must be a string, got None"),
+        ({"keep": "3"}, "keep must be an integer, got '3'"),
+        ({"keep": True}, "keep must be an integer, got True"),
+        ({"eval_every": 2.0}, r"eval_every must be an integer, got 2\.0"),
+        ({"eval_max_steps": 0}, "eval_max_steps must be at least 1, got 0"),
+        ({"env": 5}, "env must be a string, got 5"),
+        ({"graphed": "no"}, "graphed must be True or False, got 'no'"),
+        ({"threads": 10**400}, "threads must be below 2\\^64"),
+    ],
+)
+def test_a_run_config_refuses_what_does_not(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        RunConfig(**{"dataset": "x"} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"max_q_backup": "yes"}, "max_q_backup must be True or False, got 'yes'"),
+        ({"max_q_backup": 1}, "max_q_backup must be True or False, got 1"),
+        ({"lr": True}, "lr must be a finite number, got True"),
+        ({"lr": "1e-3"}, "lr must be a finite number, got '1e-3'"),
+        ({"eta": 10**400}, "eta must be a finite number"),
+        ({"backend": None}, "backend must be a string, got None"),
+        ({"algorithm": ["diffusion-ql"]}, "algorithm must be one of diffusion-ql, diffusion-bc, got"),
+        ({"hidden_dim": np.float64(16)}, "hidden_dim must be an integer"),
+    ],
+)
+def test_a_config_refuses_what_is_of_another_kind(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Config(**changes)
