@@ -102,13 +102,20 @@ def test_forward_backward(B: int, contender: str, race, device) -> None:
     )
 
 
-@pytest.mark.parametrize("contender", ["published", *DQL])
-def test_select(contender: str, race, device) -> None:
+@pytest.mark.parametrize("contender", ["published", "compile-lean", *DQL])
+def test_select(contender: str, race, device, request) -> None:
     """One action for one state, NumPy in and out: of 50 candidates, one by softmax of the critics' minimum."""
     published = rivals.published_agent(device)
     state = np.random.default_rng(0).standard_normal(S).astype(np.float32)
     run, error, seed = published.act, 0.0, 0
-    if contender != "published":
+    if contender == "compile-lean":  # its parts are checked in test_forward; the draw is torch's
+        if request.config.getoption("short"):
+            pytest.skip("--short compiles no rival for it")
+        if (reason := rivals.no_compiler(device)) is not None:
+            pytest.skip(reason)
+        run = rivals.compiled_act(published, CANDIDATES)
+        assert np.isfinite(run(state)).all()
+    elif contender != "published":
         run = _select(contender, published, device)
         got, row = torch.from_numpy(run(state, seed=seed)), torch.from_numpy(state)[None]
         error = rivals.check_selected(contender, got.to(device), published, row.to(device), CANDIDATES, seed)

@@ -9,6 +9,7 @@ The gradients are compared first: after the first update Adam's average is 0.1 t
 from collections.abc import Callable, Iterator
 
 import device_time
+import numpy as np
 import pytest
 import rivals
 import torch
@@ -40,9 +41,11 @@ def _update_published(agent: PublishedAgent, batch: dql.Batch) -> dict[str, floa
     return agent.update(batch.states, batch.actions, batch.rewards, batch.next_states, batch.masks)
 
 
-@pytest.mark.parametrize("contender", ["published", *DQL, *GRAPHED])
+@pytest.mark.parametrize("contender", ["published", "compile-published", *DQL, *GRAPHED])
 @pytest.mark.parametrize("max_q_backup", [False, True], ids=["plain", "max_q_backup"])
-def test_update(max_q_backup: bool, contender: str, race, device) -> None:
+def test_update(max_q_backup: bool, contender: str, race, device, request) -> None:
+    if contender == "compile-published" and request.config.getoption("short"):
+        pytest.skip("--short compiles no rival for it")
     batch, published = _batch(device), rivals.published_agent(device, max_q_backup=max_q_backup)
     run, error = _updates(contender, published, max_q_backup, batch)
     problem = f"update B={B}" + (", max_q_backup" if max_q_backup else "")
@@ -54,6 +57,8 @@ def _updates(contender: str, published: PublishedAgent, max_q_backup: bool, batc
     if contender == "published":
         other = rivals.published_agent(batch.states.device, max_q_backup=max_q_backup)
         return lambda: _update_published(other, batch), 0.0
+    if contender == "compile-published":
+        return _compiled(max_q_backup, batch)
     name, device = contender.removeprefix("dql-"), batch.states.device
     config = dql.Config(backend=name.removesuffix("+graph"), max_q_backup=max_q_backup)
     agent = rivals.matching_agent(published, config, device)
@@ -64,6 +69,23 @@ def _updates(contender: str, published: PublishedAgent, max_q_backup: bool, batc
         update = dql.GraphedUpdate(agent, B).update
     error = _check_update(contender, agent, update, published, batch)
     return lambda: update(batch), error
+
+
+def _compiled(max_q_backup: bool, batch: dql.Batch) -> tuple[Call, float]:
+    """The published agent with compiled networks: its losses are those of the plain one for the same seeds."""
+    device = batch.states.device
+    if (reason := rivals.no_compiler(device)) is not None:
+        pytest.skip(reason)
+    torch.compiler.reset()
+    agents = [make(device, max_q_backup=max_q_backup) for make in (rivals.published_agent, rivals.compiled_agent)]
+    losses = []
+    for agent in agents:
+        torch.manual_seed(3)
+        np.random.seed(3)
+        losses.append(_update_published(agent, batch))
+    error = max(abs(losses[1][name] - want) / max(1, abs(want)) for name, want in losses[0].items())
+    assert error <= 1e-4, f"compile-published: {losses[1]}, expected {losses[0]}"
+    return lambda: _update_published(agents[1], batch), error
 
 
 def test_update_bc(race, device) -> None:

@@ -7,6 +7,7 @@ that ratio lies from 1 is how far the others can be trusted.
 """
 
 import os
+import shlex
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -206,6 +207,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for title, table in config.stash[_TABLES].items():
         terminalreporter.section(f"{title} {where}")
         rows.write_table(table, terminalreporter.write_line)
+    if config.getoption("bench_json") is not None and config.stash[_MACHINE].get("uncommitted_changes"):
+        terminalreporter.section("of a changed checkout", yellow=True)
+        terminalreporter.write_line("There are uncommitted changes: the report says so. Quote none of its numbers.")
     if config.stash[_ROWS]:
         terminalreporter.section(f"times faster than ... {where}")
         rows.write_rows(config.stash[_ROWS], terminalreporter.write_line)
@@ -226,6 +230,8 @@ def _write_report(config: pytest.Config, exit_status: int | None) -> None:
     if not config.stash[_MACHINE]:
         config.stash[_MACHINE] = machine.machine(config.stash[_DEVICE], config.getoption("benchmark_timer"))
     report = config.stash[_MACHINE] | {
+        "command": shlex.join(["pytest", *config.invocation_params.args]),
+        "bench_threads": os.environ.get("DQL_BENCH_THREADS"),
         "short": config.getoption("short"),
         "exit_status": exit_status,
         "rows": rows.row_reports(config.stash[_ROWS]),

@@ -33,6 +33,7 @@ def machine(device: torch.device, timer: object) -> dict[str, Any]:
         if device.type == "cuda"
         else None,
         "cpu": _cpu_name(),
+        "cpu_family_model_stepping": _cpu_model(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "native_variant": extensions.get("native_variant"),
@@ -108,6 +109,17 @@ def _cpu_name() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _cpu_model() -> list[str] | None:
+    """The three numbers, which a virtual machine tells where it hides the name."""
+    try:
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()]
+    except OSError:
+        return None
+    told = {key.strip(): value.strip() for key, _, value in lines}
+    numbers = [told.get(key) for key in ("cpu family", "model", "stepping")]
+    return None if None in numbers else [str(number) for number in numbers]
 
 
 def _output(*command: str) -> str | None:

@@ -6,6 +6,7 @@
 - `onnxruntime`, `openvino`: our policy's chain, exported by `policy.export_onnx`, in float32, one session for every B,
   inputs and outputs in buffers bound once;
 - `openvino-static`: the same compiled anew for each B, which OpenVINO rewards;
+- `openvino-static-bf16`: that with bf16 operands, where the CPU has them: what bf16 of ours is compared with;
 - `onnxruntime-mish-op`, for information: the same graph with ONNX's operator Mish, as a plain exporter writes it.
 
 On a GPU torch.compile runs with CUDA graphs: eager torch is no rival there. The runtimes are rivals on a CPU.
@@ -32,7 +33,8 @@ from dql.kernels import native
 
 S, A, H, T = 17, 6, 256, 5  # a MuJoCo walker with the paper's network
 COMPILED = ("compile-published", "compile-lean")
-EXPORTED = ("onnxruntime", "openvino", "openvino-static")
+EXPORTED = ("onnxruntime", "openvino", "openvino-static", "openvino-static-bf16")
+BF16_FLAGS = {"avx512_bf16", "amx_bf16"}  # one of them, or OpenVINO computes in float32 whatever it is asked for
 MISH_OP = "onnxruntime-mish-op"
 FLOPS = 2 * T * ((A + TIME_DIM + S) * H + 2 * H * H + H * A)  # an action's, if every step ran the whole network
 # Of float32 against float32, relative to a tensor's largest element (actions) or to its norm (gradients): the bound of
@@ -134,8 +136,10 @@ def backend_of(contender: str) -> tuple[str, str]:
 
 
 def precision_of(contender: str) -> str:
-    """fp32, tf32 or bf16; every rival is float32."""
-    return backend_of(contender)[1] if contender.startswith("dql-") else "fp32"
+    """fp32, tf32 or bf16."""
+    if contender.startswith("dql-"):
+        return backend_of(contender)[1]
+    return "bf16" if contender.endswith("-bf16") else "fp32"
 
 
 def contenders() -> list[str]:
@@ -173,8 +177,18 @@ def no_runtime(contender: str, device: torch.device) -> str | None:
     """None if the contender's runtime is here and a rival on this device, else why not."""
     if device.type != "cpu":
         return f"{contender} is compared on a CPU, this is {device}"
+    if precision_of(contender) == "bf16" and not BF16_FLAGS & _cpu_flags():
+        return f"{contender} needs a CPU with AVX512_BF16 or AMX, which this one has not"
     missing = [name for name in ("onnx", contender.partition("-")[0]) if importlib.util.find_spec(name) is None]
     return f'{contender} needs {" and ".join(missing)}: pip install -e ".[bench]"' if missing else None
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
 
 
 def exported(contender: str, states: Tensor) -> Callable[[Tensor | None], Tensor]:
@@ -197,7 +211,8 @@ def exported(contender: str, states: Tensor) -> Callable[[Tensor | None], Tensor
     else:
         import openvino
 
-        request = _openvino_model(B if contender == "openvino-static" else None).create_infer_request()
+        model = _openvino_model(B if "static" in contender else None, precision_of(contender))
+        request = model.create_infer_request()
         for name, tensor in (("states", states), ("noise", noise), ("actions", actions)):
             request.set_tensor(name, openvino.Tensor(tensor.numpy(), shared_memory=True))
 
@@ -259,7 +274,7 @@ def _onnxruntime_session(mish_op: bool) -> Any:
 
 
 @lru_cache(maxsize=2)
-def _openvino_model(B: int | None) -> Any:
+def _openvino_model(B: int | None, precision: str) -> Any:
     """Compiled for one B, or (None) for all."""
     import openvino
 
@@ -268,7 +283,7 @@ def _openvino_model(B: int | None) -> Any:
     if B is not None:
         model.reshape({"states": [B, S], "noise": [T, B, A]})
     hints = {
-        "INFERENCE_PRECISION_HINT": "f32",  # its own choice is bf16 where the CPU has it
+        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],  # its own choice is what the CPU has
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -318,6 +333,41 @@ def published_agent(device: torch.device, **options: Any) -> PublishedAgent:
     for module in (agent.actor, agent.ema_actor, agent.critic, agent.critic_target):
         module.to(device)  # in place: the optimizers keep their parameters
     return agent
+
+
+def compiled_agent(device: torch.device, **options: Any) -> PublishedAgent:
+    """The published agent with its networks' calls under torch.compile, as a user would put it there.
+
+    Clipping, optimizers, averages and the choice of the critic stay as they are: they are written in Python, and wait
+    for the device. Random numbers are torch's own, so that a seed gives both agents the same.
+    """
+    agent = published_agent(device, **options)
+    for module in (agent.actor, agent.ema_actor, agent.critic, agent.critic_target):
+        module.compile(dynamic=False, options={"fallback_random": True})
+    agent.actor.loss = torch.compile(  # type: ignore[method-assign]
+        agent.actor.loss, dynamic=False, options={"fallback_random": True}
+    )
+    return agent
+
+
+def compiled_act(published: PublishedAgent, num_candidates: int) -> Callable[[np.ndarray], np.ndarray]:
+    """`act(state [S])` -> action [A] as the published agent acts; lean chain and critics are one compiled graph."""
+    device, lean = published.actor.betas.device, LeanActor(published.actor)
+
+    def choose(row: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        repeated = row.expand(num_candidates, -1)  # [N, S]
+        candidates = lean(repeated, noise)  # [N, A]
+        return candidates, published.critic_target.q_min(repeated, candidates).flatten().softmax(0)
+
+    compiled = torch.compile(choose, dynamic=False, **({"mode": "reduce-overhead"} if device.type == "cuda" else {}))
+
+    def act(state: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            row = torch.as_tensor(state, dtype=torch.float32, device=device)[None]  # [1, S]
+            candidates, probabilities = compiled(row, torch.randn(T, num_candidates, A, device=device))
+            return candidates[torch.multinomial(probabilities, 1)[0]].cpu().numpy()
+
+    return act
 
 
 def check_elements(contender: str, name: str, got: Tensor, want: Tensor, tolerance: float) -> float:

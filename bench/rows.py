@@ -85,11 +85,17 @@ def _ratio(row: Row, other: Row | None) -> float | None:
     return row.speedup / other.speedup
 
 
+def _in_bf16(row: Row) -> bool:
+    return row.contender.endswith("-bf16")
+
+
 def _ratios(row: Row, rows: list[Row]) -> dict[str, float | None]:
+    """Beside what computes in the same precision; beside published and eager, which are float32, in any."""
     others = [r for r in rows if r is not row and r.speedup is not None]
-    best = max(others, key=lambda r: r.speedup or 0.0, default=None)
+    alike = [r for r in others if _in_bf16(r) == _in_bf16(row)]
+    best = max(alike, key=lambda r: r.speedup or 0.0, default=None)
     eager = next((r for r in others if r.contender == "dql-eager"), None)
-    rival = max((r for r in others if r.is_rival), key=lambda r: r.speedup or 0.0, default=None)
+    rival = max((r for r in alike if r.is_rival), key=lambda r: r.speedup or 0.0, default=None)
     return {
         "published": row.speedup,
         "eager": _ratio(row, eager),

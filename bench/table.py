@@ -29,7 +29,8 @@ def race_table(rows: list[Row]) -> str:
     """A line a problem, a column a contender; of torch.compile and of the exported graph's runtimes the fastest.
 
     A time is a contender's median. In brackets are the medians over pairs: how many times faster than the published
-    code, and than the fastest of what a user would take instead, all of it float32.
+    code, which is float32, and than the fastest of what a user would take instead in the same precision: where none was
+    timed in it, there is one number.
     """
     problems: dict[str, dict[str, Row]] = {}
     for row in rows:
@@ -42,7 +43,8 @@ def race_table(rows: list[Row]) -> str:
     columns = {
         "published": ["published"],
         "torch.compile": [name for name in names if name.startswith("compile-")],
-        "ONNX Runtime or OpenVINO": [name for name in names if name.startswith(("onnxruntime", "openvino"))],
+        "ONNX Runtime or OpenVINO": [n for n in names if n.startswith(("onnxruntime", "openvino")) and "bf16" not in n],
+        "OpenVINO, bf16": [name for name in names if name.startswith("openvino") and "bf16" in name],
     } | {_title(name): [name] for name in ours}
     columns = {title: members for title, members in columns.items() if members}
     lines = [["", *columns]]
