@@ -77,6 +77,7 @@ def _load(path: Path, fingerprint: str) -> FlatData | None:
 
 
 def _save(path: Path, fingerprint: str, flat: FlatData) -> None:
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     arrays = {name: np.ascontiguousarray(getattr(flat, name)) for name in FIELDS}
@@ -89,6 +90,6 @@ def _save(path: Path, fingerprint: str, flat: FlatData) -> None:
         os.close(handle)
         save_file(arrays, temporary, metadata)
         os.replace(temporary, path)
-    except OSError:  # a read-only or full disk costs only the caching
+    except (OSError, SafetensorError):  # a read-only or full disk costs only the caching
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
