@@ -335,3 +335,41 @@ def test_a_start_that_fails_leaves_no_folder(run_config, tmp_path):
     with pytest.raises(FileNotFoundError):
         train(run)
     assert [p.name for p in run.run_dir.iterdir()] == ["mine"]
+
+
+def test_no_room_for_the_cache(pendulum, tiny, full_disk, tmp_path, monkeypatch):
+    """It costs the caching alone: the run is trained, and nothing half written is left."""
+    monkeypatch.setenv("DQL_CACHE", str(tmp_path / "cache"))
+    done = full_disk(
+        30_000, "train", "--dataset", pendulum, *tiny, "--num-updates", 3, "--eval-every", 0, "--run-dir",
+        tmp_path / "run", "--algorithm", "diffusion-bc",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert RunDir(tmp_path / "run").steps() == [3]
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_full_disk_is_no_obstacle_where_nothing_changes(run_config, full_disk):
+    """A run that has ended, resumed: its tables, config and selection are as they were, so none is written."""
+    train(run_config)
+    (run_config.run_dir / "policy.safetensors").unlink()
+    config, policy = (run_config.run_dir / "config.json").stat().st_size, 12_000
+    done = full_disk(max(config, 500) - 100, "train", "--resume", run_config.run_dir)
+    assert_one_sentence(done, "policy.safetensors", "free some space")  # and nothing before that
+    assert full_disk(10 * policy, "train", "--resume", run_config.run_dir).returncode == 0
+    assert (run_config.run_dir / "policy.safetensors").exists()
+    assert not [p for p in run_config.run_dir.rglob("*") if p.name.endswith(".unfinished")]
+
+
+def test_a_line_that_finds_no_room_leaves_the_table_as_it_was(table):
+    whole = table.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 5, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"table\.csv.*what was there before is untouched; free some space"):
+            append_row(table, ROWS[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert table.read_bytes() == whole
+    append_row(table, ROWS[0])
+    assert read_rows(table) == [*ROWS, ROWS[0]]
