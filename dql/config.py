@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from dql.schedule import LARGEST
+
 
 @dataclass(frozen=True)
 class Config:
@@ -87,6 +89,8 @@ class Config:
         for name in ("lr", "critic_lr", "max_action"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 1 / LARGEST <= self.max_action <= LARGEST:
+            raise ValueError(f"max_action must be from {1 / LARGEST:g} to {LARGEST:g}, got {self.max_action}")
         for name in ("discount", "tau", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
