@@ -4,6 +4,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <cstdint>
 #include <exception>
 #include <memory>
 #include <new>
@@ -12,6 +13,9 @@
 namespace dql {
 
 struct Failed {};  // a Python exception is set
+
+// A tensor whose storage was freed has the address 0 plus its offset there; programs and their memory begin above.
+inline bool in_memory(const void* address) { return reinterpret_cast<uintptr_t>(address) >= (uintptr_t{4} << 20); }
 
 class Arguments {
 public:
@@ -42,15 +46,23 @@ public:
         return value;
     }
 
+    // How many there are of something.
+    int64_t count() {
+        const long long value = integer();
+        if (value < 0) throw std::invalid_argument("a size is negative");
+        return value;
+    }
+
     float* optional() {
         void* value = PyLong_AsVoidPtr(object());
         if (!value && PyErr_Occurred()) throw Failed();
+        if (value && !in_memory(value)) throw std::invalid_argument(NO_MEMORY);
         return static_cast<float*>(value);
     }
 
     float* pointer() {
         float* value = optional();
-        if (!value) throw std::invalid_argument("a tensor has no memory: is it fake, or on the meta device?");
+        if (!value) throw std::invalid_argument(NO_MEMORY);
         return value;
     }
 
@@ -60,6 +72,9 @@ public:
         if (!value) throw Failed();
         return *static_cast<T*>(value);
     }
+
+    static constexpr const char* NO_MEMORY =
+        "a tensor has no memory: is it fake, on the meta device, or was its storage freed? Give one with values";
 
 private:
     PyObject* const* items_;

@@ -1,11 +1,17 @@
 // The Python module dql.kernels._native: the limited C API, addresses of tensors as integers, no torch.
 //
-// kernels/native.py is its only caller and checks sizes, dtypes and contiguity; here only counts and kinds of arguments
-// are checked. Networks, tables and saved chains are capsules. The GIL is released while kernels run, and held while
+// kernels/native.py is its only caller and checks each tensor's size, dtype and contiguity; here the arguments' counts and
+// kinds are, that addresses are some, and that networks, tables and saved chains belong together. Networks, tables and saved chains are capsules. The GIL is released while kernels run, and held while
 // weights are packed, which makes the packed weights' bookkeeping safe.
 #include "binding.h"
 
 namespace dql {
+
+void check_chain(const NetworkHandle& network, const TableHandle& table) {
+    if (network.spec().critic) throw std::invalid_argument("a denoiser was expected, and these are critics");
+    if (table.steps.empty()) throw std::invalid_argument("this table has no steps: it is the loss's");
+}
+
 namespace {
 
 // ---- the functions; `doc` names the arguments in order ----
@@ -53,15 +59,17 @@ PyObject* py_network(PyObject*, PyObject* const* items, Py_ssize_t count) {
         spec.H = static_cast<int>(args.integer());
         spec.L = static_cast<int>(args.integer());
         spec.activation = static_cast<int>(args.integer());
-        spec.flat_size = args.integer();
+        spec.flat_size = args.count();
         PyObject* offsets = args.object();
         const Py_ssize_t size = PyTuple_Size(offsets);
         const Py_ssize_t expected = 2 * (spec.L + 1) * (spec.critic ? 2 : 1) + (spec.critic ? 0 : 4);
         if (size < 0) throw Failed();
         if (spec.L < 2 || spec.L > MAX_LAYERS || size != expected) throw std::invalid_argument("network: bad offsets");
         for (Py_ssize_t i = 0; i < size; ++i) {
-            spec.offsets.push_back(PyLong_AsLongLong(PyTuple_GetItem(offsets, i)));
+            const long long offset = PyLong_AsLongLong(PyTuple_GetItem(offsets, i));
             if (PyErr_Occurred()) throw Failed();
+            if (offset < 0 || offset >= spec.flat_size) throw std::invalid_argument("network: an offset beyond its end");
+            spec.offsets.push_back(offset);
         }
         return capsule(std::make_unique<NetworkHandle>(std::move(spec)));
     });
@@ -73,8 +81,8 @@ PyObject* py_table(PyObject*, PyObject* const* items, Py_ssize_t count) {
         static uint64_t next_id = 0;
         auto table = std::make_unique<TableHandle>();
         table->id = ++next_id;
-        table->K = static_cast<int>(args.integer());
-        table->D = static_cast<int>(args.integer());
+        table->K = static_cast<int>(args.count());
+        table->D = static_cast<int>(args.count());
         const float *steps = args.optional(), *embedding = args.pointer(), *q_sample = args.optional();
         if (steps) table->steps.assign(steps, steps + table->K * STEP_COLUMNS);
         table->embedding.assign(embedding, embedding + static_cast<int64_t>(table->K) * table->D);
@@ -87,8 +95,14 @@ PyObject* py_all_finite(PyObject*, PyObject* const* items, Py_ssize_t count) {
     return guarded([&] {
         Arguments args(items, count, 2, "all_finite");
         const float* values = args.optional();
-        return PyBool_FromLong(kernels().all_finite(values, args.integer()));
+        const int64_t size = args.count();
+        if (!values && size) throw std::invalid_argument(Arguments::NO_MEMORY);
+        return PyBool_FromLong(kernels().all_finite(values, size));
     });
+}
+
+void check_critic(const NetworkHandle& network) {
+    if (!network.spec().critic) throw std::invalid_argument("a critic was expected, and this is a denoiser");
 }
 
 // network, flat, version
@@ -104,7 +118,7 @@ struct Rows {
     const float* actions;
     int64_t N;
     explicit Rows(Arguments& args)
-        : states(args.pointer()), B(args.integer()), actions(args.pointer()), N(args.integer()) {}
+        : states(args.pointer()), B(args.count()), actions(args.pointer()), N(args.count()) {}
 };
 
 // network, flat, version, table, states, B, N, noise, seed, max_action, bf16, threads, actions
@@ -113,10 +127,12 @@ ChainCall chain_call(Arguments& args, int parts) {
     const float* flat = args.pointer();
     const int64_t version = args.integer();
     ChainCall call = {};
-    call.table = &args.handle<TableHandle>();
+    const TableHandle& table = args.handle<TableHandle>();
+    check_chain(network, table);
+    call.table = &table;
     call.states = args.pointer();
-    call.B = args.integer();
-    call.N = args.integer();
+    call.B = args.count();
+    call.N = args.count();
     call.noise = args.optional();
     call.seed = args.seed();
     call.max_action = static_cast<float>(args.number());
@@ -143,24 +159,31 @@ PyObject* py_chain(PyObject*, PyObject* const* items, Py_ssize_t count) {
 PyObject* py_chain_saved(PyObject*, PyObject* const* items, Py_ssize_t count) {
     return guarded([&] {
         Arguments args(items, count, 13, "chain_saved");
+        const Spec& spec = Arguments(items, count, 13, "chain_saved").handle<NetworkHandle>().spec();
         const ChainCall call = chain_call(args, FORWARD | BACKWARD);
         auto saved = std::make_unique<SavedHandle>();
         {
             WithoutGil released;
             chain(call, saved.get());
         }
+        saved->table = call.table->id;
+        saved->offsets = spec.offsets;
         return capsule(std::move(saved));
     });
 }
 
 PyObject* py_chain_backward(PyObject*, PyObject* const* items, Py_ssize_t count) {
     return guarded([&]() -> PyObject* {
-        Arguments args(items, count, 10, "chain_backward");
+        Arguments args(items, count, 12, "chain_backward");
         NetworkHandle& network = args.handle<NetworkHandle>();
         SavedHandle& saved = args.handle<SavedHandle>();
         const Table& table = args.handle<TableHandle>();
         const float* states = args.pointer();
+        const int64_t B = args.count();
         const float* d_actions = args.pointer();
+        const int64_t R = args.count();
+        if (saved.table != table.id || saved.offsets != network.spec().offsets || saved.B != B || saved.B * saved.N != R)
+            throw std::invalid_argument("chain_backward: this was saved by another network, table or number of rows");
         const float d_scale = static_cast<float>(args.number());
         Gradients out = {};
         out.flat = args.optional();
@@ -182,6 +205,7 @@ PyObject* py_select(PyObject*, PyObject* const* items, Py_ssize_t count) {
         Arguments args(items, count, 17, "select");
         ChainCall call = chain_call(args, FORWARD);
         NetworkHandle& critic = args.handle<NetworkHandle>();
+        check_critic(critic);
         const std::shared_ptr<Packed> weights = packed(args, critic, FORWARD);
         const uint64_t draw_seed = args.seed();
         {
@@ -196,6 +220,7 @@ PyObject* py_q_values(PyObject*, PyObject* const* items, Py_ssize_t count) {
     return guarded([&] {
         Arguments args(items, count, 10, "q_values");
         NetworkHandle& critic = args.handle<NetworkHandle>();
+        check_critic(critic);
         const std::shared_ptr<Packed> weights = packed(args, critic, FORWARD);
         const Rows rows(args);
         float *q1 = args.pointer(), *q2 = args.pointer();
@@ -212,6 +237,7 @@ PyObject* py_target_q(PyObject*, PyObject* const* items, Py_ssize_t count) {
     return guarded([&] {
         Arguments args(items, count, 12, "target_q");
         NetworkHandle& critic = args.handle<NetworkHandle>();
+        check_critic(critic);
         const std::shared_ptr<Packed> weights = packed(args, critic, FORWARD);
         const Rows rows(args);
         const float *rewards = args.pointer(), *masks = args.pointer();
@@ -232,10 +258,11 @@ PyObject* py_critic_gradient(PyObject*, PyObject* const* items, Py_ssize_t count
     return guarded([&] {
         Arguments args(items, count, 9, "critic_gradient");
         NetworkHandle& critic = args.handle<NetworkHandle>();
+        check_critic(critic);
         const std::shared_ptr<Packed> weights = packed(args, critic, FORWARD | BACKWARD);
         const float* states = args.pointer();
         const float* actions = args.pointer();
-        const int64_t B = args.integer();
+        const int64_t B = args.count();
         const float* target = args.pointer();
         const Gradients out = {args.pointer(), false, nullptr};
         const int threads = static_cast<int>(args.integer());
@@ -252,11 +279,14 @@ PyObject* py_q_gradient(PyObject*, PyObject* const* items, Py_ssize_t count) {
     return guarded([&] {
         Arguments args(items, count, 9, "q_gradient");
         NetworkHandle& critic = args.handle<NetworkHandle>();
+        check_critic(critic);
         const std::shared_ptr<Packed> weights = packed(args, critic, FORWARD | BACKWARD);
-        const int which = static_cast<int>(args.integer());
+        const long long which_one = args.integer();
+        if (which_one != 0 && which_one != 1) throw std::invalid_argument("q_gradient: there are two critics, 0 and 1");
+        const int which = static_cast<int>(which_one);
         const float* states = args.pointer();
         const float* actions = args.pointer();
-        const int64_t B = args.integer();
+        const int64_t B = args.count();
         float* d_actions = args.pointer();
         const int threads = static_cast<int>(args.integer());
         QMeans means;
@@ -274,9 +304,11 @@ PyObject* py_bc_gradient(PyObject*, PyObject* const* items, Py_ssize_t count) {
         NetworkHandle& network = args.handle<NetworkHandle>();
         const std::shared_ptr<Packed> weights = packed(args, network, FORWARD | BACKWARD);
         const Table& table = args.handle<TableHandle>();
+        if (network.spec().critic || table.q_sample.empty())
+            throw std::invalid_argument("bc_gradient takes a denoiser, and the table of its loss");
         const float* states = args.pointer();
         const float* actions = args.pointer();
-        const int64_t B = args.integer();
+        const int64_t B = args.count();
         const uint64_t t_seed = args.seed(), noise_seed = args.seed();
         const bool predict_epsilon = args.integer() != 0;
         const Gradients out = {args.pointer(), args.integer() != 0, nullptr};
@@ -300,7 +332,7 @@ PyObject* py_adam(PyObject*, PyObject* const* items, Py_ssize_t count) {
         state.gradient = args.pointer();
         state.exp_avg = args.pointer();
         state.exp_avg_sq = args.pointer();
-        state.size = args.integer();
+        state.size = args.count();
         const double lr = args.number();
         const int64_t step = args.integer();
         const double max_norm = args.number();
@@ -318,7 +350,7 @@ PyObject* py_lerp(PyObject*, PyObject* const* items, Py_ssize_t count) {
         Arguments args(items, count, 4, "lerp");
         float* target = args.pointer();
         const float* source = args.pointer();
-        const int64_t size = args.integer();
+        const int64_t size = args.count();
         const float weight = static_cast<float>(args.number());
         {
             WithoutGil released;
@@ -334,7 +366,7 @@ PyObject* py_activate(PyObject*, PyObject* const* items, Py_ssize_t count) {
         Arguments args(items, count, 4, "activate");
         const int kind = static_cast<int>(args.integer());
         float *z = args.pointer(), *slope = args.optional();
-        kernels().activate(kind, z, slope, args.integer());
+        kernels().activate(kind, z, slope, args.count());
         return none();
     });
 }
@@ -364,8 +396,8 @@ PyMethodDef methods[] = {
     DQL_FUNCTION(run_prepared, "prepared, states, actions, seed, threads -> whether it ran"),
     DQL_FUNCTION(chain, DQL_CHAIN_DOC),
     DQL_FUNCTION(chain_saved, DQL_CHAIN_DOC " -> saved chain"),
-    DQL_FUNCTION(chain_backward, "network, saved, table, states, d_actions, d_scale, d_flat or 0, accumulate, "
-                                 "d_states or 0, threads -> whether saved was unused"),
+    DQL_FUNCTION(chain_backward, "network, saved, table, states, B, d_actions, R, d_scale, d_flat or 0, "
+                                 "accumulate, d_states or 0, threads -> whether saved was unused"),
     DQL_FUNCTION(select, DQL_CHAIN_DOC " [B, A], critic, flat, version, draw seed"),
     DQL_FUNCTION(q_values, "critic, flat, version, states, B, actions, N, q1, q2, threads"),
     DQL_FUNCTION(target_q, "critic, flat, version, states, B, actions, N, rewards, masks, discount, out, threads "

@@ -90,7 +90,10 @@ static bool intact(PyObject* places, PyObject* held, long long base) {
         if (!tensor && PyErr_Occurred()) throw Failed();
         if (!tensor || tensor == Py_None) return false;
         const long long at = address(tensor);
-        if (PyErr_Occurred()) throw Failed();
+        if (PyErr_Occurred()) {
+            PyErr_Clear();  // it has no address: a stand-in of torch's
+            return false;
+        }
         if (at != base + PyLong_AsLongLong(PyTuple_GetItem(place, 2))) return false;
     }
     return true;
@@ -125,6 +128,7 @@ PyObject* py_prepare(PyObject*, PyObject* const* items, Py_ssize_t count) {
         auto prepared = std::make_unique<Prepared>();
         prepared->network = &args.handle<NetworkHandle>();
         prepared->table = &args.handle<TableHandle>();
+        check_chain(*prepared->network, *prepared->table);
         prepared->flat = args.object();
         prepared->places = args.object();
         prepared->held = args.object();
@@ -134,7 +138,7 @@ PyObject* py_prepare(PyObject*, PyObject* const* items, Py_ssize_t count) {
     });
 }
 
-// prepared, states, actions, seed, threads -> whether it ran; if not, nothing was written and the slow way says why.
+// prepared, states, actions, seed, threads -> whether it ran and the actions are finite; if not, the slow way says why.
 PyObject* py_run_prepared(PyObject*, PyObject* const* items, Py_ssize_t count) {
     return guarded([&]() -> PyObject* {
         Arguments args(items, count, 5, "run_prepared");
@@ -146,8 +150,8 @@ PyObject* py_run_prepared(PyObject*, PyObject* const* items, Py_ssize_t count) {
         const bool fits = states.device_type == 1 && states.code == 2 && states.bits == 32 && states.dimensions == 2 &&
                           states.shape[0] > 0 && states.shape[1] == spec.S && actions.dimensions == 2 &&
                           actions.shape[0] == states.shape[0] && actions.shape[1] == spec.A && actions.code == 2 &&
-                          actions.bits == 32 && actions.device_type == 1 && states.data &&
-                          actions.data && states.shape[0] <= (int64_t{1} << 30) && (!p.bf16 || kernels().bf16) &&
+                          actions.bits == 32 && actions.device_type == 1 && in_memory(states.data) &&
+                          in_memory(actions.data) && states.shape[0] <= (int64_t{1} << 30) && (!p.bf16 || kernels().bf16) &&
                           (!states.strides || ((states.strides[0] == spec.S || states.shape[0] == 1) &&
                                                (states.strides[1] == 1 || spec.S == 1)));
         if (!fits) return PyBool_FromLong(0);
@@ -163,6 +167,7 @@ PyObject* py_run_prepared(PyObject*, PyObject* const* items, Py_ssize_t count) {
         call.threads = static_cast<int>(args.integer());
         const long long flat = address(p.flat);
         if (PyErr_Occurred()) throw Failed();
+        if (!in_memory(reinterpret_cast<const void*>(static_cast<intptr_t>(flat)))) return PyBool_FromLong(0);
         if (!intact(p.places, p.held, flat)) return PyBool_FromLong(0);
         if (!kernels().all_finite(call.states, call.B * spec.S)) return PyBool_FromLong(0);
         static PyObject* const attribute = PyUnicode_InternFromString("_version");
@@ -180,7 +185,7 @@ PyObject* py_run_prepared(PyObject*, PyObject* const* items, Py_ssize_t count) {
             WithoutGil released;
             chain(call, nullptr);
         }
-        return PyBool_FromLong(1);
+        return PyBool_FromLong(kernels().all_finite(call.actions, call.B * spec.A));
     });
 }
 

@@ -25,11 +25,12 @@ from dql.data import Batch
 from dql.draws import Draws, UpdateSeeds
 from dql.finite import raise_if_set
 from dql.kernels import native
-from dql.networks import FlatModule, TwinCritic
+from dql.networks import FlatModule, TwinCritic, check_finite
 from dql.optimizer import FlatAdam
 from dql.policy import DiffusionPolicy
 from dql.rundir import find_checkpoint
 from dql.sampler import run_chain, sample, select
+from dql.tensors import plain
 from dql.values import q_values, value_and_other
 
 Tensor = torch.Tensor
@@ -186,15 +187,25 @@ class DiffusionBC:
             [B, A] or [A], a tensor or array as the states were.
         """
         if isinstance(states, np.ndarray):
-            tensor = torch.as_tensor(states, dtype=self.policy.dtype, device=self.device)
+            if states.dtype.kind not in "fiub":
+                raise TypeError(
+                    f"states must be an array of numbers, got dtype {states.dtype}; use states.astype(float)"
+                )
+            # a copy where torch takes no array as it is: negative strides, another byte order
+            native_order = states.dtype.newbyteorder("=")
+            tensor = torch.as_tensor(
+                np.ascontiguousarray(states, native_order), dtype=self.policy.dtype, device=self.device
+            )
             actions = self.act(tensor, seed=seed).cpu().numpy()
             raise_if_set(tensor.device)  # they are here, so this is certain
             return actions
         if not isinstance(states, Tensor):
             raise TypeError(
                 f"states must be a tensor or a NumPy array, got {type(states).__name__}; "
-                "flatten observations first, and take env.reset()[0]"
+                "flatten observations first, take env.reset()[0], and of lists np.asarray(states)"
             )
+        if states.is_nested:
+            plain("states", states)  # says so
         if states.dim() == 1:
             return self._act(states[None], seed)[0]
         return self._act(states, seed)
@@ -261,6 +272,7 @@ class DiffusionBC:
 
         for prefix, module in self._modules().items():
             module.load_state_dict(under(prefix))
+            check_finite(module, f"the agent's {prefix}")
         for prefix, optimizer in self._optimizers().items():
             moments = under(prefix)
             shapes = {name: list(tensor.shape) for name, tensor in moments.items()}
@@ -436,6 +448,8 @@ def checked_batch(batch: Batch, policy: DiffusionPolicy) -> Batch:
     for name, value in vars(batch).items():
         if not isinstance(value, Tensor):
             raise TypeError(f"batch.{name} must be a torch.Tensor, got {type(value).__name__}; use torch.as_tensor")
+        if value.is_nested or value.layout is not torch.strided:
+            plain(f"batch.{name}", value)  # says so
     B, S, A = len(batch.states), policy.state_dim, policy.action_dim
     if B == 0:
         raise ValueError("the batch is empty: an update needs at least one transition")
@@ -454,7 +468,7 @@ def checked_batch(batch: Batch, policy: DiffusionPolicy) -> Batch:
                 f"batch.{name} is {tensor.dtype} on {tensor.device}, the agent is {policy.dtype} on {policy.device}; "
                 "convert one of them"
             )
-    return Batch(*(value.detach().contiguous() for value in vars(batch).values()))
+    return Batch(*(plain(f"batch.{name}", value.detach()).contiguous() for name, value in vars(batch).items()))
 
 
 def make_agent(

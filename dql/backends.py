@@ -222,7 +222,10 @@ def check_name(name: str) -> None:
 
     Raises:
         ValueError: naming those that do.
+        TypeError: the name is no string.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"a backend is named by a string, got {name!r}; use one of: auto, {', '.join(_REGISTRY)}")
     if name != "auto" and name not in _REGISTRY:
         raise ValueError(f"unknown backend {name!r}; this version of dql has: auto, {', '.join(_REGISTRY)}")
 
@@ -234,6 +237,8 @@ def pick(name: str, chain: Chain) -> Backend:
         ValueError: no backend of that name exists.
         BackendUnavailable: it cannot run this problem here.
     """
+    if not isinstance(name, str):
+        check_name(name)
     if name == "auto":
         for backend in _REGISTRY.values():
             if backend.check(chain) is None and backend.only_by_name() is None:

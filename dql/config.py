@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from dql.schedule import LARGEST
+
 
 def plain_value(name: str, kind: Any, value: Any) -> Any:
     """The value as the plain Python object that a field of this kind holds, NumPy's numbers among what is welcome.
@@ -140,6 +142,8 @@ class Config:
         for name in ("lr", "critic_lr", "max_action"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 1 / LARGEST <= self.max_action <= LARGEST:
+            raise ValueError(f"max_action must be from {1 / LARGEST:g} to {LARGEST:g}, got {self.max_action}")
         for name in ("discount", "tau", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")

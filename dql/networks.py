@@ -6,7 +6,7 @@ optimiser, the gradient norm, EMA and the target update are one elementwise pass
 
 import math
 import numbers
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from dql.kept import Kept
 from dql.kernels import native
 from dql.kernels.layout import ACTIVATIONS, CriticSpec, DenoiserSpec, FlatLayout
 from dql.kernels.reference import activation_bwd, activation_fwd, time_embedding
+from dql.tensors import LOWEST_ADDRESS, has_memory, plain
 
 Tensor = torch.Tensor
 _intact = native.intact if native.unavailable() is None else None
@@ -26,15 +27,22 @@ class _ActivationFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, kind: str) -> Tensor:
         h, saved = activation_fwd(z, kind, save=True)
-        ctx.save_for_backward(saved)
+        ctx.save_for_backward(saved, z)  # z is for second derivatives
         ctx.kind = kind
         return h
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_h: Tensor) -> tuple[Tensor, None]:
-        (saved,) = ctx.saved_tensors
+        saved, z = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: by operators that torch differentiates again
+            return _differentiable_bwd(d_h, z, ctx.kind), None
         return activation_bwd(d_h, saved, ctx.kind), None
+
+
+def _differentiable_bwd(d_h: Tensor, z: Tensor, kind: str) -> Tensor:
+    if kind == "mish":
+        return torch.ops.aten.mish_backward(d_h, z)
+    return activation_bwd(d_h, z, kind)
 
 
 class Activation(nn.Module):
@@ -144,6 +152,7 @@ class FlatModule(nn.Module):
 
         Raises:
             RuntimeError: one was taken out of the buffer, or a layer was replaced, which a kernel would not notice.
+            TypeError, ValueError: the buffer has no memory (it is fake, on the meta device, or was freed).
         """
         for siblings, name, module in self._tree:
             if siblings.get(name) is not module:
@@ -151,16 +160,39 @@ class FlatModule(nn.Module):
                     f"layer {name!r} of {type(self).__name__} was replaced, which the kernels cannot follow: write its "
                     "values into the old layer's parameters (with torch.no_grad(): parameter.copy_(...))"
                 )
-        base = self.flat.data_ptr()
+        base = self._address()
         parameters = [owner.get(leaf) for owner, leaf, _ in self._places]
         for slot, parameter, (_, _, offset) in zip(self.layout.slots, parameters, self._places, strict=True):
-            if parameter is None or parameter.data_ptr() != base + offset:
+            if not _lies_at(parameter, base + offset):
+                if self._follow_dictionaries():
+                    return self.flat_parameters()
                 raise RuntimeError(
                     f"parameter {slot.name!r} was replaced and is no view of the flat buffer any more: write into it "
                     "(with torch.no_grad(): parameter.copy_(...)), or call flatten_parameters() and make its optimizer "
                     "anew"
                 )
         return parameters  # type: ignore[return-value]
+
+    def _follow_dictionaries(self) -> bool:
+        """Looks for the parameters where their modules have them now; whether that is elsewhere. torch.export leaves
+        modules another dictionary, and in the old one stand-ins."""
+        places = []
+        for slot, (_, leaf, offset) in zip(self.layout.slots, self._places, strict=True):
+            places.append((self.get_submodule(slot.name.rpartition(".")[0])._parameters, leaf, offset))
+        if all(new[0] is old[0] for new, old in zip(places, self._places, strict=True)):
+            return False
+        object.__setattr__(self, "_places", tuple(places))
+        return True
+
+    def _address(self) -> int:
+        """Where the buffer lies; raises TypeError or ValueError if that is nowhere."""
+        try:
+            address = self.flat.data_ptr()
+        except RuntimeError:  # torch's, of tensors that are none
+            address = 0
+        if address < LOWEST_ADDRESS:
+            plain(f"the parameters of this {type(self).__name__}", self.flat)
+        return address
 
     def gradient_leaves(self, at_once: bool) -> list[nn.Parameter]:
         """What a backward pass gives a gradient: the parameters, or `flat` in their stead if all of them want one.
@@ -180,7 +212,7 @@ class FlatModule(nn.Module):
         Raises:
             RuntimeError: as `flat_parameters`.
         """
-        if _intact is None or not _intact(self._places, self._tree, self.buffer.data_ptr()):
+        if _intact is None or not _intact(self._places, self._tree, self._address()):
             self.flat_parameters()
 
     def places(self, held: list[tuple[dict[str, Any], str, Any]]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -209,7 +241,7 @@ class FlatModule(nn.Module):
             if g is None:
                 view.zero_()
             elif g.data_ptr() not in (old + offset, view.data_ptr()):
-                view.copy_(g)
+                view.copy_(g.detach())  # of a backward pass with create_graph it may have a history
             owner[leaf].grad = view
         object.__setattr__(self, "_gradients", gradients)
 
@@ -225,6 +257,16 @@ class FlatModule(nn.Module):
         if any(owner[leaf].data_ptr() != base + offset for owner, leaf, offset in self._places):
             self.flatten_parameters()  # torch moved or cast the parameters one by one
         return self
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """As torch's, but what does not fit is refused in one sentence, and then nothing was loaded.
+
+        Raises:
+            RuntimeError: keys are missing or unknown, or shapes differ.
+            TypeError, ValueError: a value is no tensor with memory; assign=True.
+        """
+        check_state_dict(self, state_dict, strict)
+        return super().load_state_dict(state_dict, strict, assign)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -247,6 +289,13 @@ class FlatModule(nn.Module):
                 "load_state_dict(assign=True) would take the parameters out of their flat buffer; leave assign out"
             )
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def _lies_at(parameter: Tensor | None, address: int) -> bool:
+    try:
+        return parameter is not None and parameter.data_ptr() == address
+    except RuntimeError:  # torch's, of tensors that have no address
+        return False
 
 
 def leaf_gradients(layout: FlatLayout, d_flat: Tensor | None, need: Sequence[bool]) -> Iterator[Tensor | None]:
@@ -411,7 +460,14 @@ class TwinCritic(FlatModule):
         """Q_i of states [B, S] and actions [B, A] -> [B], or actions [B, N, A] -> [B, N]; i is 1 or 2.
 
         With N candidates the state's part of the first layer is computed once a state.
+
+        Raises:
+            ValueError: i is another number, or an input does not fit the critics.
+            TypeError: an input is no tensor.
         """
+        if isinstance(i, bool) or i not in (1, 2):
+            raise ValueError(f"there are Q_1 and Q_2: i must be 1 or 2, got {i!r}")
+        self.check_inputs(states, actions)
         if torch.is_grad_enabled():
             self.attach_gradients()
         model: nn.Sequential = self.q1_model if i == 1 else self.q2_model
@@ -428,9 +484,81 @@ class TwinCritic(FlatModule):
         """(Q_1, Q_2), each [B] for actions [B, A] and [B, N] for actions [B, N, A]."""
         return self.q(1, states, actions), self.q(2, states, actions)
 
+    def check_inputs(self, states: Tensor, actions: Tensor) -> None:
+        """Refuses what no critic can be asked about.
+
+        Raises:
+            TypeError: an input is no tensor.
+            ValueError: a shape, dtype or device that does not fit, or memory that was freed.
+        """
+        S, A, flat = self.spec.state_dim, self.spec.action_dim, self.flat
+        for name, tensor in (("states", states), ("actions", actions)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}; use torch.as_tensor")
+            if tensor.is_nested or tensor.layout is not torch.strided:
+                plain(name, tensor)  # says so
+            if tensor.dtype is not flat.dtype or tensor.device != flat.device:
+                raise ValueError(
+                    f"{name} are {tensor.dtype} on {tensor.device}, the critic is {flat.dtype} on {flat.device}; "
+                    "convert one of them"
+                )
+        given, B = [list(states.shape), list(actions.shape)], states.shape[:1]
+        if states.dim() != 2 or states.shape[1] != S or actions.dim() not in (2, 3) or actions.shape[-1] != A:
+            raise ValueError(f"a critic takes states [B, {S}] and actions [B, {A}] or [B, N, {A}], got {given}")
+        if actions.shape[:1] != B:
+            raise ValueError(f"a critic takes as many states as actions (or groups of candidates), got {given}")
+        if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+            return  # what torch traces or transforms has no memory to look at
+        for name, tensor in (("states", states), ("actions", actions), ("the critic's parameters", flat)):
+            if type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta" and not has_memory(tensor):
+                plain(name, tensor)  # says so
+
     def q_min(self, states: Tensor, actions: Tensor) -> Tensor:
         """min(Q_1, Q_2), the pessimistic value: [B] or [B, N]."""
         return torch.minimum(*self(states, actions))
+
+
+def check_state_dict(module: nn.Module, state_dict: Any, strict: bool = True) -> None:
+    """Refuses a state_dict that is not this module's before any of it is loaded.
+
+    Raises:
+        RuntimeError: keys are missing or unknown (unless not `strict`), or shapes differ: torch's exception for that.
+        TypeError, ValueError: it is no dictionary of tensors with memory.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"load_state_dict takes a state_dict, got {type(state_dict).__name__}; use module.state_dict()")
+    own = module.state_dict()
+    what = type(module).__name__
+    missing, unknown = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys(), key=str)
+    if strict and (missing or unknown):
+        kinds = [f"{len(names)} keys {kind} (the first is {names[0]!r})" for names, kind in
+                 ((missing, "are missing"), (unknown, "are unknown")) if names]  # fmt: skip
+        raise RuntimeError(
+            f"this is no state_dict of such a {what}: {' and '.join(kinds)}; nothing was loaded, make it with "
+            "state_dict() of one with the same sizes"
+        )
+    for name in own.keys() & state_dict.keys():
+        given = plain(f"the values of {name!r}", state_dict[name])
+        if given.shape != own[name].shape:
+            raise RuntimeError(
+                f"this is no state_dict of such a {what}: {name!r} is {list(given.shape)}, expected "
+                f"{list(own[name].shape)}; nothing was loaded, make a {what} with the same sizes"
+            )
+
+
+def check_finite(module: FlatModule, what: str) -> None:
+    """Refuses parameters that are not finite.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    if bool(module.buffer.isfinite().all()):
+        return
+    name = next(name for name, weight in module.weights.items() if not bool(weight.isfinite().all()))
+    raise ValueError(
+        f"parameter {name!r} of {what} holds NaN or infinite values, as after a training that diverged; take a "
+        "checkpoint from before that"
+    )
 
 
 def _linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
@@ -459,7 +587,8 @@ def load_published(module: FlatModule, state_dict: dict[str, Tensor], what: str)
     """Copies a published network's tensors into `module`.
 
     Raises:
-        ValueError: a key is missing or unknown, or a shape does not fit; the sentence names the first of each.
+        ValueError: a key is missing or unknown, a shape does not fit, or a parameter is not finite; the sentence names
+            the first of each.
     """
     own = module.state_dict()
     missing = sorted(own.keys() - state_dict.keys())
@@ -480,3 +609,4 @@ def load_published(module: FlatModule, state_dict: dict[str, Tensor], what: str)
                 f"expected {list(tensor.shape)}"
             )
     module.load_state_dict(state_dict)
+    check_finite(module, f"this {what}")

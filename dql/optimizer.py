@@ -4,8 +4,10 @@ import torch
 
 from dql.kernels import native
 from dql.networks import FlatModule
+from dql.tensors import plain
 
 Tensor = torch.Tensor
+_MOST_STEPS = 1 << 24  # float32, which torch counts in, holds no more of them
 
 
 class FlatAdam:
@@ -57,6 +59,24 @@ class FlatAdam:
             self.grad_norm,
         )
 
+    def _check(self, tensors: dict[str, Tensor]) -> None:
+        if tensors.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+            raise ValueError(f"Adam's state is step, exp_avg and exp_avg_sq, got {', '.join(sorted(tensors))}")
+        for name, value in tensors.items():
+            plain(f"Adam's {name}", value)
+            shape = [] if name == "step" else list(self.module.flat.shape)
+            if list(value.shape) != shape or not (value.is_floating_point() or name == "step"):
+                raise ValueError(
+                    f"Adam's {name} must be floats {shape} as this module's parameters, got {value.dtype} "
+                    f"{list(value.shape)}; load what was saved of the same networks"
+                )
+        step = float(tensors["step"])
+        if not 0 <= step <= _MOST_STEPS or step != int(step):
+            raise ValueError(f"Adam's step must be a whole number from 0 to {_MOST_STEPS:,}, got {step:g}")
+        for name in ("exp_avg", "exp_avg_sq"):
+            if bool(tensors[name].isnan().any()) or (name == "exp_avg_sq" and bool((tensors[name] < 0).any())):
+                raise ValueError(f"Adam's {name} holds NaN or, of squares, negative values; take another checkpoint")
+
     def _reattach(self) -> None:
         """Follows a module that was moved or cast, which gave it a new buffer."""
         tensors = self.tensors()
@@ -70,7 +90,14 @@ class FlatAdam:
         return {name: state[name] for name in ("step", "exp_avg", "exp_avg_sq")}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
+        """Takes over what `tensors` gave; of no tensors, that no step was taken.
+
+        Raises:
+            ValueError: they are not this module's: a key, a shape, a dtype, or a number that Adam never has.
+            TypeError: one is no tensor.
+        """
         flat = self.module.flat
         if tensors:
+            self._check(tensors)
             state = {k: v.to(flat) if k != "step" else v.to(flat.device, torch.float32) for k, v in tensors.items()}
             self.adam.state[flat] = state

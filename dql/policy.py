@@ -1,6 +1,5 @@
 """DiffusionPolicy: a denoiser, the schedule it was trained with, and the action bound."""
 
-import math
 import numbers
 import os
 from typing import Any
@@ -12,11 +11,26 @@ import torch.nn.functional as F
 
 from dql.checkpoint import CheckpointError, checked_device, load_tensors, reading, save_tensors
 from dql.kept import Kept
-from dql.networks import Denoiser, load_published
-from dql.schedule import BETA_SCHEDULES, NoiseSchedule, StepTable
+from dql.networks import Denoiser, check_finite, check_state_dict, load_published
+from dql.schedule import BETA_SCHEDULES, LARGEST, NoiseSchedule, StepTable
 
 Tensor = torch.Tensor
 _FORMAT = 1
+
+
+def checked_bound(max_action: Any) -> float:
+    """`max_action` as a float; NumPy's numbers are welcome.
+
+    Raises:
+        ValueError: it is no number, or none that float32 can compute with.
+    """
+    is_real = isinstance(max_action, numbers.Real)
+    if not is_real or not 1 / LARGEST <= max_action <= LARGEST:
+        raise ValueError(
+            f"max_action must be a positive number, got {max_action!r}; it bounds the actions, from {1 / LARGEST:g} to "
+            f"{LARGEST:g}"
+        )
+    return float(max_action)
 
 
 class DiffusionPolicy(nn.Module):
@@ -60,11 +74,7 @@ class DiffusionPolicy(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        bound: Any = max_action  # NumPy's numbers are welcome
-        is_number = isinstance(bound, numbers.Real)
-        if not is_number or not 0 < bound < math.inf:
-            raise ValueError(f"max_action must be a positive number, got {max_action!r}")
-        self.max_action = float(max_action)
+        self.max_action = max_action
         self.schedule = NoiseSchedule(beta_schedule, T)
         self.predict_epsilon = bool(predict_epsilon)
         self.denoiser = Denoiser(
@@ -72,6 +82,21 @@ class DiffusionPolicy(nn.Module):
         )
         self._q_sample_table: tuple[NoiseSchedule | None, Tensor | None] = (None, None)
         self.kept = Kept()
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """As torch's, but what does not fit is refused in one sentence, and then nothing was loaded.
+
+        Raises:
+            RuntimeError: keys are missing or unknown, or shapes differ.
+            TypeError, ValueError: a value is no tensor with memory; assign=True.
+        """
+        check_state_dict(self, state_dict, strict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "max_action":
+            value = checked_bound(value)
+        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"kept": Kept()}  # of a shallow copy too: what is kept was made for this policy
@@ -209,7 +234,7 @@ class DiffusionPolicy(nn.Module):
         """Reads a policy written by `save`. No code in the file is run.
 
         Raises:
-            CheckpointError: missing, damaged, or no policy of this package.
+            CheckpointError: missing, damaged, no policy of this package, or one whose parameters are not finite.
         """
         device = checked_device(device)
         tensors, about = load_tensors(path)
@@ -218,6 +243,7 @@ class DiffusionPolicy(nn.Module):
         with reading(path, about, _FORMAT):
             policy = cls(**about["config"]).to(tensors["final_layer.bias"].dtype)
             policy.denoiser.load_state_dict(tensors)
+            check_finite(policy.denoiser, "the policy")
         return policy.to(device)
 
     @classmethod

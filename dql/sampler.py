@@ -12,10 +12,11 @@ import torch
 from dql import finite
 from dql import noise as noise_stream
 from dql.backends import PRECISIONS, Backend, BackendUnavailable, Chain, pick, registry
-from dql.kernels import native
+from dql.kernels import limits, native
 from dql.networks import Denoiser, TwinCritic, leaf_gradients
 from dql.policy import DiffusionPolicy
 from dql.schedule import StepTable, check_rows
+from dql.tensors import first_order, incoming, plain, refuse_unseen, transformed, unseen, untraceable
 
 Tensor = torch.Tensor
 
@@ -64,10 +65,14 @@ class _ChainFunction(torch.autograd.Function):
         return actions
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order(
+        "dql.sample has no second derivative, which a gradient penalty (create_graph=True) asks for; take the penalty "
+        "of what torch differentiates: critic(states, actions), or policy.denoiser(x, t, states)"
+    )
     def backward(ctx: Any, d_actions: Tensor) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors  # raises if one was changed in place
         need_states, *need = ctx.needs_input_grad[2:]
+        d_actions = incoming(d_actions)
         d_flat, d_states = ctx.backend.backward(ctx.chain, ctx.saved, d_actions, any(need), need_states)
         return None, None, d_states, *leaf_gradients(ctx.chain.spec.layout, d_flat, need)
 
@@ -102,24 +107,33 @@ def sample(
             "cuda") or "bf16" number (those, and "cpp" where the CPU has it).
 
     Returns:
-        [B, A], or [B, N, A] with candidates; every element within +-max_action.
+        [B, A], or [B, N, A] with candidates; every element within +-max_action. On a GPU those of noise, parameters or
+        states that are not finite are NaN: nothing waits for the GPU to learn that.
 
     Raises:
-        ValueError: an argument that does not fit the policy, with its name and both values; NaN or infinity in the
-            states. With "cuda" and "triton" the second call of a kind and those after it (without gradients, noise,
-            candidates and num_steps), and calls in a CUDA graph, do not wait for the GPU to learn that: the actions of
-            such states are NaN, those of others as ever, and a later call of `sample`, `select` or `GraphedSampler` on
-            that GPU raises, if its kernel has run by then. `dql.check_states()` waits, and then is certain.
-        TypeError: states that are no tensor, or a policy that is none.
+        ValueError: an argument that does not fit the policy, with its name and both values; a tensor whose memory was
+            freed; on the CPU NaN or infinity in the noise, and actions that are NaN (parameters that are not finite, or
+            numbers so large that the chain overflows); NaN or infinity in the states. With "cuda" and "triton" the
+            second call of a kind and those after it (without gradients, noise, candidates and num_steps), and calls in
+            a CUDA graph, do not wait for the GPU to learn that: the actions of such states are NaN, those of others as
+            ever, and a later call of `sample`, `select` or `GraphedSampler` on that GPU raises, if its kernel has run
+            by then. `dql.check_states()` waits, and then is certain.
+        TypeError: states or noise that are no tensor, or one without values of its own (sparse, nested, fake, on the
+            meta device, inside a transformation of `torch.func`), or a policy that is none.
         BackendUnavailable: the named backend cannot run this here.
+        RuntimeError: it is traced (torch.jit, torch.onnx, torch.export, make_fx): use `policy.export_onnx`; or
+            forward-mode differentiated. Of the gradients: they are differentiated in turn.
 
-    Inside `torch.compile` it is a graph break: it runs as it is, and gradients flow through it. `torch.func`'s
-    transformations (vmap, grad, jacrev) and `torch.export` do not support it.
+    Inside `torch.compile` it is a graph break: it runs as it is, and gradients flow through it.
     """
     drawn: int | Tensor | None = seed
     if torch.compiler.is_compiling():
-        run: Callable[..., Tensor] = torch._dynamo.disable(sample)
+        if torch.compiler.is_exporting():
+            raise RuntimeError(untraceable("dql.sample", "torch.export"))
+        run: Callable[..., Tensor] = torch._dynamo.disable(_sample_outside)
     else:
+        if unseen():
+            refuse_unseen("dql.sample", states)
         run = partial(run_chain, report=True)
         policy = _policy(policy)
         if noise is None:
@@ -130,7 +144,7 @@ def sample(
                 if actions is not None:
                     return actions
         try:
-            _check_states(states, policy)
+            states = _check_states(states, policy)
         except ValueError:
             policy.kept.clear()  # the next call looks at its states at once
             raise
@@ -145,6 +159,16 @@ def sample(
         num_steps=num_steps,
         precision=precision,
     )
+
+
+def _sample_outside(states: Tensor, policy: DiffusionPolicy | None, **options: Any) -> Tensor:
+    refuse_unseen("dql.sample", states)  # torch.export, which runs it with fake tensors, is "compiling" here too
+    return sample(states, policy, **options)
+
+
+def _select_outside(*arguments: Any, **options: Any) -> Tensor:
+    refuse_unseen("dql.select", *arguments)
+    return select(*arguments, **options)
 
 
 _FIXED = ("max_action", "schedule", "predict_epsilon")  # what a policy's chain depends on beside its denoiser
@@ -162,17 +186,19 @@ def _sample_prepared(
     prepared = policy.kept.get(key)
     if prepared is None or prepared[0] is not denoiser.buffer or prepared[1] is not registry():
         if type(states) is Tensor and states.dim() == 2:
+            states = plain("states", states)
             if prepared is not None:
                 policy.kept.clear()  # of a buffer or backends that are gone
             policy.kept[key] = (denoiser.buffer, registry(), _prepare(states, policy, backend, sampler, precision))
         return None
-    if prepared[2] is None or type(states) is not Tensor:
+    if prepared[2] is None or type(states) is not Tensor or states.is_neg():
         return None
+    B = states.size(0)
     if denoiser.buffer.is_cpu:
         # torch's defaults: naming dtype and device costs 0.7 us; `run` looks whether they are float32 and the CPU
-        actions = torch.empty(states.shape[0], denoiser.spec.action_dim)
+        actions = torch.empty(B, denoiser.spec.action_dim)
     else:
-        actions = denoiser.buffer.new_empty(states.shape[0], denoiser.spec.action_dim)
+        actions = denoiser.buffer.new_empty(B, denoiser.spec.action_dim)
     if prepared[2](states, actions, seed):
         return actions
     if states.is_contiguous():  # then the policy may have changed: it is prepared anew the next time
@@ -230,7 +256,9 @@ def select(
         TypeError: `critic` is none.
     """
     if torch.compiler.is_compiling():
-        return torch._dynamo.disable(select)(
+        if torch.compiler.is_exporting():
+            raise RuntimeError(untraceable("dql.select", "torch.export"))
+        return torch._dynamo.disable(_select_outside)(
             states,
             policy,
             critic,
@@ -242,8 +270,10 @@ def select(
             num_steps=num_steps,
             precision=precision,
         )
+    if unseen():
+        refuse_unseen("dql.select", states)
     policy = _policy(policy)
-    check_states_fit(states, policy)
+    states = check_states_fit(states, policy)
     critic = _check_critic(critic, policy)
     if num_candidates is None:
         raise ValueError("select needs num_candidates, the number of actions to choose from; the published one is 50")
@@ -274,12 +304,12 @@ def select(
         if runner.finds_bad_states:
             policy.kept[seen] = True
         if (chosen := runner.select(chain, critic, draw_seed)) is not None:
-            return chosen
+            return _checked_actions(chosen, policy, runner)
         candidates = runner.forward(chain, save=False)[0].view(states.shape[0], chain.candidates, -1)  # [B, N, A]
         cumulative = critic.q_min(states, candidates).softmax(dim=1).cumsum(dim=1)  # [B, N]
         draw = noise_stream.uniform(draw_seed, states.shape[0]).to(cumulative, non_blocking=True)[:, None]
         index = (cumulative <= draw * cumulative[:, -1:]).sum(dim=1).clamp_(max=candidates.shape[1] - 1)  # [B]
-        return candidates[torch.arange(states.shape[0], device=index.device), index]
+        return _checked_actions(candidates[torch.arange(states.shape[0], device=index.device), index], policy, runner)
 
 
 def run_chain(
@@ -299,8 +329,8 @@ def run_chain(
     """`sample` for states that are known to be good: training uses it, whose data were checked when loaded.
 
     With `at_once` the parameters' gradient is added to `flat.grad` as a whole, see `FlatModule.gradient_leaves`. With
-    `report` a later call of `sample` raises if kernels find a state that is not finite; what others train with is no
-    business of whoever samples next.
+    `report` a later call of `sample` raises if kernels find a state that is not finite, and this one if actions on the
+    CPU are NaN; what others train with is no business of whoever samples next.
     """
     denoiser: Denoiser = policy._modules["denoiser"]  # type: ignore[assignment]  # past nn.Module's slow attributes
     chain = _chain(states, policy, denoiser, num_candidates, noise, seed, sampler, num_steps, precision, report)
@@ -315,6 +345,8 @@ def run_chain(
     else:
         denoiser.check_intact()
         actions, _ = runner.forward(chain, save=False)
+    if report:
+        _checked_actions(actions, policy, runner)
     return actions if num_candidates is None else actions.view(-1, num_candidates, actions.shape[1])
 
 
@@ -337,14 +369,19 @@ def _chain(
         if isinstance(num_candidates, bool) or not isinstance(num_candidates, numbers.Integral) or num_candidates < 1:
             raise ValueError(f"num_candidates must be a positive integer or None, got {num_candidates!r}")
         N = int(num_candidates)
-    if precision not in PRECISIONS:
+        if states.shape[0] * N > limits.MAX_ROWS:
+            raise ValueError(
+                f"{states.shape[0]:,} states with {N:,} candidates are more than the {limits.MAX_ROWS:,} rows that a "
+                "call takes; split the states, or ask for fewer"
+            )
+    if not isinstance(precision, str) or precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
     if noise is not None:
         if seed is not None:
             raise ValueError("give noise or a seed, not both")
         B, A = states.shape[0], denoiser.spec.action_dim
         shape = (B, A) if num_candidates is None else (B, N, A)
-        _check_noise(noise, policy, (table.num_steps, *shape))
+        noise = _check_noise(noise, policy, (table.num_steps, *shape))
         noise = noise.reshape(table.num_steps, B * N, A)
         seed = 0
     elif seed is None:
@@ -370,7 +407,12 @@ def _chain(
 def _fresh_seed(policy: DiffusionPolicy) -> int | Tensor:
     denoiser: Denoiser = policy._modules["denoiser"]  # type: ignore[assignment]
     buffer = denoiser.buffer
-    return noise_stream.fresh_seed(buffer.device) if buffer.is_cuda else noise_stream.seed_from_torch()
+    try:
+        return noise_stream.fresh_seed(buffer.device) if buffer.is_cuda else noise_stream.seed_from_torch()
+    except RuntimeError as error:
+        if torch._C._functorch.maybe_current_level() is not None:  # torch.func has its own rules for generators
+            raise TypeError(transformed("without a seed, states")) from error
+        raise
 
 
 def _policy(policy: DiffusionPolicy | None) -> DiffusionPolicy:
@@ -398,16 +440,20 @@ def checked_table(policy: DiffusionPolicy, sampler: str | StepTable, num_steps: 
     return policy.step_table(sampler, num_steps)
 
 
-def _check_states(states: Tensor, policy: DiffusionPolicy) -> None:
-    check_states_fit(states, policy)
+def _check_states(states: Tensor, policy: DiffusionPolicy) -> Tensor:
+    states = check_states_fit(states, policy)
     finite.raise_if_set(states.device)
     _check_finite("states", states)
+    return states
 
 
-def check_states_fit(states: Tensor, policy: DiffusionPolicy) -> None:
-    """Refuses states of another type, shape, dtype or device than the policy takes (TypeError, ValueError)."""
+def check_states_fit(states: Tensor, policy: DiffusionPolicy) -> Tensor:
+    """The states as plain memory. Refuses those of another type, shape, dtype or device than the policy takes, and
+    those without memory (TypeError, ValueError)."""
     if not isinstance(states, Tensor):
         raise TypeError(f"states must be a torch.Tensor, got {type(states).__name__}; use torch.as_tensor(states)")
+    if states.is_nested:
+        plain("states", states)  # says so: it has no shape to look at
     denoiser: Denoiser = policy._modules["denoiser"]  # type: ignore[assignment]
     S, buffer = denoiser.spec.state_dim, denoiser.buffer
     shape = states.shape
@@ -418,6 +464,9 @@ def check_states_fit(states: Tensor, policy: DiffusionPolicy) -> None:
         raise ValueError(f"states are {states.dtype}, the policy is {policy.dtype}; use states.to({policy.dtype})")
     if states.device != buffer.device:
         raise ValueError(f"states are on {states.device}, the policy is on {policy.device}; move one of them")
+    if shape[0] > limits.MAX_ROWS:
+        raise ValueError(f"a call takes up to {limits.MAX_ROWS:,} states, got {shape[0]:,}; split them")
+    return plain("states", states)
 
 
 def _check_finite(name: str, values: Tensor) -> None:
@@ -431,14 +480,40 @@ def _check_finite(name: str, values: Tensor) -> None:
         return
     bad = ~values.isfinite()
     if bad.any():
-        row, column = bad.nonzero()[0].tolist()
-        raise ValueError(
-            f"{name} hold {int(bad.sum())} NaN or infinite values, the first at row {row}, column {column}; "
-            "mend the source of the observations"
-        )
+        first = bad.nonzero()[0].tolist()
+        where, remedy = f"index {first}", "give standard normal numbers"
+        if name == "states":
+            where, remedy = f"row {first[0]}, column {first[1]}", "mend the source of the observations"
+        raise ValueError(f"{name} hold {int(bad.sum())} NaN or infinite values, the first at {where}; {remedy}")
 
 
-def _check_noise(noise: Tensor, policy: DiffusionPolicy, shape: tuple[int, ...]) -> None:
+def _checked_actions(actions: Tensor, policy: DiffusionPolicy, runner: Backend) -> Tensor:
+    """Refuses actions that are NaN (those that are not are within the bound), where looking at them waits for nothing.
+
+    The kernels of a GPU are not waited for; what is run in its place behaves alike.
+    """
+    if not actions.is_cpu or runner.finds_bad_states:
+        return actions
+    if _all_finite is not None and actions.dtype is torch.float32 and actions.is_contiguous() and _all_finite(actions):
+        return actions
+    if bool(actions.detach().isfinite().all()):
+        return actions
+    denoiser: Denoiser = policy._modules["denoiser"]  # type: ignore[assignment]
+    for name, weight in denoiser.weights.items():
+        if not bool(weight.isfinite().all()):
+            raise ValueError(
+                f"the actions are NaN, because the policy's parameter {name!r} holds NaN or infinite values; take a "
+                "checkpoint from before that"
+            )
+    raise ValueError(
+        f"the actions are NaN, because the chain left the range of {policy.dtype}: states, noise, parameters or the "
+        "numbers of the StepTable are too large; scale them"
+    )
+
+
+def _check_noise(noise: Tensor, policy: DiffusionPolicy, shape: tuple[int, ...]) -> Tensor:
+    if isinstance(noise, Tensor) and noise.is_nested:
+        plain("noise", noise)  # says so: it has no shape to look at
     if not isinstance(noise, Tensor) or tuple(noise.shape) != shape:
         got = list(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
         names = "[K, B, A]" if len(shape) == 3 else "[K, B, N, A]"
@@ -449,6 +524,10 @@ def _check_noise(noise: Tensor, policy: DiffusionPolicy, shape: tuple[int, ...])
         )
     if noise.requires_grad:
         raise ValueError("noise requires grad, but no gradient flows to it; pass noise.detach()")
+    noise = plain("noise", noise)
+    if noise.is_cpu:  # of a GPU's it would have to be waited for: the actions of such noise are NaN
+        _check_finite("noise", noise)
+    return noise
 
 
 def _check_critic(critic: TwinCritic | None, policy: DiffusionPolicy) -> TwinCritic:

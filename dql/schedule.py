@@ -6,7 +6,6 @@ that runs tables runs them all.
 """
 
 import itertools
-import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from dql.kept import Kept
 
 BETA_SCHEDULES = ("vp", "linear", "cosine")
 SAMPLERS = ("ddpm", "ddim", "dpm-solver++")
+LARGEST = 1e30  # of a table's numbers and of max_action: float32's own largest would leave no room for sums
 
 
 def vp_beta_schedule(T: int) -> np.ndarray:
@@ -65,7 +65,7 @@ class NoiseSchedule:
     T: int = 5
 
     def __post_init__(self) -> None:
-        if self.name not in _BETAS:
+        if not isinstance(self.name, str) or self.name not in _BETAS:
             raise ValueError(f"unknown beta schedule {self.name!r}; known: {', '.join(BETA_SCHEDULES)}")
         T: Any = self.T
         whole = isinstance(T, numbers.Integral) and not isinstance(T, bool)
@@ -222,6 +222,10 @@ class StepTable:
         Raises:
             ValueError: unknown sampler, or num_steps is not in 1 .. T.
         """
+        if not isinstance(sampler, str):
+            raise ValueError(_unknown(sampler))
+        if num_steps is not None and not isinstance(num_steps, numbers.Number):
+            _respace(schedule, num_steps)  # raises: before it is looked up, for which it may be of no use
         return _make(sampler, schedule, num_steps, predict_epsilon)
 
     @classmethod
@@ -259,11 +263,20 @@ def _respace(schedule: NoiseSchedule, num_steps: int | None) -> tuple[np.ndarray
 def _make(sampler: str, schedule: NoiseSchedule, num_steps: int | None, predict_epsilon: bool) -> StepTable:
     fill = {"ddpm": StepTable.ddpm, "ddim": StepTable.ddim, "dpm-solver++": StepTable.dpm_solver_pp_2m}
     if sampler not in fill:
-        raise ValueError(
-            f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}, or a StepTable, "
-            "e.g. StepTable.ddim(policy.schedule, stochasticity=0.5)"
-        )
+        raise ValueError(_unknown(sampler))
     return fill[sampler](schedule, num_steps, predict_epsilon=predict_epsilon)
+
+
+def _is_number(value: Any) -> bool:
+    is_real = isinstance(value, numbers.Real)
+    return is_real and -LARGEST <= value <= LARGEST  # NaN is not
+
+
+def _unknown(sampler: object) -> str:
+    return (
+        f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}, or a StepTable, "
+        "e.g. StepTable.ddim(policy.schedule, stochasticity=0.5)"
+    )
 
 
 def check_rows(rows: Sequence[Sequence[float]], timesteps: Sequence[int], T: int) -> None:
@@ -279,8 +292,11 @@ def check_rows(rows: Sequence[Sequence[float]], timesteps: Sequence[int], T: int
     if any(not 0 <= t < T for t in timesteps):
         raise ValueError(f"the table's timesteps {tuple(timesteps)} do not fit a policy trained with T = {T}")
     for k, row in enumerate(rows):
-        if len(row) != 6 or not all(math.isfinite(value) for value in row):
-            raise ValueError(f"row {k} of a step table must be six finite numbers (a, b, c0, cx, cp, s), got {row}")
+        if len(row) != 6 or not all(_is_number(value) for value in row):
+            raise ValueError(
+                f"row {k} of a step table must be six finite numbers (a, b, c0, cx, cp, s), none above {LARGEST:g}, "
+                f"got {row}"
+            )
     if rows[0][4] != 0:
         raise ValueError("the first row of a step table has no x0 before it: its cp must be 0")
     if rows[-1][5] != 0:

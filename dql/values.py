@@ -8,6 +8,7 @@ from dql.backends import Backend
 from dql.gpu_backend import on_device_of
 from dql.kernels import limits
 from dql.networks import TwinCritic, leaf_gradients
+from dql.tensors import first_order, incoming, plain
 
 Tensor = torch.Tensor
 
@@ -26,13 +27,16 @@ class _QFunction(torch.autograd.Function):
         return q
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order(
+        "these Q values come from kernels and have no second derivative, which a gradient penalty (create_graph=True) "
+        "asks for; take the penalty of critic(states, actions), which torch differentiates"
+    )
     def backward(ctx: Any, d_q: Tensor) -> tuple[Tensor | None, ...]:
         states, actions, *_ = ctx.saved_tensors
         need_states, need_actions, *need = ctx.needs_input_grad[3:]
         with on_device_of(actions):
             d_flat, d_states, d_actions = ctx.runner.backward(
-                ctx.buffer, ctx.saved, states, actions, d_q.contiguous(), any(need), need_states, need_actions
+                ctx.buffer, ctx.saved, states, actions, incoming(d_q).contiguous(), any(need), need_states, need_actions
             )
         return None, None, None, d_states, d_actions, *leaf_gradients(ctx.critic.spec.layout, d_flat, need)
 
@@ -50,10 +54,12 @@ def q_values(
         at_once: the kernels' gradient of the parameters is added to `flat.grad` as a whole, see
             `FlatModule.gradient_leaves`.
     """
+    critic.check_inputs(states, actions)
     # Of no rows torch knows the shapes, and that gradients are zero; kernels count rows in 32 bits.
     runner = backend.critic(critic) if 0 < actions.shape[:-1].numel() <= limits.MAX_ROWS else None
     if runner is None:
         return critic(states, actions)
+    states, actions = plain("states", states), plain("actions", actions)
     flat_actions = actions.reshape(-1, actions.shape[-1]).contiguous()  # [R, A]
     N = 1 if actions.dim() == 2 else actions.shape[1]
     inputs = (states.contiguous(), flat_actions)

@@ -78,7 +78,7 @@ class Network:
 
     def __init__(self, spec: DenoiserSpec | CriticSpec) -> None:
         critic = isinstance(spec, CriticSpec)
-        self.action_dim = spec.action_dim
+        self.state_dim, self.action_dim, self.size = spec.state_dim, spec.action_dim, spec.layout.size
         self.handle = _native.network(
             critic,
             spec.state_dim,
@@ -108,14 +108,16 @@ class Table:
         if q_sample is not None and q_sample.shape != (K, 2):
             raise ValueError(f"q_sample must be {[K, 2]}, got {list(q_sample.shape)}")
         steps = torch.tensor(rows, dtype=torch.float32, device="cpu") if rows is not None else None
+        if steps is not None and steps.shape != (K, 6):
+            raise ValueError(f"rows must be {[K, 6]}, as many as timesteps, got {list(steps.shape)}")
         embedding = embedding.contiguous()
         q_sample = None if q_sample is None else q_sample.contiguous()
         self.handle = _native.table(
             K,
             D,
             0 if steps is None else steps.data_ptr(),
-            embedding.data_ptr(),
-            0 if q_sample is None else q_sample.data_ptr(),
+            _at("embedding", embedding, K * D),
+            0 if q_sample is None else _at("q_sample", q_sample, 2 * K),
         )
         self.num_steps = K
 
@@ -138,8 +140,29 @@ def _empty(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
+def _at(name: str, tensor: Tensor, count: int) -> int:
+    """Where a kernel finds these `count` float32 of the CPU's: every address that it gets comes from here, or is of a
+    tensor that was made beside the call. That there is memory at all, the kernels' module looks at.
+
+    Raises:
+        ValueError: it is another tensor than that.
+    """
+    if (
+        tensor.numel() != count
+        or tensor.dtype is not torch.float32
+        or not tensor.is_cpu
+        or not tensor.is_contiguous()
+        or tensor.is_neg()
+    ):
+        raise ValueError(
+            f"{name} must be {count} float32 numbers in one piece on the CPU, got {tensor.dtype} "
+            f"{list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}; convert it"
+        )
+    return tensor.data_ptr()
+
+
 def all_finite(values: Tensor) -> bool:
-    """Whether no element is NaN or infinite; `values` is contiguous."""
+    """Whether no element is NaN or infinite; `values` is contiguous, float32 and on the CPU."""
     return _native.all_finite(values.data_ptr(), values.numel())
 
 
@@ -228,15 +251,16 @@ def _arguments(
     actions: Tensor,
 ) -> tuple[Any, ...]:
     """What every native call that runs a chain begins with; the tensors must outlive the call."""
+    B = len(states)
     return (
         network.handle,
-        flat.data_ptr(),
+        _at("flat", flat, network.size),
         version(flat),
         table.handle,
-        states.data_ptr(),
-        len(states),
+        _at("states", states, B * network.state_dim),
+        B,
         candidates,
-        0 if noise is None else noise.data_ptr(),
+        0 if noise is None else _at("noise", noise, table.num_steps * B * candidates * network.action_dim),
         seed,
         max_action,
         bf16,
@@ -274,16 +298,19 @@ def chain_backward(
     """
     d_actions = d_actions.contiguous()
     states = states.contiguous()
+    B, R = len(states), len(d_actions)
     return _native.chain_backward(
         network.handle,
         saved,
         table.handle,
-        states.data_ptr(),
-        d_actions.data_ptr(),
+        _at("states", states, B * network.state_dim),
+        B,
+        _at("d_actions", d_actions, R * network.action_dim),
+        R,
         scale,
-        0 if d_flat is None else d_flat.data_ptr(),
+        0 if d_flat is None else _at("d_flat", d_flat, network.size),
         accumulate,
-        0 if d_states is None else d_states.data_ptr(),
+        0 if d_states is None else _at("d_states", d_states, B * network.state_dim),
         torch.get_num_threads(),
     )
 
@@ -303,12 +330,14 @@ def select(
     bf16: bool,
 ) -> Tensor:
     """Of each state's N actions one, drawn from softmax(min(Q_1, Q_2)): [B, A]; arguments as in `chain`."""
+    if (critic.state_dim, critic.action_dim) != (network.state_dim, network.action_dim):
+        raise ValueError("the critic was made for other sizes of states and actions than the denoiser")
     chosen = _empty(len(states), network.action_dim)
     states, noise = states.contiguous(), None if noise is None else noise.contiguous()
     _native.select(
         *_arguments(network, flat, table, states, candidates, noise, seed, max_action, bf16, chosen),
         critic.handle,
-        critic_flat.data_ptr(),
+        _at("critic_flat", critic_flat, critic.size),
         version(critic_flat),
         draw_seed,
     )
@@ -322,11 +351,11 @@ def q_values(critic: Network, flat: Tensor, states: Tensor, actions: Tensor) -> 
     q = _empty(2, R)
     _native.q_values(
         critic.handle,
-        flat.data_ptr(),
+        _at("flat", flat, critic.size),
         version(flat),
-        states.data_ptr(),
+        _at("states", states, B * critic.state_dim),
         B,
-        actions.data_ptr(),
+        _at("actions", actions, B * (R // max(B, 1)) * critic.action_dim),
         R // max(B, 1),
         q.data_ptr(),
         q[1].data_ptr(),
@@ -343,14 +372,14 @@ def target_q(
     out = _empty(B)
     mean = _native.target_q(
         critic.handle,
-        flat.data_ptr(),
+        _at("flat", flat, critic.size),
         version(flat),
-        states.data_ptr(),
+        _at("states", states, B * critic.state_dim),
         B,
-        actions.data_ptr(),
+        _at("actions", actions, B * (actions.shape[0] // B) * critic.action_dim),
         actions.shape[0] // B,
-        rewards.data_ptr(),
-        masks.data_ptr(),
+        _at("rewards", rewards, B),
+        _at("masks", masks, B),
         discount,
         out.data_ptr(),
         torch.get_num_threads(),
@@ -362,15 +391,16 @@ def critic_gradient(
     critic: Network, flat: Tensor, states: Tensor, actions: Tensor, target: Tensor, d_flat: Tensor
 ) -> tuple[float, float]:
     """Writes the gradient of mean (Q_1 - y)^2 + mean (Q_2 - y)^2 into d_flat; returns (loss, mean of both Q)."""
+    B = states.shape[0]
     return _native.critic_gradient(
         critic.handle,
-        flat.data_ptr(),
+        _at("flat", flat, critic.size),
         version(flat),
-        states.data_ptr(),
-        actions.data_ptr(),
-        states.shape[0],
-        target.data_ptr(),
-        d_flat.data_ptr(),
+        _at("states", states, B * critic.state_dim),
+        _at("actions", actions, B * critic.action_dim),
+        B,
+        _at("target", target, B),
+        _at("d_flat", d_flat, critic.size),
         torch.get_num_threads(),
     )
 
@@ -379,15 +409,16 @@ def q_gradient(
     critic: Network, flat: Tensor, which: int, states: Tensor, actions: Tensor
 ) -> tuple[Tensor, float, float]:
     """(dQ_i/da [B, A], mean Q_i, mean |Q_j|), i being `which` (1 or 2) and j the other."""
-    d_actions = torch.empty_like(actions)
+    B = states.shape[0]
+    d_actions = _empty(B, critic.action_dim)
     q, other = _native.q_gradient(
         critic.handle,
-        flat.data_ptr(),
+        _at("flat", flat, critic.size),
         version(flat),
         which - 1,
-        states.data_ptr(),
-        actions.data_ptr(),
-        states.shape[0],
+        _at("states", states, B * critic.state_dim),
+        _at("actions", actions, B * critic.action_dim),
+        B,
         d_actions.data_ptr(),
         torch.get_num_threads(),
     )
@@ -410,18 +441,19 @@ def bc_gradient(
     t is `dql.noise.integers(t_seed, T, B)` and the noise `dql.noise.normal(noise_seed, 1, B, A)[0]`; `table` holds the
     T timesteps 0 .. T - 1 and q_sample's coefficients.
     """
+    B = states.shape[0]
     return _native.bc_gradient(
         network.handle,
-        flat.data_ptr(),
+        _at("flat", flat, network.size),
         version(flat),
         table.handle,
-        states.data_ptr(),
-        actions.data_ptr(),
-        states.shape[0],
+        _at("states", states, B * network.state_dim),
+        _at("actions", actions, B * network.action_dim),
+        B,
         t_seed,
         noise_seed,
         predict_epsilon,
-        d_flat.data_ptr(),
+        _at("d_flat", d_flat, network.size),
         False,
         torch.get_num_threads(),
     )
@@ -434,12 +466,13 @@ def adam(
 
     beta = (0.9, 0.999), eps = 1e-8. The tensors' version counters count it.
     """
+    size = flat.numel()
     norm = _native.adam(
-        flat.data_ptr(),
-        gradient.data_ptr(),
-        exp_avg.data_ptr(),
-        exp_avg_sq.data_ptr(),
-        flat.numel(),
+        _at("flat", flat, size),
+        _at("gradient", gradient, size),
+        _at("exp_avg", exp_avg, size),
+        _at("exp_avg_sq", exp_avg_sq, size),
+        size,
         lr,
         step,
         max_norm,
@@ -450,14 +483,18 @@ def adam(
 
 def lerp(target: Tensor, source: Tensor, weight: float) -> None:
     """target += weight (source - target), in place."""
-    _native.lerp(target.data_ptr(), source.data_ptr(), target.numel(), weight)
+    size = target.numel()
+    _native.lerp(_at("target", target, size), _at("source", source, size), size, weight)
     torch.autograd.graph.increment_version(target)
 
 
 def activate(kind: str, z: Tensor) -> tuple[Tensor, Tensor]:
     """(activation, its derivative) as the kernels compute them; z is a vector whose size is a multiple of 16."""
-    h, slope = z.clone(), torch.empty_like(z)
-    _native.activate(ACTIVATIONS.index(kind), h.data_ptr(), slope.data_ptr(), z.numel())
+    if z.numel() % 16:
+        raise ValueError(f"z must have a multiple of 16 elements, got {z.numel()}")
+    h = z.clone(memory_format=torch.contiguous_format)
+    slope = torch.empty_like(h)
+    _native.activate(ACTIVATIONS.index(kind), _at("z", h, z.numel()), slope.data_ptr(), z.numel())
     return h, slope
 
 

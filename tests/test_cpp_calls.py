@@ -1,6 +1,7 @@
 """Gradients and odd values as a caller of the backend "cpp" meets them."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from cpp_cases import VARIANTS, A, S, make_critic, make_policy, needs_bf16, need
 
 import dql
 from dql.kernels import native
+from dql.sampler import run_chain
 
 Tensor = torch.Tensor
 pytestmark = needs_cpp
@@ -140,17 +142,24 @@ def test_torchs_default_dtype_is_of_no_concern():
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e38, -1e38])
 @pytest.mark.parametrize("where", ["time_mlp.1.weight", "mid_layer.0.weight", "mid_layer.2.weight", "final_layer.bias"])
 def test_broken_weights_give_what_eager_gives(hidden_dim, value, where, variant):
-    """NaN comes out as NaN, and infinity as torch has it; nothing hangs or crashes."""
+    """NaN comes out of the kernels as NaN, and infinity as torch has it; nothing hangs or crashes. `sample` and
+    `select` give no NaN away."""
     policy, states = make_policy(hidden_dim=hidden_dim), states_of(17)
     with torch.no_grad():
         policy.denoiser.get_parameter(where).view(-1)[1] = value
-        got, want = (dql.sample(states, policy, seed=0, backend=backend) for backend in ("cpp", "eager"))
+        got, want = (run_chain(states, policy, seed=0, backend=backend) for backend in ("cpp", "eager"))
     if math.isinf(value):  # an activation of -infinity is 0 here, its limit; torch's is NaN
         assert (want.isnan() | ~got.isnan()).all()
         got = torch.where(want.isnan(), want, got)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, equal_nan=True)
-    dql.sample(states, policy, seed=0, backend="cpp").sum().backward()
-    dql.select(states, policy, make_critic(), num_candidates=4, seed=0, backend="cpp")
+    run_chain(states, policy, seed=0, backend="cpp").sum().backward()
+    for backend in ("cpp", "eager"):
+        nan = run_chain(states, policy, seed=0, backend=backend).isnan().any()
+        with pytest.raises(ValueError, match="the actions are NaN, because the") if nan else nullcontext():
+            dql.sample(states, policy, seed=0, backend=backend)
+        if math.isnan(value):
+            with pytest.raises(ValueError, match=f"because the policy's parameter {where!r} holds NaN"):
+                dql.select(states, policy, make_critic(), num_candidates=4, seed=0, backend=backend)
 
 
 @pytest.mark.parametrize("size", [1e4, 1e18, 3e38])
@@ -158,11 +167,11 @@ def test_huge_states(size, variant):
     policy = make_policy()
     states = states_of(17).clamp(-1, 1) * size
     with torch.no_grad():
-        got, want = (dql.sample(states, policy, seed=0, backend=backend) for backend in ("cpp", "eager"))
+        got, want = (run_chain(states, policy, seed=0, backend=backend) for backend in ("cpp", "eager"))
     assert torch.equal(got.isnan(), want.isnan())
     if size < 1e38:
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
-    actions = dql.sample(states.requires_grad_(True), policy, seed=0, backend="cpp")
+    actions = run_chain(states.requires_grad_(True), policy, seed=0, backend="cpp")
     actions.sum().backward()
 
 

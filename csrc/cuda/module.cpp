@@ -47,7 +47,11 @@ public:
         return {precision, cluster, m_tiles, flag()};
     }
     void on_device() { cuda::use_device(number_of()); }
-    cuda::Stream stream() { return address<void>(); }
+    cuda::Stream stream() {  // a handle: CUDA numbers some from 1
+        void* handle = PyLong_AsVoidPtr(object());
+        if (!handle && PyErr_Occurred()) throw Failed();
+        return handle;
+    }
 };
 
 template <class Launch>

@@ -1,0 +1,167 @@
+"""What a tensor must be before its address goes to a kernel, and what torch must not be doing while kernels run.
+
+A kernel gets an address and reads what lies there: the sign that a view is to have, that a tensor is a stand-in without
+memory, or that a tracer waits to see torch's operators is nothing that it could notice. So all of it is looked at here.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+Tensor = torch.Tensor
+
+_tracing_state = torch._C._get_tracing_state
+_mode_depth = torch._C._len_torch_dispatch_stack
+_pre_dispatch_mode = torch._ops._mode_stack_state_for_pre_dispatch.get
+_PROXY = 0  # its place there
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_own_dispatch = torch.Tensor.__torch_dispatch__
+_MODES = torch._C._TorchDispatchModeKey
+_TRACERS = {
+    _MODES.PROXY: "make_fx or torch.export",
+    _MODES.FAKE: "FakeTensorMode",
+    _MODES.FUNCTIONAL: "functionalization",
+}
+LOWEST_ADDRESS = 1 << 16
+"""Nothing lies below. A tensor whose storage was freed has the address 0 plus its offset in the storage."""
+
+
+def plain(name: str, tensor: Any) -> Tensor:
+    """The tensor with ordinary memory: itself, or where a view is to be negative, its values.
+
+    Parameters, and subclasses that torch runs like a Tensor, are ordinary.
+
+    Raises:
+        TypeError: it is no tensor, or one that holds no values of its own: fake, masked, a wrapper, sparse, nested, on
+            the meta device, or inside a transformation of torch.func.
+        ValueError: its storage was freed or made too small, or never was (torch._efficientzerotensor).
+    """
+    kind = type(tensor)
+    if kind is not Tensor:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {kind.__name__}; use torch.as_tensor(...)")
+        if kind.__torch_dispatch__ is not _own_dispatch:
+            raise TypeError(
+                f"{name} must be an ordinary torch.Tensor, got a {kind.__name__}, which stands for memory that is not "
+                "its own; give the tensor that it was made from"
+            )
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        remedy = "torch.nested.to_padded_tensor(...)" if tensor.is_nested else ".to_dense()"
+        kind_of = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a dense torch.Tensor, got a {kind_of} one; use {remedy}")
+    if tensor.device.type == "meta":
+        raise TypeError(f"{name} must hold values, got a tensor on the meta device, which holds none; make it anew")
+    if _is_wrapped(tensor):
+        raise TypeError(transformed(name))
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    try:
+        there = has_memory(tensor)
+    except RuntimeError:  # is_grads_batched has batches of its own
+        raise TypeError(transformed(name)) from None
+    if not there:
+        raise ValueError(f"{name} have no memory: their storage was freed, or never was; give a tensor with values")
+    return tensor
+
+
+def transformed(name: str) -> str:
+    """The sentence for who transforms what they call."""
+    return (
+        f"{name} cannot be a tensor inside a transformation of torch (vmap, torch.func.grad, jacrev, functionalize, "
+        "is_grads_batched), which kernels cannot see; call it outside, with all rows in one batch, and use "
+        "torch.autograd.grad"
+    )
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether the storage of a dense tensor reaches as far as its elements."""
+    count = tensor.numel()
+    if not count:
+        return True
+    if tensor._is_zerotensor():
+        return False
+    if not tensor.is_contiguous():
+        count = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.untyped_storage().nbytes() >= (tensor.storage_offset() + count) * tensor.element_size()
+
+
+def incoming(gradient: Tensor) -> Tensor:
+    """A gradient that autograd brings, with ordinary memory; zeros that torch did not write out are."""
+    if not _is_wrapped(gradient) and gradient._is_zerotensor():
+        return torch.zeros_like(gradient, memory_format=torch.contiguous_format)
+    return plain("the incoming gradients", gradient)
+
+
+def unseen() -> bool:
+    """Whether torch is doing something that `refuse_unseen` may refuse; quickly."""
+    return (
+        bool(_mode_depth())
+        or _tracing_state() is not None
+        or _pre_dispatch_mode(_PROXY) is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def untraceable(call: str, tracer: str) -> str:
+    """The sentence for who traces it."""
+    return (
+        f"{call} cannot be traced by {tracer}: its kernels are no operators of torch, and the graph would hold "
+        "uninitialised memory; write the whole chain with policy.export_onnx(path), or call it outside the traced code"
+    )
+
+
+def refuse_unseen(call: str, *tensors: Any) -> None:
+    """Refuses to run kernels where torch would not see what they do.
+
+    Args:
+        call: what was called, for the sentence.
+        *tensors: its inputs; those with a tangent of forward-mode differentiation are refused.
+
+    Raises:
+        RuntimeError: a tracer is at work, whose graph would hold uninitialised memory for the result, or a tangent
+            would be lost.
+    """
+    tracer = "torch.jit.trace (or torch.onnx.export, which uses it)" if _tracing_state() is not None else None
+    if tracer is None and _pre_dispatch_mode(_PROXY) is not None:
+        tracer = "make_fx or torch.export"
+    if tracer is None and _mode_depth():
+        found = (name for mode, name in _TRACERS.items() if torch._C._get_dispatch_mode(mode) is not None)
+        tracer = next(found, None)
+    if tracer is not None:
+        raise RuntimeError(untraceable(call, tracer))
+    if forward_ad._current_level >= 0:
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise RuntimeError(
+                    f"{call} has no forward-mode derivative; take the reverse one with torch.autograd.grad, or give "
+                    "it the primal alone"
+                )
+
+
+def first_order(sentence: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """For the `backward` of an autograd function whose gradients have no derivative of their own.
+
+    torch's `once_differentiable` gives constants where the incoming gradient needs none, although the gradients depend
+    on the inputs: a gradient penalty would silently vanish. Here whoever differentiates them gets an error, and nobody
+    else: with create_graph=True alone nothing is raised.
+
+    Args:
+        sentence: of the RuntimeError that a second derivative raises.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def run(ctx: Any, *gradients: Tensor) -> Any:
+            if not torch.is_grad_enabled():  # no create_graph
+                return backward(ctx, *gradients)
+            with torch.no_grad():
+                found = backward(ctx, *gradients)
+            kept: list[Any] = [None if g is None else g.detach().requires_grad_(True) for g in found]
+            return torch._C._functions.DelayedError(sentence.encode(), len(kept))(*kept)
+
+        return run
+
+    return decorate
