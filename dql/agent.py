@@ -507,8 +507,10 @@ def load(
     device = checked_device(device)
     if backend is not None:
         check_name(backend)
+    named = None
     if (Path(folder) / "config.json").is_file():
         folder = find_checkpoint(folder, which)
+        named = int(folder.name.removeprefix("step-"))
     path = Path(folder) / FILE
     tensors, about = load_tensors(path)
     if about.get("kind") != "agent":
@@ -520,6 +522,8 @@ def load(
         loaded = make_agent(about["state_dim"], about["action_dim"], config, dtype=dtype)
         loaded._load(tensors)
         loaded.step = about["step"]
+        if named is not None and loaded.step != named:
+            raise ValueError(f"it is of update {loaded.step:,}, its folder is named for {named:,}")
     if device.type == "cpu":
         return loaded
     agent = make_agent(about["state_dim"], about["action_dim"], config, device=device, dtype=dtype)

@@ -140,7 +140,9 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
         about = json.loads(metadata["dql"]) if "dql" in metadata else None
         if isinstance(about, dict):
             _check_digest(tensors, about, sorted(metadata))
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (SafetensorError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(
             f"{path} is damaged or no safetensors file ({reason}); take another checkpoint of the run"

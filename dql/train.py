@@ -239,6 +239,8 @@ def _last_checkpoint(
     try:
         agent = load(path, device=device)
     except CheckpointError as error:
+        if isinstance(error.__cause__, OSError):  # it could not be read, which says nothing against it
+            raise
         raise RunError(f"{error}: {remedy}") from error
     loop = folder.read_loop(step)
     of = loop.pop("of", {"step": step})  # an earlier version wrote none

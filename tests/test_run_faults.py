@@ -495,6 +495,9 @@ def test_a_checkpoint_of_another_run(what, run_config, tmp_path):
     with pytest.raises(RunError, match=rf"{target} is no checkpoint of this run: it is of .*, or remove") as caught:
         quietly(resume, run_config.run_dir)
     assert_one_sentence(caught)
+    if what == "step":
+        with pytest.raises(CheckpointError, match="it is of update 39, its folder is named for 40"):
+            load(run_config.run_dir)
     if what != "dataset's loop":
         assert {"step": "update 39", "hidden_dim": "hidden_dim 32"}.get(what, what) in str(caught.value)
     shutil.rmtree(target)
