@@ -18,6 +18,7 @@ from dql.kept import Kept
 from dql.kernels import reference
 from dql.kernels.layout import DenoiserSpec
 from dql.schedule import StepTable
+from dql.shown import shown
 
 if TYPE_CHECKING:
     from dql.networks import TwinCritic
@@ -225,9 +226,9 @@ def check_name(name: str) -> None:
         TypeError: the name is no string.
     """
     if not isinstance(name, str):
-        raise TypeError(f"a backend is named by a string, got {name!r}; use one of: auto, {', '.join(_REGISTRY)}")
+        raise TypeError(f"a backend is named by a string, got {shown(name)}; use one of: auto, {', '.join(_REGISTRY)}")
     if name != "auto" and name not in _REGISTRY:
-        raise ValueError(f"unknown backend {name!r}; this version of dql has: auto, {', '.join(_REGISTRY)}")
+        raise ValueError(f"unknown backend {shown(name)}; this version of dql has: auto, {', '.join(_REGISTRY)}")
 
 
 def pick(name: str, chain: Chain) -> Backend:

@@ -28,6 +28,7 @@ import numpy as np
 from dql.episodes import MAX_STEPS, Episode, Slot
 from dql.episodes import collect as collect_episodes
 from dql.recipes import Part, Recipe, behaviour_policy, resolve
+from dql.shown import shown
 
 REFERENCE_EPISODES = 20
 REFERENCE_SEED = 123
@@ -147,7 +148,7 @@ def make_dataset(
 def _check_whole(name: str, value: int, low: int, high: int | None) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low or (high and value > high):
         allowed = f"an integer of {low:,} or more" if high is None else f"an integer from {low:,} to {high:,}"
-        raise ValueError(f"{name} must be {allowed}, got {value!r}.")
+        raise ValueError(f"{name} must be {allowed}, got {shown(value)}.")
 
 
 def _check_mujoco(dataset_id: str) -> None:

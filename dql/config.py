@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from dql.schedule import LARGEST
+from dql.shown import shown
 
 
 def plain_value(name: str, kind: Any, value: Any) -> Any:
@@ -24,34 +25,34 @@ def plain_value(name: str, kind: Any, value: Any) -> Any:
         (kind,) = (option for option in options if option is not type(None))
     if get_origin(kind) is Literal:
         if not isinstance(value, str) or value not in options:
-            raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r:.80}")
+            raise ValueError(f"{name} must be one of {', '.join(options)}, got {shown(value)}")
         return str(value)
     is_bool = isinstance(value, bool) or type(value).__name__ in ("bool", "bool_")  # NumPy's, no subclass
     if kind is bool:
         if not is_bool:
-            raise ValueError(f"{name} must be True or False, got {value!r:.80}")
+            raise ValueError(f"{name} must be True or False, got {shown(value)}")
         return bool(value)
     if kind is int:
         if is_bool or not isinstance(value, numbers.Integral):
-            raise ValueError(f"{name} must be an integer, got {value!r:.80}")
+            raise ValueError(f"{name} must be an integer, got {shown(value)}")
         if abs(int(value)) > 1 << 64:
             raise ValueError(f"{name} must be below 2^64, got a number of {int(value).bit_length()} bits")
         return int(value)
     if kind is float:
         # An integer stays one if it is Python's: "got 0" is what was given.
         if is_bool or not isinstance(value, numbers.Real) or not _is_finite(value):
-            raise ValueError(f"{name} must be a finite number, got {value!r:.80}")
+            raise ValueError(f"{name} must be a finite number, got {shown(value)}")
         return value if type(value) is int else float(value)
     if kind is str:
         if not isinstance(value, (str, os.PathLike)):
-            raise ValueError(f"{name} must be a string, got {value!r:.80}")
+            raise ValueError(f"{name} must be a string, got {shown(value)}")
         return str(value)
     if kind is Path:
         if not isinstance(value, (str, os.PathLike)):
-            raise ValueError(f"{name} must be a path, got {value!r:.80}")
+            raise ValueError(f"{name} must be a path, got {shown(value)}")
         return Path(value)
     if not isinstance(value, kind):
-        raise ValueError(f"{name} must be a dql.{kind.__name__}, got {value!r:.80}")
+        raise ValueError(f"{name} must be a dql.{kind.__name__}, got {shown(value)}")
     return value
 
 

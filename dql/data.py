@@ -25,6 +25,7 @@ import torch
 from dql import noise
 from dql.datasets.info import ACTION_TOLERANCE, FIELDS, DatasetError, DatasetInfo, DatasetNotFoundError, FlatData
 from dql.datasets.sources import DatasetSummary, list_datasets, resolve
+from dql.shown import shown
 
 __all__ = [
     "REWARD_TUNES",
@@ -223,7 +224,7 @@ class TransitionDataset:
         """
         dataset_id, r = self.info.dataset_id, self.rewards
         if name not in REWARD_TUNES:
-            raise DatasetError(f"reward_tune must be one of {', '.join(REWARD_TUNES)}, got {name!r}")
+            raise DatasetError(f"reward_tune must be one of {', '.join(REWARD_TUNES)}, got {shown(name)}")
         if name == "none":
             return self
         if self.reward_tune != "none":
@@ -304,7 +305,7 @@ def load_dataset(
     from dql.datasets.cache import cached
 
     if reward_tune not in REWARD_TUNES:
-        raise DatasetError(f"reward_tune must be one of {', '.join(REWARD_TUNES)}, got {reward_tune!r}")
+        raise DatasetError(f"reward_tune must be one of {', '.join(REWARD_TUNES)}, got {shown(reward_tune)}")
     name = os.fspath(name_or_path)
     sources = [replace(source, drop_broken=drop_broken) for source in resolve(name, download)]
     parts = [cached(source, _read, enabled=cache) for source in sources]

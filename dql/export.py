@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from dql.checkpoint import write_atomically
 from dql.sampler import checked_table
 from dql.schedule import StepTable
+from dql.shown import shown
 
 if TYPE_CHECKING:
     import onnx
@@ -95,7 +96,7 @@ def _candidates(num_candidates: Any) -> int | None:
     if num_candidates is None:
         return None
     if isinstance(num_candidates, bool) or not isinstance(num_candidates, numbers.Integral) or num_candidates < 1:
-        raise ValueError(f"num_candidates must be a positive integer or None, got {num_candidates!r}")
+        raise ValueError(f"num_candidates must be a positive integer or None, got {shown(num_candidates)}")
     return int(num_candidates)
 
 

@@ -8,6 +8,7 @@ from dql.networks import TwinCritic
 from dql.policy import DiffusionPolicy
 from dql.sampler import check_states_fit, checked_table, sample, select
 from dql.schedule import StepTable
+from dql.shown import shown
 
 Tensor = torch.Tensor
 
@@ -52,7 +53,7 @@ class GraphedSampler:
         if policy.device.type != "cuda":
             raise ValueError(f"a CUDA graph needs the policy on a GPU, it is on {policy.device}; use policy.to('cuda')")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+            raise ValueError(f"batch_size must be a positive integer, got {shown(batch_size)}")
         self.policy, self.critic = policy, critic
         device, table = policy.device, checked_table(policy, sampler, num_steps)
         with torch.inference_mode(False):

@@ -12,6 +12,7 @@ from dql.config import Config
 from dql.data import Batch
 from dql.draws import SEEDS, Draws
 from dql.kernels.capture import prove, recorded
+from dql.shown import shown
 
 Tensor = torch.Tensor
 _WARM_UPS = 2  # load kernels and tables, and let cuBLAS choose, which a graph cannot hold
@@ -52,7 +53,7 @@ class GraphedUpdate:
 
     def _prepare(self, agent: DiffusionBC | DiffusionQL, batch_size: int) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+            raise ValueError(f"batch_size must be a positive integer, got {shown(batch_size)}")
         self.agent, self.batch_size = agent, batch_size
         S, A, device, dtype = agent.policy.state_dim, agent.policy.action_dim, agent.device, agent.policy.dtype
         with torch.inference_mode(False):

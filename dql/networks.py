@@ -17,9 +17,11 @@ from dql.kept import Kept
 from dql.kernels import native
 from dql.kernels.layout import ACTIVATIONS, CriticSpec, DenoiserSpec, FlatLayout
 from dql.kernels.reference import activation_bwd, activation_fwd, time_embedding
+from dql.shown import shown
 from dql.tensors import LOWEST_ADDRESS, has_memory, plain
 
 Tensor = torch.Tensor
+LARGEST_SIZE = 1 << 16  # of a layer, of states and actions: beyond, it is a mistake that takes gigabytes
 _intact = native.intact if native.unavailable() is None else None
 
 
@@ -51,7 +53,7 @@ class Activation(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         if kind not in ACTIVATIONS:
-            raise ValueError(f"unknown activation {kind!r}; known: {', '.join(ACTIVATIONS)}")
+            raise ValueError(f"unknown activation {shown(kind)}; known: {', '.join(ACTIVATIONS)}")
         self.kind = kind
 
     def forward(self, z: Tensor) -> Tensor:
@@ -310,8 +312,9 @@ def leaf_gradients(layout: FlatLayout, d_flat: Tensor | None, need: Sequence[boo
 def _sizes(**sizes: Any) -> list[int]:
     """The sizes as ints, NumPy's integers among them."""
     for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if not whole or not 1 <= value <= LARGEST_SIZE:
+            raise ValueError(f"{name} must be an integer from 1 to {LARGEST_SIZE:,}, got {shown(value)}")
     return [int(value) for value in sizes.values()]
 
 
@@ -466,7 +469,7 @@ class TwinCritic(FlatModule):
             TypeError: an input is no tensor.
         """
         if isinstance(i, bool) or i not in (1, 2):
-            raise ValueError(f"there are Q_1 and Q_2: i must be 1 or 2, got {i!r}")
+            raise ValueError(f"there are Q_1 and Q_2: i must be 1 or 2, got {shown(i)}")
         self.check_inputs(states, actions)
         if torch.is_grad_enabled():
             self.attach_gradients()

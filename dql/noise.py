@@ -24,6 +24,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from dql.shown import shown
+
 Tensor = torch.Tensor
 MASK32 = 0xFFFFFFFF
 UNIFORM_STEP = MASK32  # the counter word that stands for k in `uniform`
@@ -43,7 +45,7 @@ def check_seed(seed: int) -> int:
         ValueError: it is not an integer of that range.
     """
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= int(seed) < 1 << 64:
-        raise ValueError(f"seed must be an integer from 0 to 2^64 - 1, got {seed!r}")
+        raise ValueError(f"seed must be an integer from 0 to 2^64 - 1, got {shown(seed)}")
     return int(seed)
 
 

@@ -13,6 +13,7 @@ from dql.checkpoint import CheckpointError, checked_device, load_tensors, readin
 from dql.kept import Kept
 from dql.networks import Denoiser, check_finite, check_state_dict, load_published
 from dql.schedule import BETA_SCHEDULES, LARGEST, NoiseSchedule, StepTable
+from dql.shown import shown
 
 Tensor = torch.Tensor
 _FORMAT = 1
@@ -27,8 +28,8 @@ def checked_bound(max_action: Any) -> float:
     is_real = isinstance(max_action, numbers.Real)
     if not is_real or not 1 / LARGEST <= max_action <= LARGEST:
         raise ValueError(
-            f"max_action must be a positive number, got {max_action!r}; it bounds the actions, from {1 / LARGEST:g} to "
-            f"{LARGEST:g}"
+            f"max_action must be a positive number, got {shown(max_action)}; it bounds the actions, from "
+            f"{1 / LARGEST:g} to {LARGEST:g}"
         )
     return float(max_action)
 

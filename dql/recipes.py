@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dql.shown import shown
+
 _BEHAVIOURS = Path(__file__).parent / "behaviours"
 
 
@@ -166,7 +168,7 @@ def resolve(name: str) -> Recipe:
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     known = ", ".join(recipe.short_name for recipe in RECIPES.values())
-    raise ValueError(f"no recipe {name!r}.{hint} Known: {known} (or their ids, such as 'dql/hopper/medium-v0').")
+    raise ValueError(f"no recipe {shown(name)}.{hint} Known: {known} (or their ids, such as 'dql/hopper/medium-v0').")
 
 
 def behaviour_policy(search: str, iteration: int | None = None) -> LinearPolicy:
@@ -182,7 +184,7 @@ def behaviour_policy(search: str, iteration: int | None = None) -> LinearPolicy:
     files = [s for s in _SEARCHES if s == search or (iteration is None and s.rsplit("-", 1)[0] == search)]
     if not files:
         raise ValueError(
-            f"no behaviour policy {search!r}; searches: {', '.join(_SEARCHES)}"
+            f"no behaviour policy {shown(search)}; searches: {', '.join(_SEARCHES)}"
             f"{'' if iteration is None else ' (with an iteration, name the search and not the environment)'}."
         )
     if iteration is None:

@@ -16,6 +16,7 @@ from dql.kernels import limits, native
 from dql.networks import Denoiser, TwinCritic, leaf_gradients
 from dql.policy import DiffusionPolicy
 from dql.schedule import StepTable, check_rows
+from dql.shown import shown
 from dql.tensors import first_order, incoming, plain, refuse_unseen, transformed, unseen, untraceable
 
 Tensor = torch.Tensor
@@ -368,7 +369,7 @@ def _chain(
     N = 1
     if num_candidates is not None:
         if isinstance(num_candidates, bool) or not isinstance(num_candidates, numbers.Integral) or num_candidates < 1:
-            raise ValueError(f"num_candidates must be a positive integer or None, got {num_candidates!r}")
+            raise ValueError(f"num_candidates must be a positive integer or None, got {shown(num_candidates)}")
         N = int(num_candidates)
         if states.shape[0] * N > limits.MAX_ROWS:
             raise ValueError(
@@ -376,7 +377,7 @@ def _chain(
                 "call takes; split the states, or ask for fewer"
             )
     if not isinstance(precision, str) or precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+        raise ValueError(f"unknown precision {shown(precision)}; known: {', '.join(PRECISIONS)}")
     if noise is not None:
         if seed is not None:
             raise ValueError("give noise or a seed, not both")

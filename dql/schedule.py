@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dql.kept import Kept
+from dql.shown import shown
 
 BETA_SCHEDULES = ("vp", "linear", "cosine")
 SAMPLERS = ("ddpm", "ddim", "dpm-solver++")
@@ -66,11 +67,11 @@ class NoiseSchedule:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or self.name not in _BETAS:
-            raise ValueError(f"unknown beta schedule {self.name!r}; known: {', '.join(BETA_SCHEDULES)}")
+            raise ValueError(f"unknown beta schedule {shown(self.name)}; known: {', '.join(BETA_SCHEDULES)}")
         T: Any = self.T
         whole = isinstance(T, numbers.Integral) and not isinstance(T, bool)
         if not whole or not 1 <= T <= 1000:
-            raise ValueError(f"T must be an integer from 1 to 1000, got {T!r}")
+            raise ValueError(f"T must be an integer from 1 to 1000, got {shown(T)}")
         object.__setattr__(self, "T", int(T))
 
     @cached_property
@@ -179,7 +180,7 @@ class StepTable:
             ValueError: stochasticity is not in [0, 1].
         """
         if not 0 <= stochasticity <= 1:
-            raise ValueError(f"stochasticity must be from 0 to 1, got {stochasticity!r}")
+            raise ValueError(f"stochasticity must be from 0 to 1, got {shown(stochasticity)}")
         timesteps, bar, bar_next = _respace(schedule, num_steps)
         s = stochasticity * np.sqrt((1 - bar_next) / (1 - bar) * (1 - bar / bar_next))
         towards_x = np.sqrt(np.maximum(1 - bar_next - s**2, 0))
@@ -253,7 +254,9 @@ def _respace(schedule: NoiseSchedule, num_steps: int | None) -> tuple[np.ndarray
     T = schedule.T
     K = T if num_steps is None else num_steps
     if isinstance(K, bool) or not isinstance(K, int) or not 1 <= K <= T:
-        raise ValueError(f"num_steps must be an integer from 1 to the {T} steps the policy was trained with, got {K!r}")
+        raise ValueError(
+            f"num_steps must be an integer from 1 to the {T} steps the policy was trained with, got {shown(K)}"
+        )
     timesteps = np.round(np.linspace(T - 1, 0, K)).astype(int)
     bar = schedule.alphas_cumprod[timesteps]
     return timesteps, bar, np.append(bar[1:], 1.0)
@@ -274,7 +277,7 @@ def _is_number(value: Any) -> bool:
 
 def _unknown(sampler: object) -> str:
     return (
-        f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}, or a StepTable, "
+        f"unknown sampler {shown(sampler)}; known: {', '.join(SAMPLERS)}, or a StepTable, "
         "e.g. StepTable.ddim(policy.schedule, stochasticity=0.5)"
     )
 

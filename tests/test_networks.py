@@ -236,10 +236,10 @@ def test_layout_has_room_for_several_agents():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"state_dim": 0}, "state_dim must be an integer of at least 1, got 0"),
-        ({"action_dim": -1}, "action_dim must be an integer of at least 1, got -1"),
-        ({"hidden_dim": 2.0}, r"hidden_dim must be an integer of at least 1, got 2\.0"),
-        ({"num_hidden": True}, "num_hidden must be an integer of at least 1, got True"),
+        ({"state_dim": 0}, "state_dim must be an integer from 1 to 65,536, got 0"),
+        ({"action_dim": -1}, "action_dim must be an integer from 1 to 65,536, got -1"),
+        ({"hidden_dim": 2.0}, r"hidden_dim must be an integer from 1 to 65,536, got 2\.0"),
+        ({"num_hidden": True}, "num_hidden must be an integer from 1 to 65,536, got True"),
         ({"time_dim": 2}, "at least 4, got 2"),
         ({"time_dim": 17}, "time_dim must be even .* got 17"),
         ({"activation": "gelu"}, "unknown activation 'gelu'; known: mish, relu, silu"),
