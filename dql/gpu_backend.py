@@ -16,6 +16,7 @@ from dql.finite import alarm
 from dql.kernels import limits, native
 from dql.kernels.capture import refuse_while_capturing
 from dql.networks import TwinCritic
+from dql.tensors import LOWEST_ADDRESS
 
 Tensor = torch.Tensor
 _MAX_TIME_DIM = 64
@@ -173,7 +174,11 @@ class _Prepared:
 
     def run(self, states: Tensor, actions: Tensor, seed: int) -> bool:
         fits = states.dtype is actions.dtype is torch.float32 and states.device == self.flat.device
-        if not fits or not states.is_contiguous() or states.dim() != 2 or states.shape[1] != self.S or not len(states):
+        try:
+            fits = fits and states.is_contiguous() and states.dim() == 2 and states.shape[1] == self.S
+            if not fits or not len(states) or states.data_ptr() < LOWEST_ADDRESS:
+                return False
+        except RuntimeError:  # torch's, of tensors that have no shape or no address
             return False
         # Looking at the states would wait for them: the kernels do that. Whether an earlier call's were bad is known.
         if self.found.value or not native.intact(self.places, self.held, self.base):

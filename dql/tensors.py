@@ -25,8 +25,8 @@ _TRACERS = {
     _MODES.FAKE: "FakeTensorMode",
     _MODES.FUNCTIONAL: "functionalization",
 }
-LOWEST_ADDRESS = 1 << 16
-"""Nothing lies below. A tensor whose storage was freed has the address 0 plus its offset in the storage."""
+LOWEST_ADDRESS = 4 << 20
+"""Programs and their memory begin above. A tensor whose storage was freed has the address 0 plus its offset there."""
 
 
 def plain(name: str, tensor: Any) -> Tensor:

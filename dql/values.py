@@ -54,12 +54,12 @@ def q_values(
         at_once: the kernels' gradient of the parameters is added to `flat.grad` as a whole, see
             `FlatModule.gradient_leaves`.
     """
+    states, actions = plain("states", states), plain("actions", actions)
     critic.check_inputs(states, actions)
     # Of no rows torch knows the shapes, and that gradients are zero; kernels count rows in 32 bits.
     runner = backend.critic(critic) if 0 < actions.shape[:-1].numel() <= limits.MAX_ROWS else None
     if runner is None:
         return critic(states, actions)
-    states, actions = plain("states", states), plain("actions", actions)
     flat_actions = actions.reshape(-1, actions.shape[-1]).contiguous()  # [R, A]
     N = 1 if actions.dim() == 2 else actions.shape[1]
     inputs = (states.contiguous(), flat_actions)
