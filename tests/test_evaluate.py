@@ -225,3 +225,29 @@ def test_what_may_be_selected_later_is_kept(scores, top_k):
         losses = {e.step: e.bc_loss for e in seen}
         assert losses[chosen["offline"]] == by_loss[min(top_k, n - 1)]
         assert {e.step: e.return_mean for e in seen}[chosen["best"]] == max(e.return_mean for e in seen)
+
+
+def test_returns_are_those_of_gymnasiums_vector_environment():
+    """Bit for bit, although that goes on with environments whose episodes have ended, and shows their new states."""
+    from dql import noise
+
+    agent = DiffusionBC(2, 1, Config(hidden_dim=16, num_hidden=2))
+    environments = gymnasium.vector.SyncVectorEnv([Countdown] * 12)
+    states, _ = environments.reset(seed=[noise.derive(7, "episode", i) % 2**31 for i in range(12)])
+    returns, running, step = np.zeros(12), np.ones(12, bool), 0
+    while running.any():
+        actions = agent.act(states, seed=noise.derive(7, "act", 0, step))
+        states, rewards, terminated, truncated, _ = environments.step(actions)
+        returns[running] += rewards[running]
+        running &= ~(terminated | truncated)
+        step += 1
+    np.testing.assert_array_equal(evaluate(agent, info(), episodes=12, seed=7, make=Countdown).returns, returns)
+
+
+def test_the_best_of_evaluations_of_which_some_failed():
+    nan = float("nan")
+    evaluations = [Scored(10, nan, 3.0), Scored(20, -5.0, 2.0), Scored(30, nan, 1.0), Scored(40, -7.0, 4.0)]
+    assert select_checkpoints(evaluations, 0) == {"last": 40, "best": 20, "offline": 30}
+    assert worth_keeping(evaluations, 0) == {20, 30}
+    assert select_checkpoints(evaluations[:1], 0) == {"last": 10, "offline": 10}
+    assert worth_keeping(evaluations[:1], 0) == {10}

@@ -1,0 +1,60 @@
+"""What a Config and a RunConfig take for a value, and what they refuse."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dql.config import Config, RunConfig
+
+
+# Values of a RunConfig.
+def test_a_run_config_takes_what_means_a_value():
+    agent = Config(hidden_dim=np.int64(16), lr=np.float32(0.5), max_q_backup=np.bool_(True), seed=np.uint64(2**64 - 1))
+    run = RunConfig(Path("a.hdf5"), agent, run_dir="some/where", keep=np.int8(2), device=torch.device("cpu"))
+    assert (run.dataset, run.run_dir, run.device, run.keep) == ("a.hdf5", Path("some/where"), "cpu", 2)
+    assert RunConfig.from_dict(json.loads(json.dumps(run.to_dict()))) == run
+    for config in (run, agent):
+        for name, value in vars(config).items():
+            assert type(value) in (str, int, float, bool, type(None), type(Path()), Config), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"dataset": None}, "dataset must be a string, got None"),
+        ({"agent": {}}, r"agent must be a dql\.Config, got {}"),
+        ({"run_dir": 3}, "run_dir must be a path, got 3"),
+        ({"device": None}, "device must be a string, got None"),
+        ({"keep": "3"}, "keep must be an integer, got '3'"),
+        ({"keep": True}, "keep must be an integer, got True"),
+        ({"eval_every": 2.0}, r"eval_every must be an integer, got 2\.0"),
+        ({"eval_max_steps": 0}, "eval_max_steps must be at least 1, got 0"),
+        ({"env": 5}, "env must be a string, got 5"),
+        ({"graphed": "no"}, "graphed must be True or False, got 'no'"),
+        ({"threads": 10**400}, "threads must be below 2\\^64"),
+    ],
+)
+def test_a_run_config_refuses_what_does_not(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        RunConfig(**{"dataset": "x"} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"max_q_backup": "yes"}, "max_q_backup must be True or False, got 'yes'"),
+        ({"max_q_backup": 1}, "max_q_backup must be True or False, got 1"),
+        ({"lr": True}, "lr must be a finite number, got True"),
+        ({"lr": "1e-3"}, "lr must be a finite number, got '1e-3'"),
+        ({"eta": 10**400}, "eta must be a finite number"),
+        ({"backend": None}, "backend must be a string, got None"),
+        ({"algorithm": ["diffusion-ql"]}, "algorithm must be one of diffusion-ql, diffusion-bc, got"),
+        ({"hidden_dim": np.float64(16)}, "hidden_dim must be an integer"),
+    ],
+)
+def test_a_config_refuses_what_is_of_another_kind(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Config(**changes)
