@@ -42,9 +42,14 @@ class _ActivationFunction(torch.autograd.Function):
 
 
 def _differentiable_bwd(d_h: Tensor, z: Tensor, kind: str) -> Tensor:
-    if kind == "mish":
-        return torch.ops.aten.mish_backward(d_h, z)
-    return activation_bwd(d_h, z, kind)
+    """`activation_bwd` by operators that torch can differentiate in turn."""
+    if kind == "relu":
+        return torch.ops.aten.threshold_backward(d_h, z, 0)
+    s = torch.sigmoid(z)
+    if kind == "silu":
+        return d_h * (s + z * s * (1 - s))
+    w = torch.tanh(F.softplus(z))
+    return d_h * (w + z * s * (1 - w * w))
 
 
 class Activation(nn.Module):
