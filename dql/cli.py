@@ -81,16 +81,21 @@ def data_list(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> i
     return 0
 
 
-def data_info(dataset: tyro.conf.Positional[str], as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> int:
+def data_info(
+    dataset: tyro.conf.Positional[str],
+    drop_broken: bool = False,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> int:
     """What a dataset holds.
 
     Args:
         dataset: A Minari id, ids joined by +, a folder, or a D4RL .hdf5 file.
+        drop_broken: Leave out episodes that cannot be used, instead of refusing the dataset.
         as_json: Print JSON.
     """
     from dql.data import describe, load_dataset
 
-    facts = describe(load_dataset(dataset))
+    facts = describe(load_dataset(dataset, drop_broken=drop_broken))
     if as_json:
         print(json.dumps(facts, indent=2))
         return 0
@@ -168,6 +173,8 @@ class TrainArguments:
     """Offline model selection takes the checkpoint whose bc_loss ranks this (0 is the lowest)."""
     threads: int = RunConfig.threads
     """CPU threads; 0 leaves torch's choice."""
+    drop_broken: bool = RunConfig.drop_broken
+    """Leave out a Minari dataset's episodes that lack something or hold what cannot be used, instead of refusing it."""
     graphed: bool = RunConfig.graphed
     """On a GPU, record the update as a CUDA graph and replay it: one launch instead of one for each small kernel."""
     agent: tyro.conf.OmitArgPrefixes[Config] = field(default_factory=Config)

@@ -213,6 +213,8 @@ class RunConfig:
     """Offline model selection takes the checkpoint whose bc_loss ranks this (0 is the lowest)."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
+    drop_broken: bool = False
+    """Leave out a Minari dataset's episodes that lack something or hold what cannot be used, instead of refusing it."""
     graphed: bool = False
     """On a GPU, record the update as a CUDA graph and replay it: one launch instead of one for each small kernel."""
 

@@ -249,9 +249,11 @@ class TransitionDataset:
         else:
             scale, shift = {"iql_antmaze": (1.0, 1.0), "cql_antmaze": (4.0, 0.5), "antmaze": (2.0, 0.25)}[name]
             rewards = scale * (r - shift)
-        return TransitionDataset(
-            self.states, self.actions, rewards, self.next_states, self.masks, self.info, reward_tune=name
-        )
+        tuned = copy.copy(self)  # the other values were looked at
+        tuned.rewards, tuned.reward_tune = rewards, name
+        if not _all_finite(rewards):
+            raise DatasetError(f"dataset {dataset_id} has rewards too large for {name} in float32: use 'none'")
+        return tuned
 
     def indices(self, batch_size: int, seed: int, step: int) -> torch.Tensor:
         """Rows of the batch of `step`, int64 [B] on the data's device: uniform with replacement.

@@ -93,7 +93,7 @@ def train(run: RunConfig, *, dataset: TransitionDataset | None = None, console: 
             raise RunError(f"--threads {run.threads} is more than the {os.cpu_count()} cores of this machine")
         if run.threads:
             torch.set_num_threads(run.threads)
-        data = load_dataset(run.dataset, reward_tune=run.agent.reward_tune) if dataset is None else dataset
+        data = _load(run) if dataset is None else dataset
         _check_reward_tune(run, data)
         data = data.to(device)
         run = run.with_agent(max_action=data.max_action)
@@ -209,9 +209,13 @@ def _check_reward_tune(run: RunConfig, data: TransitionDataset) -> None:
         )
 
 
+def _load(run: RunConfig) -> TransitionDataset:
+    return load_dataset(run.dataset, reward_tune=run.agent.reward_tune, drop_broken=run.drop_broken)
+
+
 def _load_again(run: RunConfig, written: dict[str, Any]) -> TransitionDataset:
     try:
-        return load_dataset(run.dataset, reward_tune=run.agent.reward_tune)
+        return _load(run)
     except DatasetError as error:
         if not written["dataset"].get("in_memory"):
             raise

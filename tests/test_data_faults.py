@@ -300,6 +300,16 @@ def test_broken_episodes_can_be_left_out():
     refuse("some/broken-v1", "none of its 3 episodes", drop_broken=True)
 
 
+def test_a_run_leaves_them_out_too(dql_here, tmp_path, tiny):
+    make("some/broken-v0", [episode(20), episode(3, observations=np.zeros((3, S))), episode(20)])
+    flags = ["--dataset", "some/broken-v0", "--num-updates", "3", "--eval-every", "0", "--run-dir", tmp_path / "run"]
+    dql_here("train", *flags, *tiny).refused("episode 1", "--drop-broken")
+    dql_here("data", "info", "some/broken-v0").refused("--drop-broken")
+    assert "episodes 1" in dql_here("data", "info", "some/broken-v0", "--drop-broken").out
+    assert dql_here("train", *flags, *tiny, "--drop-broken").code == 0
+    assert dql_here("train", "--resume", tmp_path / "run", "--num-updates", "5").code == 0
+
+
 # Files of strangers
 
 
