@@ -25,11 +25,12 @@ from dql.data import Batch
 from dql.draws import Draws, UpdateSeeds
 from dql.finite import raise_if_set
 from dql.kernels import native
-from dql.networks import FlatModule, TwinCritic, check_finite
+from dql.networks import FlatModule, TwinCritic, check_file_sizes, check_finite
 from dql.optimizer import FlatAdam
 from dql.policy import DiffusionPolicy
 from dql.rundir import find_checkpoint
 from dql.sampler import run_chain, sample, select
+from dql.shown import shown
 from dql.tensors import plain
 from dql.values import q_values, value_and_other
 
@@ -517,7 +518,10 @@ def load(
         raise CheckpointError(f"{path} holds no agent but a {about.get('kind')}; for a policy use DiffusionPolicy.load")
     with reading(path, about, _FORMAT):
         config, dtype = Config.from_dict(about["config"]), tensors["actor.final_layer.bias"].dtype
-        _check_sizes(about, config, tensors)
+        sizes = (about["state_dim"], about["action_dim"], config.hidden_dim, config.num_hidden)
+        check_file_sizes(tensors, "actor.", *sizes)
+        if type(about["step"]) is not int or not 0 <= about["step"] < 1 << 63:
+            raise ValueError(f"step {shown(about['step'])} is no number of updates")
         config = config if backend is None else replace(config, backend=backend)
         loaded = make_agent(about["state_dim"], about["action_dim"], config, dtype=dtype)
         loaded._load(tensors)
@@ -530,15 +534,3 @@ def load(
     agent._load(tensors)
     agent.step = loaded.step
     return agent
-
-
-def _check_sizes(about: dict[str, Any], config: Config, tensors: dict[str, Tensor]) -> None:
-    """Raises ValueError unless a file's networks are of the sizes it names, before memory is taken for those."""
-    widths = [len(t) for name, t in tensors.items() if name.startswith("actor.mid_layer.") and name.endswith(".bias")]
-    A = len(tensors["actor.final_layer.bias"])
-    S = tensors["actor.mid_layer.0.weight"].shape[1] - A - len(tensors["actor.time_mlp.3.bias"])
-    held = (S, A, *widths)
-    if held != (about["state_dim"], about["action_dim"], *[config.hidden_dim] * config.num_hidden):
-        raise ValueError(f"its networks' sizes {held} are not those that it names")
-    if type(about["step"]) is not int or not 0 <= about["step"] < 1 << 63:
-        raise ValueError(f"step {about['step']!r:.80} is no number of updates")

@@ -308,7 +308,14 @@ def evaluate(
         if path not in done:
             agent = load(path, device=resolve_device(device), backend=backend)
             seed_of_all = noise.derive(seed, "eval")
-            done[path] = roll_out(agent, info, episodes=episodes, seed=seed_of_all, max_episode_steps=eval_max_steps)
+            limits: Any = {"episodes": episodes, "max_episode_steps": eval_max_steps}
+            try:
+                done[path] = roll_out(agent, info, seed=seed_of_all, **limits)
+            except (ValueError, OSError, ImportError):
+                raise
+            except Exception as error:  # whatever an environment raises
+                reason = " ".join(str(error).split()) or "no reason given"
+                raise ValueError(f"environment {info.env_id} failed ({type(error).__name__}: {reason})") from error
         rows[name] = {"step": int(path.name.removeprefix("step-")), "path": str(path)} | done[path].to_dict()
     if as_json:
         print(json.dumps(rows, indent=2))

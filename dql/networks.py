@@ -554,6 +554,23 @@ def check_state_dict(module: nn.Module, state_dict: Any, strict: bool = True) ->
             )
 
 
+def check_file_sizes(
+    tensors: Mapping[str, Tensor], prefix: str, state_dim: Any, action_dim: Any, hidden_dim: Any, num_hidden: Any
+) -> None:
+    """Compares the sizes that a file names of its denoiser with those of its tensors, before memory is taken for them.
+
+    Raises:
+        ValueError: they differ. KeyError, IndexError: a tensor is missing, or has another number of dimensions.
+    """
+    own = f"{prefix}mid_layer."
+    widths = [len(t) for name, t in tensors.items() if name.startswith(own) and name.endswith(".bias")]
+    A = len(tensors[f"{prefix}final_layer.bias"])
+    S = tensors[f"{own}0.weight"].shape[1] - A - len(tensors[f"{prefix}time_mlp.3.bias"])
+    held, named = (S, A, *widths), (state_dim, action_dim, hidden_dim, num_hidden)
+    if not isinstance(num_hidden, int) or held != (state_dim, action_dim, *[hidden_dim] * min(num_hidden, 1000)):
+        raise ValueError(f"its networks' sizes {held} are not those that it names, {shown(named)}")
+
+
 def check_finite(module: FlatModule, what: str) -> None:
     """Refuses parameters that are not finite.
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from dql.checkpoint import CheckpointError, checked_device, load_tensors, reading, save_tensors
 from dql.kept import Kept
-from dql.networks import Denoiser, check_finite, check_state_dict, load_published
+from dql.networks import Denoiser, check_file_sizes, check_finite, check_state_dict, load_published
 from dql.schedule import BETA_SCHEDULES, LARGEST, NoiseSchedule, StepTable
 from dql.shown import shown
 
@@ -242,7 +242,10 @@ class DiffusionPolicy(nn.Module):
         if about.get("kind") != "policy":
             raise CheckpointError(f"{path} holds a {about.get('kind', 'file')}, no policy; use dql.load for an agent")
         with reading(path, about, _FORMAT):
-            policy = cls(**about["config"]).to(tensors["final_layer.bias"].dtype)
+            config = about["config"]
+            sizes = (config.get(name) for name in ("state_dim", "action_dim", "hidden_dim", "num_hidden"))
+            check_file_sizes(tensors, "", *sizes)
+            policy = cls(**config).to(tensors["final_layer.bias"].dtype)
             policy.denoiser.load_state_dict(tensors)
             check_finite(policy.denoiser, "the policy")
         return policy.to(device)

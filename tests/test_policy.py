@@ -221,3 +221,21 @@ def test_loading_runs_no_code(tmp_path, protocol):
 def test_bad_arguments(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         dql.DiffusionPolicy(**{"state_dim": S, "action_dim": A, "hidden_dim": H} | changes)
+
+
+def test_a_forged_size_takes_no_memory(tmp_path):
+    """What a file says of its sizes is compared with what it holds before a network of that size is made."""
+    from safetensors import safe_open
+
+    dql.DiffusionPolicy(3, 2, 1.0, 16, 2).save(tmp_path / "policy.safetensors")
+    with safe_open(tmp_path / "policy.safetensors", framework="pt") as file:
+        about = json.loads(file.metadata()["dql"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    about.pop("digest")  # as an earlier version wrote it
+    for name, value in {"hidden_dim": 65_536, "num_hidden": 10**9, "state_dim": 65_536, "action_dim": 3}.items():
+        forged = about | {"config": about["config"] | {name: value}}
+        save_file(tensors, tmp_path / "forged.safetensors", {"dql": json.dumps(forged)})
+        with pytest.raises(dql.CheckpointError, match="sizes .* are not those that it names"):
+            dql.DiffusionPolicy.load(tmp_path / "forged.safetensors")
+    save_file(tensors, tmp_path / "forged.safetensors", {"dql": json.dumps(about)})
+    assert dql.DiffusionPolicy.load(tmp_path / "forged.safetensors").state_dim == 3
