@@ -17,7 +17,7 @@ from dql.networks import Denoiser, TwinCritic, leaf_gradients
 from dql.policy import DiffusionPolicy
 from dql.schedule import StepTable, check_rows
 from dql.shown import shown
-from dql.tensors import first_order, incoming, plain, refuse_unseen, transformed, unseen, untraceable
+from dql.tensors import first_order, incoming, plain, refuse_unseen, transformed, transforming, unseen, untraceable
 
 Tensor = torch.Tensor
 
@@ -412,7 +412,7 @@ def _fresh_seed(policy: DiffusionPolicy) -> int | Tensor:
     try:
         return noise_stream.fresh_seed(buffer.device) if buffer.is_cuda else noise_stream.seed_from_torch()
     except RuntimeError as error:
-        if torch._C._functorch.maybe_current_level() is not None:  # torch.func has its own rules for generators
+        if transforming():  # torch.func has its own rules for generators
             raise TypeError(transformed("without a seed, states")) from error
         raise
 

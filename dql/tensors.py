@@ -13,18 +13,39 @@ from torch.autograd import forward_ad
 
 Tensor = torch.Tensor
 
-_tracing_state = torch._C._get_tracing_state
-_mode_depth = torch._C._len_torch_dispatch_stack
-_pre_dispatch_mode = torch._ops._mode_stack_state_for_pre_dispatch.get
+lost: list[str] = []
+"""What this torch has no more of that which is looked at here and that it does not document; a test wants none."""
+
+
+def _of_torch(path: str, instead: Any) -> Any:
+    """torch.PATH; where a later torch has none, `instead`: that kind of misuse goes unnoticed then, and all else runs."""
+    found: Any = torch
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    if found is None:
+        lost.append(path)
+    return instead if found is None else found
+
+
+_tracing_state = _of_torch("_C._get_tracing_state", lambda: None)
+_mode_depth = _of_torch("_C._len_torch_dispatch_stack", lambda: 0)
+_mode = _of_torch("_C._get_dispatch_mode", lambda mode: None)
+_pre_dispatch_mode = _of_torch("_ops._mode_stack_state_for_pre_dispatch.get", lambda place: None)
 _PROXY = 0  # its place there
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_wrapped = _of_torch("_C._functorch.is_functorch_wrapped_tensor", lambda tensor: False)
+_transformation = _of_torch("_C._functorch.maybe_current_level", lambda: None)
+_delayed_error = _of_torch("_C._functions.DelayedError", None)
 _own_dispatch = torch.Tensor.__torch_dispatch__
-_MODES = torch._C._TorchDispatchModeKey
-_TRACERS = {
-    _MODES.PROXY: "make_fx or torch.export",
-    _MODES.FAKE: "FakeTensorMode",
-    _MODES.FUNCTIONAL: "functionalization",
-}
+_MODES = _of_torch("_C._TorchDispatchModeKey", None)
+_TRACERS = (
+    {}
+    if _MODES is None
+    else {
+        _MODES.PROXY: "make_fx or torch.export",
+        _MODES.FAKE: "FakeTensorMode",
+        _MODES.FUNCTIONAL: "functionalization",
+    }
+)
 LOWEST_ADDRESS = 4 << 20
 """Programs and their memory begin above. A tensor whose storage was freed has the address 0 plus its offset there."""
 
@@ -95,13 +116,18 @@ def incoming(gradient: Tensor) -> Tensor:
     return plain("the incoming gradients", gradient)
 
 
+def transforming() -> bool:
+    """Whether a transformation of torch.func is under way."""
+    return _transformation() is not None
+
+
 def unseen() -> bool:
     """Whether torch is doing something that `refuse_unseen` may refuse; quickly."""
     return (
         bool(_mode_depth())
         or _tracing_state() is not None
         or _pre_dispatch_mode(_PROXY) is not None
-        or forward_ad._current_level >= 0
+        or getattr(forward_ad, "_current_level", -1) >= 0
     )
 
 
@@ -128,11 +154,11 @@ def refuse_unseen(call: str, *tensors: Any) -> None:
     if tracer is None and _pre_dispatch_mode(_PROXY) is not None:
         tracer = "make_fx or torch.export"
     if tracer is None and _mode_depth():
-        found = (name for mode, name in _TRACERS.items() if torch._C._get_dispatch_mode(mode) is not None)
+        found = (name for mode, name in _TRACERS.items() if _mode(mode) is not None)
         tracer = next(found, None)
     if tracer is not None:
         raise RuntimeError(untraceable(call, tracer))
-    if forward_ad._current_level >= 0:
+    if getattr(forward_ad, "_current_level", -1) >= 0:
         for tensor in tensors:
             if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
                 raise RuntimeError(
@@ -153,6 +179,9 @@ def first_order(sentence: str) -> Callable[[Callable[..., Any]], Callable[..., A
     """
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        if _delayed_error is None:
+            return torch.autograd.function.once_differentiable(backward)
+
         @functools.wraps(backward)
         def run(ctx: Any, *gradients: Tensor) -> Any:
             if not torch.is_grad_enabled():  # no create_graph
@@ -160,7 +189,7 @@ def first_order(sentence: str) -> Callable[[Callable[..., Any]], Callable[..., A
             with torch.no_grad():
                 found = backward(ctx, *gradients)
             kept: list[Any] = [None if g is None else g.detach().requires_grad_(True) for g in found]
-            return torch._C._functions.DelayedError(sentence.encode(), len(kept))(*kept)
+            return _delayed_error(sentence.encode(), len(kept))(*kept)
 
         return run
 

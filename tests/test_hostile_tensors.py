@@ -250,3 +250,20 @@ def test_negative_batches_and_critics(backend):
     want = q_values(critic, states, actions, runner)
     for got in (q_values(critic, negated(states), negated(actions), runner), critic(negated(states), negated(actions))):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+# What torch does not document
+
+
+def test_this_torch_has_all_that_is_looked_at():
+    """Where a later one has not, that kind of misuse goes unnoticed: this test says so, and dql runs."""
+    from dql import tensors
+
+    assert tensors.lost == []
+
+
+def test_what_a_later_torch_has_lost_is_done_without():
+    from dql import tensors
+
+    assert tensors._of_torch("_C._nothing_of_this_name.at_all", "instead") == "instead"
+    assert tensors.lost.pop() == "_C._nothing_of_this_name.at_all"

@@ -235,7 +235,7 @@ def test_a_forged_size_takes_no_memory(tmp_path):
     for name, value in {"hidden_dim": 65_536, "num_hidden": 10**9, "state_dim": 65_536, "action_dim": 3}.items():
         forged = about | {"config": about["config"] | {name: value}}
         save_file(tensors, tmp_path / "forged.safetensors", {"dql": json.dumps(forged)})
-        with pytest.raises(dql.CheckpointError, match="sizes .* are not those that it names"):
+        with pytest.raises(dql.CheckpointError, match=r"sizes .* are not those that it names"):
             dql.DiffusionPolicy.load(tmp_path / "forged.safetensors")
     save_file(tensors, tmp_path / "forged.safetensors", {"dql": json.dumps(about)})
     assert dql.DiffusionPolicy.load(tmp_path / "forged.safetensors").state_dim == 3
