@@ -18,7 +18,7 @@ lost: list[str] = []
 
 
 def _of_torch(path: str, instead: Any) -> Any:
-    """torch.PATH; where a later torch has none, `instead`: that kind of misuse goes unnoticed then, and all else runs."""
+    """torch.PATH; where a later torch has none, `instead`: then that kind of misuse goes unnoticed, all else runs."""
     found: Any = torch
     for name in path.split("."):
         found = getattr(found, name, None)

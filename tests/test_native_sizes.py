@@ -211,5 +211,5 @@ def test_a_checkpoint_with_other_moments(tmp_path):
     with pytest.raises(ValueError, match="exp_avg must be"):
         agent.update(dql.Batch(states_of(B), torch.zeros(B, A), torch.ones(B), states_of(B), torch.ones(B)))
     agent.save(tmp_path)
-    with pytest.raises(dql.checkpoint.CheckpointError, match="'exp_avg': .* do not fit"):
+    with pytest.raises(dql.checkpoint.CheckpointError, match=r"'exp_avg': .* do not fit"):
         dql.load(tmp_path)
