@@ -1,6 +1,8 @@
-"""The authors' own code beside its stand-in and beside ours: python bench/authors.py CHECKOUT [--updates 25] [--rounds 40]
+"""The authors' own code beside its stand-in and beside ours.
 
-CHECKOUT is a clone of github.com/Zhendong-Wang/Diffusion-Policies-for-Offline-RL (commit d871f5c); it needs tabulate and
+    python bench/authors.py CHECKOUT [--updates 25] [--rounds 40]
+
+CHECKOUT is a clone of github.com/Zhendong-Wang/Diffusion-Policies-for-Offline-RL (commit d871f5c), which needs
 python-dateutil. Nothing of it is in this repository. Two things are printed, for one thread on the CPU:
 
 - how far whole updates, with the same draws, lead apart: of the authors' `Diffusion_QL.train`, of `published.py` that

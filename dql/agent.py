@@ -495,7 +495,7 @@ def load(
     """The agent of a run, or the one that `agent.save(folder)` wrote. No code in the files is run.
 
     Args:
-        folder: a run folder, or one with `agent.safetensors`.
+        folder: a run folder, one with `agent.safetensors`, or that file.
         which: of a run: "last", "best", "offline" or a step, see `dql.evaluate.select_checkpoints`.
         device: where to put it.
         backend: of `dql.backends()`, or "auto"; None keeps the one that it was trained with.
@@ -512,7 +512,7 @@ def load(
     if (Path(folder) / "config.json").is_file():
         folder = find_checkpoint(folder, which)
         named = int(folder.name.removeprefix("step-"))
-    path = Path(folder) / FILE
+    path = Path(folder) if Path(folder).is_file() else Path(folder) / FILE  # the file itself will do
     tensors, about = load_tensors(path)
     if about.get("kind") != "agent":
         raise CheckpointError(f"{path} holds no agent but a {about.get('kind')}; for a policy use DiffusionPolicy.load")

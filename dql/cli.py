@@ -576,6 +576,7 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "std::bad_alloc")
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
+    text = text.encode(errors="backslashreplace").decode()  # names of files may be no text
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 60]} ... {text[-50:]}"
 
 

@@ -1,10 +1,13 @@
 """The command line: help, one-line errors, JSON, and the paper's hyper-parameters by name."""
 
 import json
+import subprocess
 import sys
+import tempfile
 
 import pytest
 
+import dql as dql_package
 from dql.config import TUNED, Config, RunConfig
 from dql.rundir import RunDir
 
@@ -307,3 +310,62 @@ def test_doctor(dql_here):
     text = dql_here("doctor").out
     for name in facts["backends"]:
         assert f"backend {name}" in text
+
+
+# The last resort
+
+
+def raising(error):
+    def list_datasets():
+        raise error
+
+    return list_datasets
+
+
+def test_what_nobody_foresaw_is_a_sentence_and_a_file(dql_here, monkeypatch, tmp_path):
+    from dql.datasets import sources
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sources, "list_datasets", raising(AttributeError("no such\nthing \udc80")))
+    line = dql_here("data", "list").refused("AttributeError: no such thing", "did not foresee", tmp_path)
+    (file,) = tmp_path.glob("dql-error-*.txt")
+    assert str(file) in line
+    text = file.read_text()
+    assert "Traceback" in text and "in list_datasets" in text
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+    ],
+)
+def test_too_little_memory_is_a_sentence(dql_here, monkeypatch, tmp_path, error):
+    from dql.datasets import sources
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sources, "list_datasets", raising(error))
+    dql_here("data", "list").refused("not enough memory")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sentence_is_of_one_line_and_no_novel(dql_here):
+    line = dql_here("data", "info", "a\nb" + "x" * 5000).refused("a b")
+    assert len(line) < 1200
+
+
+def test_a_reader_that_has_seen_enough(dql_command, tmp_path):
+    """As `dql doctor --json | head -1`."""
+    running = subprocess.Popen(dql_command("doctor", "--json"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    running.stdout.close()
+    said = running.stderr.read().decode()
+    assert running.wait() in (0, 141)
+    assert "Traceback" not in said and "BrokenPipe" not in said
+
+
+def test_a_policy_is_no_agent(dql_here, tmp_path):
+    dql_package.DiffusionPolicy(3, 2, hidden_dim=16, num_hidden=2).save(tmp_path / "policy.safetensors")
+    with pytest.raises(dql_package.CheckpointError, match=r"holds no agent but a policy; for a policy use Diffusion"):
+        dql_package.load(tmp_path / "policy.safetensors")
