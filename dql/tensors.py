@@ -15,8 +15,10 @@ Tensor = torch.Tensor
 
 _tracing_state = torch._C._get_tracing_state
 _mode_depth = torch._C._len_torch_dispatch_stack
-_pre_dispatch_mode = torch._ops._mode_stack_state_for_pre_dispatch.get
-_PROXY = 0  # its place there
+# The list of the modes before dispatch, make_fx's first: read as it is, for this is asked in every call.
+_pre_dispatch_modes = torch._ops._mode_stack_state_for_pre_dispatch.__dict__[
+    "_ModeStackStateForPreDispatch__infra_modes"
+]
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _own_dispatch = torch.Tensor.__torch_dispatch__
 _MODES = torch._C._TorchDispatchModeKey
@@ -28,18 +30,37 @@ _TRACERS = {
 LOWEST_ADDRESS = 4 << 20
 """Programs and their memory begin above. A tensor whose storage was freed has the address 0 plus its offset there."""
 
+_HIDING = LOWEST_ADDRESS // 16  # elements, of up to 16 bytes
 
-def plain(name: str, tensor: Any) -> Tensor:
+
+def plain(name: str, tensor: Any, *, whole: bool = False) -> Tensor:
     """The tensor with ordinary memory: itself, or where a view is to be negative, its values.
 
     Parameters, and subclasses that torch runs like a Tensor, are ordinary.
 
+    Args:
+        name: of the tensor, in the plural, for the sentence.
+        tensor: what was given.
+        whole: also look whether the storage was made too small: three times slower than whether it is there at all.
+
     Raises:
         TypeError: it is no tensor, or one that holds no values of its own: fake, masked, a wrapper, sparse, nested, on
             the meta device, or inside a transformation of torch.func.
-        ValueError: its storage was freed or made too small, or never was (torch._efficientzerotensor).
+        ValueError: its storage was freed (or made too small), or never was (torch._efficientzerotensor).
     """
     kind = type(tensor)
+    if kind is Tensor and not whole:
+        try:
+            # Of what is below, each has no address or a low one; the offset is too small to hide that.
+            if (
+                tensor.data_ptr() >= LOWEST_ADDRESS
+                and tensor.storage_offset() < _HIDING
+                and not tensor.is_neg()
+                and not tensor.is_nested
+            ):
+                return tensor
+        except RuntimeError:  # torch's, of tensors that have no address
+            pass
     if kind is not Tensor:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {kind.__name__}; use torch.as_tensor(...)")
@@ -98,9 +119,9 @@ def incoming(gradient: Tensor) -> Tensor:
 def unseen() -> bool:
     """Whether torch is doing something that `refuse_unseen` may refuse; quickly."""
     return (
-        bool(_mode_depth())
+        _mode_depth() != 0
         or _tracing_state() is not None
-        or _pre_dispatch_mode(_PROXY) is not None
+        or _pre_dispatch_modes[0] is not None
         or forward_ad._current_level >= 0
     )
 
@@ -125,7 +146,7 @@ def refuse_unseen(call: str, *tensors: Any) -> None:
             would be lost.
     """
     tracer = "torch.jit.trace (or torch.onnx.export, which uses it)" if _tracing_state() is not None else None
-    if tracer is None and _pre_dispatch_mode(_PROXY) is not None:
+    if tracer is None and _pre_dispatch_modes[0] is not None:
         tracer = "make_fx or torch.export"
     if tracer is None and _mode_depth():
         found = (name for mode, name in _TRACERS.items() if torch._C._get_dispatch_mode(mode) is not None)
