@@ -469,7 +469,9 @@ def checked_batch(batch: Batch, policy: DiffusionPolicy) -> Batch:
                 f"batch.{name} is {tensor.dtype} on {tensor.device}, the agent is {policy.dtype} on {policy.device}; "
                 "convert one of them"
             )
-    return Batch(*(plain(f"batch.{name}", value).detach().contiguous() for name, value in vars(batch).items()))
+    return Batch(
+        *(plain(f"batch.{name}", value, whole=True).detach().contiguous() for name, value in vars(batch).items())
+    )
 
 
 def make_agent(

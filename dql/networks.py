@@ -161,13 +161,15 @@ class FlatModule(nn.Module):
             RuntimeError: one was taken out of the buffer, or a layer was replaced, which a kernel would not notice.
             TypeError, ValueError: the buffer has no memory (it is fake, on the meta device, or was freed).
         """
+        base = self._address()
+        if _intact is not None and _intact(self._places, self._tree, base):
+            return [owner[leaf] for owner, leaf, _ in self._places]
         for siblings, name, module in self._tree:
             if siblings.get(name) is not module:
                 raise RuntimeError(
                     f"layer {name!r} of {type(self).__name__} was replaced, which the kernels cannot follow: write its "
                     "values into the old layer's parameters (with torch.no_grad(): parameter.copy_(...))"
                 )
-        base = self._address()
         parameters = [owner.get(leaf) for owner, leaf, _ in self._places]
         for slot, parameter, (_, _, offset) in zip(self.layout.slots, parameters, self._places, strict=True):
             if not _lies_at(parameter, base + offset):
@@ -235,11 +237,12 @@ class FlatModule(nn.Module):
         gradients = self.flat.grad
         base = None if gradients is None else gradients.data_ptr()
         held = [owner[leaf].grad for owner, leaf, _ in self._places]
-        if base is not None and all(
-            g is not None and g.data_ptr() == base + offset
-            for g, (_, _, offset) in zip(held, self._places, strict=True)
-        ):
-            return
+        if base is not None:
+            for g, (_, _, offset) in zip(held, self._places, strict=True):
+                if g is None or g.data_ptr() != base + offset:
+                    break
+            else:
+                return
         old = self._gradients.data_ptr()
         if gradients is None or gradients.shape != self.flat.shape or not gradients.is_contiguous():
             gradients = self.flat.grad = torch.zeros_like(self.flat)
@@ -519,7 +522,7 @@ class TwinCritic(FlatModule):
             return  # what torch traces or transforms has no memory to look at
         for name, tensor in (("states", states), ("actions", actions), ("the critic's parameters", flat)):
             if type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta" and not has_memory(tensor):
-                plain(name, tensor)  # says so
+                plain(name, tensor, whole=True)  # says so
 
     def q_min(self, states: Tensor, actions: Tensor) -> Tensor:
         """min(Q_1, Q_2), the pessimistic value: [B] or [B, N]."""

@@ -471,9 +471,12 @@ def check_states_fit(states: Tensor, policy: DiffusionPolicy) -> Tensor:
     return plain("states", states)
 
 
+def _is_simple(values: Tensor) -> bool:
+    return values.is_cpu and values.dtype is torch.float32 and values.is_contiguous()
+
+
 def _check_finite(name: str, values: Tensor) -> None:
-    simple = values.is_cpu and values.dtype is torch.float32 and values.is_contiguous()
-    if simple and _all_finite is not None and _all_finite(values):
+    if _all_finite is not None and _is_simple(values) and _all_finite(values):
         return
     values = values.detach()
     if finite.capturing(values.device):
@@ -496,7 +499,7 @@ def _checked_actions(actions: Tensor, policy: DiffusionPolicy, runner: Backend) 
     """
     if not actions.is_cpu or runner.finds_bad_states:
         return actions
-    if _all_finite is not None and actions.dtype is torch.float32 and actions.is_contiguous() and _all_finite(actions):
+    if _all_finite is not None and (runner.name == "cpp" or _is_simple(actions)) and _all_finite(actions):
         return actions
     if bool(actions.detach().isfinite().all()):
         return actions

@@ -6,6 +6,7 @@ memory, or that a tracer waits to see torch's operators is nothing that it could
 
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,9 +31,15 @@ def _of_torch(path: str, instead: Any) -> Any:
 _tracing_state = _of_torch("_C._get_tracing_state", lambda: None)
 _mode_depth = _of_torch("_C._len_torch_dispatch_stack", lambda: 0)
 _mode = _of_torch("_C._get_dispatch_mode", lambda mode: None)
-_pre_dispatch_mode = _of_torch("_ops._mode_stack_state_for_pre_dispatch.get", lambda place: None)
-_PROXY = 0  # its place there
+# The list of the modes before dispatch, make_fx's first: read as it is, for this is asked in every call.
+_pre_dispatch_modes = _of_torch(
+    "_ops._mode_stack_state_for_pre_dispatch._ModeStackStateForPreDispatch__infra_modes", [None]
+)
 _is_wrapped = _of_torch("_C._functorch.is_functorch_wrapped_tensor", lambda tensor: False)
+_forward: Any = forward_ad
+if not hasattr(forward_ad, "_current_level"):
+    lost.append("autograd.forward_ad._current_level")
+    _forward = SimpleNamespace(_current_level=-1)
 _transformation = _of_torch("_C._functorch.maybe_current_level", lambda: None)
 _delayed_error = _of_torch("_C._functions.DelayedError", None)
 _own_dispatch = torch.Tensor.__torch_dispatch__
@@ -49,18 +56,37 @@ _TRACERS = (
 LOWEST_ADDRESS = 4 << 20
 """Programs and their memory begin above. A tensor whose storage was freed has the address 0 plus its offset there."""
 
+_HIDING = LOWEST_ADDRESS // 16  # elements, of up to 16 bytes
 
-def plain(name: str, tensor: Any) -> Tensor:
+
+def plain(name: str, tensor: Any, *, whole: bool = False) -> Tensor:
     """The tensor with ordinary memory: itself, or where a view is to be negative, its values.
 
     Parameters, and subclasses that torch runs like a Tensor, are ordinary.
 
+    Args:
+        name: of the tensor, in the plural, for the sentence.
+        tensor: what was given.
+        whole: also look whether the storage was made too small: three times slower than whether it is there at all.
+
     Raises:
         TypeError: it is no tensor, or one that holds no values of its own: fake, masked, a wrapper, sparse, nested, on
             the meta device, or inside a transformation of torch.func.
-        ValueError: its storage was freed or made too small, or never was (torch._efficientzerotensor).
+        ValueError: its storage was freed (or made too small), or never was (torch._efficientzerotensor).
     """
     kind = type(tensor)
+    if kind is Tensor and not whole:
+        try:
+            # Of what is below, each has no address or a low one; the offset is too small to hide that.
+            if (
+                tensor.data_ptr() >= LOWEST_ADDRESS
+                and tensor.storage_offset() < _HIDING
+                and not tensor.is_neg()
+                and not tensor.is_nested
+            ):
+                return tensor
+        except RuntimeError:  # torch's, of tensors that have no address
+            pass
     if kind is not Tensor:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {kind.__name__}; use torch.as_tensor(...)")
@@ -124,10 +150,10 @@ def transforming() -> bool:
 def unseen() -> bool:
     """Whether torch is doing something that `refuse_unseen` may refuse; quickly."""
     return (
-        bool(_mode_depth())
+        _mode_depth() != 0
         or _tracing_state() is not None
-        or _pre_dispatch_mode(_PROXY) is not None
-        or getattr(forward_ad, "_current_level", -1) >= 0
+        or _pre_dispatch_modes[0] is not None
+        or _forward._current_level >= 0
     )
 
 
@@ -151,14 +177,14 @@ def refuse_unseen(call: str, *tensors: Any) -> None:
             would be lost.
     """
     tracer = "torch.jit.trace (or torch.onnx.export, which uses it)" if _tracing_state() is not None else None
-    if tracer is None and _pre_dispatch_mode(_PROXY) is not None:
+    if tracer is None and _pre_dispatch_modes[0] is not None:
         tracer = "make_fx or torch.export"
     if tracer is None and _mode_depth():
         found = (name for mode, name in _TRACERS.items() if _mode(mode) is not None)
         tracer = next(found, None)
     if tracer is not None:
         raise RuntimeError(untraceable(call, tracer))
-    if getattr(forward_ad, "_current_level", -1) >= 0:
+    if _forward._current_level >= 0:
         for tensor in tensors:
             if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
                 raise RuntimeError(

@@ -142,18 +142,13 @@ def _empty(*shape: int) -> Tensor:
 
 def _at(name: str, tensor: Tensor, count: int) -> int:
     """Where a kernel finds these `count` float32 of the CPU's: every address that it gets comes from here, or is of a
-    tensor that was made beside the call. That there is memory at all, the kernels' module looks at.
+    tensor that was made beside the call. That there is memory at all, the kernels' module looks at; that it has the
+    tensor's sign, `dql.tensors.plain`.
 
     Raises:
         ValueError: it is another tensor than that.
     """
-    if (
-        tensor.numel() != count
-        or tensor.dtype is not torch.float32
-        or not tensor.is_cpu
-        or not tensor.is_contiguous()
-        or tensor.is_neg()
-    ):
+    if tensor.numel() != count or tensor.dtype is not torch.float32 or not tensor.is_cpu or not tensor.is_contiguous():
         raise ValueError(
             f"{name} must be {count} float32 numbers in one piece on the CPU, got {tensor.dtype} "
             f"{list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}; convert it"

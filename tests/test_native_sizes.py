@@ -18,7 +18,7 @@ B, T = 4, 2
 
 
 def wrong_ones(tensor: Tensor) -> list[Tensor]:
-    """Smaller, larger, of another dtype, with gaps, and with another sign."""
+    """Smaller, larger, of another dtype, with gaps, elsewhere."""
     flat = tensor.reshape(-1)
     return [
         flat[:1],
@@ -26,7 +26,6 @@ def wrong_ones(tensor: Tensor) -> list[Tensor]:
         torch.cat([flat, flat]),
         tensor.double(),
         torch.stack([flat, flat], dim=1)[:, 0],
-        torch._neg_view(tensor.clone()),
         torch.empty(tensor.shape, device="meta"),
     ]
 
@@ -107,7 +106,7 @@ def test_every_tensor_of_every_entry_point(entry):
     call(**tensors)
     for name, tensor in tensors.items():
         for number, wrong in enumerate(wrong_ones(tensor)):
-            if number in (4, 5) and name in ("states", "noise", "d_actions", "actions") and entry in CONVERTING:
+            if number == 4 and name in ("states", "noise", "d_actions", "actions") and entry in CONVERTING:
                 continue  # it makes a tensor in one piece of it
             with pytest.raises((ValueError, ZeroDivisionError, IndexError)):
                 call(**(tensors | {name: wrong}))
