@@ -15,6 +15,7 @@ import triton
 
 from .launch import INTERPRETED, Kernel, architecture, fitting, multiprocessors
 from .layout import DenoiserSpec
+from .limits import check_memory
 from .packing import packed_sizes
 from .prologue import Prologue
 from .reverse_diffusion import chain_bwd_kernel, chain_fwd_kernel
@@ -79,9 +80,15 @@ class ChainRunner:
         Returns:
             (actions [R, A], saved or None).
         """
-        B = len(states)
+        spec, B, R, K = self.spec, len(states), len(states) * candidates, len(self.table)
+        check_memory(
+            self.device,
+            flat=(flat, spec.layout.size),
+            states=(states, B * spec.state_dim),
+            noise=(noise, K * R * spec.action_dim),
+        )
         plan = self.plan(B, candidates, noise is not None, save)
-        actions = torch.empty(B * candidates, self.spec.action_dim, dtype=torch.float32, device=self.device)
+        actions = torch.empty(R, spec.action_dim, dtype=torch.float32, device=self.device)
         floats, operands = plan.run(flat, states, noise, seed, actions, told)
         return actions, ChainSaved(floats, operands, plan.rows) if save else None
 
@@ -125,6 +132,12 @@ class ChainRunner:
             (d_flat [P], d_states [B, S]), None where not needed. Where no parameter lies, d_flat is zero.
         """
         B, R, K, s, RP = len(states), len(d_actions), len(self.table), self.sizes, saved.rows
+        check_memory(
+            self.device,
+            flat=(flat, self.spec.layout.size),
+            states=(states, B * self.spec.state_dim),
+            d_actions=(d_actions, R * self.spec.action_dim),
+        )
         tile = self._tile("backward", R)
         while RP % tile.rows:
             tile = replace(tile, rows=tile.rows // 2)

@@ -15,6 +15,7 @@ import torch
 from . import cuda_native
 from .cuda_plan import Problem, Tiling, choose
 from .layout import CriticSpec, DenoiserSpec
+from .limits import check_memory
 
 Tensor = torch.Tensor
 _MAX_PARTS = 16  # into which the rows of a gradient are cut
@@ -114,7 +115,14 @@ class ChainRunner(Launcher):
         Returns:
             (actions [R, A], saved or None).
         """
-        plan = self.plan(len(states), candidates, save)
+        spec, B, R, K = self.spec, len(states), len(states) * candidates, len(self.table)
+        check_memory(
+            self.device,
+            flat=(flat, spec.layout.size),
+            states=(states, B * spec.state_dim),
+            noise=(noise, K * R * spec.action_dim),
+        )
+        plan = self.plan(B, candidates, save)
         actions = self.floats(len(states) * candidates, self.spec.action_dim)
         saved = plan.run(flat, states, noise, seed, actions, told)
         return actions, saved
@@ -151,6 +159,12 @@ class ChainRunner(Launcher):
             (d_flat [P], d_states [B, S]), None where not needed. Where no parameter lies, d_flat is zero.
         """
         B, R, K = len(states), len(d_actions), len(self.table)
+        check_memory(
+            self.device,
+            flat=(flat, self.spec.layout.size),
+            states=(states, B * self.spec.state_dim),
+            d_actions=(d_actions, R * self.spec.action_dim),
+        )
         numbers = saved.tiling.numbers(self.precision)
         back = self.bytes(self.module.sizes(self.mlp, *numbers, B, R, K, 1, 1)[2])
         self.module.chain_backward(

@@ -12,6 +12,7 @@ from . import cuda_native
 from .cuda_chain import ChainRunner, Launcher, address, place_on, seed_arguments
 from .cuda_plan import Tiling
 from .layout import CriticSpec
+from .limits import check_memory
 
 Tensor = torch.Tensor
 
@@ -61,6 +62,12 @@ class CriticRunner(Launcher):
             raise ValueError(f"which must be (0, 1), (0,) or (1,), the critics to run, got {which!r}")
         B, n, place = len(states), len(which), self.place
         R = B * candidates
+        check_memory(
+            self.device,
+            flat=(flat, self.spec.layout.size),
+            states=(states, B * self.spec.state_dim),
+            actions=(actions, R * self.spec.action_dim),
+        )
         tiling = self.tiling(R, 1, n, save)
         numbers = tiling.numbers(self.precision)
         packed_bytes, saved_bytes, _, _, _ = self.module.sizes(self.mlp, *numbers, B, R, 1, int(save), n)
@@ -105,6 +112,13 @@ class CriticRunner(Launcher):
         if not (need_parameters or need_states or need_actions):
             return None, None, None
         (n, R), B, place = d_q.shape, len(states), self.place
+        check_memory(
+            self.device,
+            flat=(flat, self.spec.layout.size),
+            states=(states, len(states) * self.spec.state_dim),
+            actions=(actions, R * self.spec.action_dim),
+            d_q=(d_q, len(saved.which) * R),
+        )
         numbers, first = saved.tiling.numbers(self.precision), saved.which[0]
         back = self.bytes(self.module.sizes(self.mlp, *numbers, B, R, 1, 1, n)[2])
         each_actions = self.floats(n, R, self.spec.action_dim) if need_actions else None

@@ -1,5 +1,7 @@
 """The sizes that the kernels take, native and Triton's alike: what `eager` alone goes beyond."""
 
+import torch
+
 from .layout import CriticSpec, DenoiserSpec
 
 MAX_STATE_DIM, MAX_ACTION_DIM, MAX_HIDDEN_DIM, MAX_STEPS, MAX_ROWS = 512, 64, 512, 1000, 1 << 30
@@ -29,3 +31,26 @@ def too_many(rows: int, steps: int) -> str | None:
     if steps > MAX_STEPS:
         return f"it runs up to {MAX_STEPS} steps, not {steps}; use backend='eager'"
     return None
+
+
+def check_memory(device: torch.device, **wanted: tuple[torch.Tensor | None, int]) -> None:
+    """Looks at what kernels are to read or write by its address: how many elements they take it to have.
+
+    Args:
+        device: whose the kernels are.
+        **wanted: name -> (tensor, or None where there is none; its number of elements).
+
+    Raises:
+        ValueError: a tensor is not of that many float32 in one piece on the device: they would read or write beside it.
+    """
+    for name, (tensor, count) in wanted.items():
+        if tensor is not None and not (
+            tensor.numel() == count
+            and tensor.dtype is torch.float32
+            and tensor.device == device
+            and tensor.is_contiguous()
+        ):
+            raise ValueError(
+                f"{name} must be {count} float32 numbers in one piece on {device}, got {tensor.dtype} "
+                f"{list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}; convert it"
+            )

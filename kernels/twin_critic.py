@@ -31,6 +31,7 @@ from .chain_runner import ChainRunner, seed_arguments
 from .critic_gradients import CriticGradients
 from .launch import INTERPRETED, Kernel, architecture, fitting, multiprocessors
 from .layout import ACTIVATIONS, CriticSpec
+from .limits import check_memory
 from .packing import packed_sizes
 from .prologue import Prologue, edge_precision
 from .tile_layers import narrow_product, product
@@ -272,6 +273,12 @@ class CriticRunner:
             raise ValueError(f"which must be (0, 1), (0,) or (1,), the critics to run, got {which!r}")
         B, n, s = len(states), len(which), self.sizes
         R = B * candidates
+        check_memory(
+            self.device,
+            flat=(flat, self.spec.layout.size),
+            states=(states, B * self.spec.state_dim),
+            actions=(actions, R * self.spec.action_dim),
+        )
         kernel = self._fitting("saving" if save else "forward", n * R)
         tile: Tile = kernel.tile
         back: Tile = self._fitting("backward", n * R).tile if save else tile
@@ -315,6 +322,13 @@ class CriticRunner:
         (n, R), A, s, RP = d_q.shape, self.spec.action_dim, self.sizes, saved.rows
         if not (need_parameters or need_states or need_actions):
             return None, None, None
+        check_memory(
+            self.device,
+            flat=(flat, self.spec.layout.size),
+            states=(states, len(states) * self.spec.state_dim),
+            actions=(actions, R * self.spec.action_dim),
+            d_q=(d_q, len(saved.which) * R),
+        )
         tile, products = saved.tile, need_parameters or need_states
         d_first = torch.empty(n, RP, s.HP, dtype=torch.float32, device=self.device) if products else None
         d_operands = torch.empty(n, s.L - 1, RP, s.HP, dtype=self.operand, device=self.device)

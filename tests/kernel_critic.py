@@ -246,6 +246,43 @@ def test_no_such_critics(kernels, which):
         run.runner.forward(run.flat, run.states, run.actions, 1, which, False)
 
 
+WRONG = {
+    "shorter": lambda x: x.reshape(-1)[:-1],
+    "longer": lambda x: torch.cat([x.reshape(-1), x.reshape(-1)]),
+    "float64": lambda x: x.double(),
+    "strided": lambda x: torch.stack([x, x], -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_memory_that_kernels_would_leave(kernels, wrong):
+    """They get an address and a count: a tensor that holds less, or otherwise, is refused before."""
+    run, change = Run(kernels, Case(B=3, S=5, A=2, H=16, num_hidden=2)), WRONG[wrong]
+    case, states, actions = run.case, run.states, run.actions
+    pieces = pytest.raises(ValueError, match=r"must be .* float32 numbers in one piece")
+    rest = (run.candidates, case.which, False)
+    with pieces:
+        run.runner.forward(change(run.flat), states, actions, *rest)
+    with pieces:
+        run.runner.forward(run.flat, states, change(actions), *rest)
+    every = (True, True, True)
+    with pieces:
+        run.runner.backward(change(run.flat), run.saved, states, actions, run.d_q, *every)
+    with pieces:
+        run.runner.backward(run.flat, run.saved, states, change(actions), run.d_q, *every)
+    spec = dql.Denoiser(11, 3, 16, 2).spec
+    table, embedding = torch.zeros(2, 8, device=DEVICE), torch.zeros(2, 16, device=DEVICE)
+    chain = kernels.ChainRunner(spec, table, embedding, 1.0, "fp32")
+    flat, on, noise = (torch.zeros(*shape, device=DEVICE) for shape in ((spec.layout.size,), (4, 11), (2, 8, 3)))
+    _, saved = chain.forward(flat, on, 2, noise, 0, True)
+    with pieces:
+        chain.forward(change(flat), on, 2, noise, 0, False)
+    with pieces:
+        chain.forward(flat, on, 2, change(noise), 0, False)
+    with pieces:
+        chain.backward(change(flat), saved, on, torch.zeros(8, 3, device=DEVICE), True, True)
+
+
 # The acting rule
 
 

@@ -12,6 +12,7 @@ from kernel_calls import SMALL, sample
 
 import dql
 from dql.backends import Chain, registry
+from dql.sampler import run_chain
 
 Tensor = torch.Tensor
 
@@ -98,7 +99,7 @@ def test_broken_weights_give_what_eager_gives(backend, value, where):
     policy, states = make_policy(**SMALL), states_of(17)
     with torch.no_grad():
         policy.denoiser.get_parameter(where).view(-1)[1] = value
-        got, want = (dql.sample(states, policy, seed=0, backend=each) for each in (backend, "eager"))
+        got, want = (run_chain(states, policy, seed=0, backend=each) for each in (backend, "eager"))  # refuses no NaN
     if math.isinf(value):  # an activation of -infinity is 0 here, its limit; torch's is NaN
         got, want = (torch.where(got.isnan() | want.isnan(), math.nan, tensor) for tensor in (got, want))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, equal_nan=True)
