@@ -2,11 +2,12 @@
 
 - `published`: `published.PublishedActor` and `PublishedAgent`, in eager torch;
 - `compile-published`: its chain under torch.compile, forward;
-- `compile-lean`: `LeanActor`, what a careful user would write and compile, without a backward of his own;
+- `compile-lean`: `LeanActor`, what a careful user would write and compile, without a backward of his own; likewise
+  `lean.lean_select` and `lean.LeanAgent`, whose `update` has our only compiled rival, on a CPU;
 - `onnxruntime`, `openvino`: our policy's chain, exported by `policy.export_onnx`, in float32, one session for every B,
   inputs and outputs in buffers bound once;
 - `openvino-static`: the same compiled anew for each B, which OpenVINO rewards;
-- `openvino-static-bf16`: that with bf16 operands, where the CPU has them: what bf16 of ours is compared with;
+- `openvino-static-bf16`: that in bf16, where the CPU multiplies it: the rival of ours in bf16;
 - `onnxruntime-mish-op`, for information: the same graph with ONNX's operator Mish, as a plain exporter writes it.
 
 On a GPU torch.compile runs with CUDA graphs: eager torch is no rival there. The runtimes are rivals on a CPU.
@@ -33,8 +34,8 @@ from dql.kernels import native
 
 S, A, H, T = 17, 6, 256, 5  # a MuJoCo walker with the paper's network
 COMPILED = ("compile-published", "compile-lean")
-EXPORTED = ("onnxruntime", "openvino", "openvino-static", "openvino-static-bf16")
-BF16_FLAGS = {"avx512_bf16", "amx_bf16"}  # one of them, or OpenVINO computes in float32 whatever it is asked for
+EXPORTED = ("onnxruntime", "openvino", "openvino-static")
+OPENVINO_BF16 = "openvino-static-bf16"
 MISH_OP = "onnxruntime-mish-op"
 FLOPS = 2 * T * ((A + TIME_DIM + S) * H + 2 * H * H + H * A)  # an action's, if every step ran the whole network
 # Of float32 against float32, relative to a tensor's largest element (actions) or to its norm (gradients): the bound of
@@ -43,6 +44,7 @@ ACTION_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-4
 BF16_ACTION_TOLERANCE = 3e-2  # operands have 8 bits, 4e-3, of which five steps of four layers make a few times as much
 TF32_ACTION_TOLERANCE = 5e-3  # operands have 11 bits, an eighth of bf16's error
+HINTS = {"fp32": "f32", "bf16": "bf16"}  # OpenVINO's names
 TOLERANCES = {"fp32": ACTION_TOLERANCE, "tf32": TF32_ACTION_TOLERANCE, "bf16": BF16_ACTION_TOLERANCE}
 CLAMP_MARGIN = 1e-3  # of a predicted x0 relative to max_action: nearer, rounding decides which side has a gradient
 
@@ -92,6 +94,15 @@ def no_compiler(device: torch.device) -> str | None:
     return None
 
 
+def not_compiled(device: torch.device, short: bool) -> str | None:
+    """None if the compiled `select` and `update` (`lean.py`) are to be timed, else why not."""
+    if short:
+        return "it takes longer to compile than all the others to time; leave out --short"
+    if device.type != "cpu":
+        return f"it is compared on a CPU, this is {device}; bench_gpu.py has compiled rivals of its own"
+    return no_compiler(device)
+
+
 @lru_cache(maxsize=1)
 def published_actor(device: torch.device) -> PublishedActor:
     """The weights that every contender of the sampling benches shares."""
@@ -139,7 +150,7 @@ def precision_of(contender: str) -> str:
     """fp32, tf32 or bf16."""
     if contender.startswith("dql-"):
         return backend_of(contender)[1]
-    return "bf16" if contender.endswith("-bf16") else "fp32"
+    return "bf16" if contender.removesuffix("+graph").endswith("-bf16") else "fp32"
 
 
 def contenders() -> list[str]:
@@ -177,18 +188,18 @@ def no_runtime(contender: str, device: torch.device) -> str | None:
     """None if the contender's runtime is here and a rival on this device, else why not."""
     if device.type != "cpu":
         return f"{contender} is compared on a CPU, this is {device}"
-    if precision_of(contender) == "bf16" and not BF16_FLAGS & _cpu_flags():
-        return f"{contender} needs a CPU with AVX512_BF16 or AMX, which this one has not"
     missing = [name for name in ("onnx", contender.partition("-")[0]) if importlib.util.find_spec(name) is None]
-    return f'{contender} needs {" and ".join(missing)}: pip install -e ".[bench]"' if missing else None
+    if missing:
+        return f'{contender} needs {" and ".join(missing)}: pip install -e ".[bench]"'
+    if contender == OPENVINO_BF16 and "BF16" not in (has := _openvino_capabilities()):
+        return f"{contender} needs a CPU on which OpenVINO multiplies bf16 (AVX512_BF16 or AMX); here: {', '.join(has)}"
+    return None
 
 
-def _cpu_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return set(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+def _openvino_capabilities() -> list[str]:
+    import openvino
+
+    return list(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
 def exported(contender: str, states: Tensor) -> Callable[[Tensor | None], Tensor]:
@@ -211,8 +222,8 @@ def exported(contender: str, states: Tensor) -> Callable[[Tensor | None], Tensor
     else:
         import openvino
 
-        model = _openvino_model(B if "static" in contender else None, precision_of(contender))
-        request = model.create_infer_request()
+        fixed = B if contender.startswith("openvino-static") else None
+        request = _openvino_model(fixed, precision_of(contender)).create_infer_request()
         for name, tensor in (("states", states), ("noise", noise), ("actions", actions)):
             request.set_tensor(name, openvino.Tensor(tensor.numpy(), shared_memory=True))
 
@@ -274,8 +285,12 @@ def _onnxruntime_session(mish_op: bool) -> Any:
 
 
 @lru_cache(maxsize=2)
-def _openvino_model(B: int | None, precision: str) -> Any:
-    """Compiled for one B, or (None) for all."""
+def _openvino_model(B: int | None, precision: str = "fp32") -> Any:
+    """Compiled for one B, or (None) for all. In bf16 inputs and outputs stay float32, as ours do.
+
+    Raises:
+        AssertionError: it computes in another precision than it was asked for, which it does without a word.
+    """
     import openvino
 
     core = openvino.Core()
@@ -283,12 +298,15 @@ def _openvino_model(B: int | None, precision: str) -> Any:
     if B is not None:
         model.reshape({"states": [B, S], "noise": [T, B, A]})
     hints = {
-        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],  # its own choice is what the CPU has
+        "INFERENCE_PRECISION_HINT": HINTS[precision],  # its own choice is bf16 where the CPU has it
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
-    return core.compile_model(model, "CPU", hints)
+    compiled_model = core.compile_model(model, "CPU", hints)
+    taken = compiled_model.get_property("INFERENCE_PRECISION_HINT").to_string()
+    assert taken == HINTS[precision], f"OpenVINO computes in {taken}, asked for {HINTS[precision]}"
+    return compiled_model
 
 
 class GivenDraws(TorchFunctionMode):
@@ -335,41 +353,6 @@ def published_agent(device: torch.device, **options: Any) -> PublishedAgent:
     return agent
 
 
-def compiled_agent(device: torch.device, **options: Any) -> PublishedAgent:
-    """The published agent with its networks' calls under torch.compile, as a user would put it there.
-
-    Clipping, optimizers, averages and the choice of the critic stay as they are: they are written in Python, and wait
-    for the device. Random numbers are torch's own, so that a seed gives both agents the same.
-    """
-    agent = published_agent(device, **options)
-    for module in (agent.actor, agent.ema_actor, agent.critic, agent.critic_target):
-        module.compile(dynamic=False, options={"fallback_random": True})
-    agent.actor.loss = torch.compile(  # type: ignore[method-assign]
-        agent.actor.loss, dynamic=False, options={"fallback_random": True}
-    )
-    return agent
-
-
-def compiled_act(published: PublishedAgent, num_candidates: int) -> Callable[[np.ndarray], np.ndarray]:
-    """`act(state [S])` -> action [A] as the published agent acts; lean chain and critics are one compiled graph."""
-    device, lean = published.actor.betas.device, LeanActor(published.actor)
-
-    def choose(row: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        repeated = row.expand(num_candidates, -1)  # [N, S]
-        candidates = lean(repeated, noise)  # [N, A]
-        return candidates, published.critic_target.q_min(repeated, candidates).flatten().softmax(0)
-
-    compiled = torch.compile(choose, dynamic=False, **({"mode": "reduce-overhead"} if device.type == "cuda" else {}))
-
-    def act(state: np.ndarray) -> np.ndarray:
-        with torch.no_grad():
-            row = torch.as_tensor(state, dtype=torch.float32, device=device)[None]  # [1, S]
-            candidates, probabilities = compiled(row, torch.randn(T, num_candidates, A, device=device))
-            return candidates[torch.multinomial(probabilities, 1)[0]].cpu().numpy()
-
-    return act
-
-
 def check_elements(contender: str, name: str, got: Tensor, want: Tensor, tolerance: float) -> float:
     """The largest error relative to the largest element of `want`.
 
@@ -397,7 +380,7 @@ def check_selected(
     It must be the candidate that the published code's networks and softmax give for dql's noise and its written way
     to draw. In bf16 the draw may be on the other side of a limit that it is very near to.
     """
-    tolerance = TOLERANCES[backend_of(contender)[1]]
+    tolerance = TOLERANCES[precision_of(contender)]
     noise = dql.noise.normal(seed, T, num_candidates, A, device=state.device)
     repeated = state.repeat(num_candidates, 1)  # [N, S]
     with torch.no_grad():

@@ -44,29 +44,45 @@ def row(contender: str, seconds: float) -> rows.Row:
     return rows.Row("sample", contender, [seconds] * 3, [1.0] * 3)
 
 
-def test_a_ratio_compares_like_with_like():
-    """What computes in bf16 is compared with rivals in bf16 alone, and with none where none was timed."""
+def test_a_ratio_says_what_it_compares():
+    """A rival in bf16 counts only for what computes in bf16; where none was timed, the float32 one is marked."""
     published, eager = row("published", 1.0), row("dql-eager", 0.8)
-    rivals_ = [row("openvino-static", 0.4), row("openvino-static-bf16", 0.2), row("compile-lean", 0.5)]
+    others = [row("openvino-static", 0.4), row("openvino-static-bf16", 0.2), row("compile-lean", 0.5)]
     ours = [row("dql-cpp", 0.1), row("dql-cpp-bf16", 0.05)]
-    found = {r["contender"]: r["speedup_over"] for r in rows.row_reports([published, eager, *rivals_, *ours])}
-    assert found["dql-cpp"]["best_rival"] == pytest.approx(4.0)
-    assert found["dql-cpp-bf16"]["best_rival"] == pytest.approx(4.0)
-    assert found["dql-cpp-bf16"]["published"] == pytest.approx(20.0)
-    assert found["dql-cpp"]["best_other"] == pytest.approx(4.0)
-    alone = {r["contender"]: r["speedup_over"] for r in rows.row_reports([published, rivals_[0], *ours])}
-    assert alone["dql-cpp-bf16"]["best_rival"] is None
-    table = race_table(rows.row_reports([published, eager, *rivals_, *ours]))
+    found = {r["contender"]: r for r in rows.row_reports([published, eager, *others, *ours])}
+    assert found["dql-cpp"]["speedup_over"]["best_rival"] == pytest.approx(4.0)
+    assert found["dql-cpp"]["best_rival"] == "openvino-static"
+    assert found["dql-cpp-bf16"]["speedup_over"]["best_rival"] == pytest.approx(4.0)
+    assert found["dql-cpp-bf16"]["best_rival"] == "openvino-static-bf16"
+    table = race_table(list(found.values()))
     assert "| OpenVINO, bf16 |" in table
     assert "| 200 ms (openvino-static-bf16) |" in table
+    assert "| 50 ms (20x, 4x) |" in table
+    alone = rows.row_reports([published, others[0], *ours])
+    assert alone[-1]["best_rival"] == "openvino-static"
+    assert "| 50 ms (20x, 8x (fp32)) |" in race_table(alone)
+
+
+def test_an_empty_cell_says_why():
+    def of(problem: str, contender: str) -> rows.Row:
+        return rows.Row(problem, contender, [0.1] * 3, [1.0] * 3)
+
+    raced = [of(problem, name) for problem in ("update B=256", "select N=50") for name in ("published", "dql-cpp")]
+    raced += [of("sample B=1, forward", name) for name in ("published", "openvino", "compile-lean", "dql-cpp-bf16")]
+    lines = race_table(rows.row_reports(raced)).splitlines()
+    (update,) = [line for line in lines if line.startswith("| update")]
+    (select,) = [line for line in lines if line.startswith("| select")]
+    assert "has no gradients" in update and "float32 only" in update
+    assert "exports no critic" in select and "not measured" in select
 
 
 def test_a_rival_in_bf16_needs_a_cpu_that_has_it(monkeypatch):
-    monkeypatch.setattr(rivals, "_cpu_flags", lambda: {"avx2"})
-    assert rivals.no_runtime("openvino-static-bf16", CPU) == (
-        "openvino-static-bf16 needs a CPU with AVX512_BF16 or AMX, which this one has not"
-    )
-    assert "AVX512" not in (rivals.no_runtime("openvino-static", CPU) or "")
+    pytest.importorskip("openvino", reason='needs pip install -e ".[bench]"')
+    pytest.importorskip("onnx", reason='needs pip install -e ".[bench]"')
+    monkeypatch.setattr(rivals, "_openvino_capabilities", lambda: ["FP32", "INT8"])
+    why = rivals.no_runtime("openvino-static-bf16", CPU) or ""
+    assert "AVX512_BF16 or AMX" in why and why.endswith("here: FP32, INT8")
+    assert rivals.no_runtime("openvino-static", CPU) is None
 
 
 def test_a_report_tells_its_command(tmp_path):
