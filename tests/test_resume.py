@@ -442,7 +442,7 @@ def test_a_signal_ends_an_evaluation_at_once(number, slow, dql, dql_command, pen
         assert "after update 80, checkpoint written" in out
         assert err == ""
     slowing.unlink()
-    done = dql("train", "--resume", tmp_path / "run")
+    done = dql("train", "--resume", tmp_path / "run", "--env", "slow_environment:Slow-v0")  # typed again: a module's
     assert done.code == 0, done.err
     assert differences(tmp_path / "run", tmp_path / "reference") == []
     assert bookkeeping(tmp_path / "run") == bookkeeping(tmp_path / "reference")
