@@ -129,14 +129,14 @@ def sample(
     Inside `torch.compile` it is a graph break: it runs as it is, and gradients flow through it.
     """
     drawn: int | Tensor | None = seed
+    run: Callable[..., Tensor] | None = None
     if torch.compiler.is_compiling():
         if torch.compiler.is_exporting():
             raise RuntimeError(untraceable("dql.sample", "torch.export"))
-        run: Callable[..., Tensor] = torch._dynamo.disable(_sample_outside)
+        run = torch._dynamo.disable(_sample_outside)
     else:
         if unseen():
             refuse_unseen("dql.sample", states)
-        run = partial(run_chain, report=True)
         policy = _policy(policy)
         if noise is None:
             drawn = _fresh_seed(policy) if seed is None else noise_stream.check_seed(seed)
@@ -150,6 +150,7 @@ def sample(
         except ValueError:
             policy.kept.clear()  # the next call looks at its states at once
             raise
+    run = run or partial(run_chain, report=True)
     return run(
         states,
         policy,
