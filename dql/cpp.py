@@ -36,7 +36,7 @@ class CppBackend(Backend):
                 return "precision='bf16' needs a CPU with AVX512_BF16, which this one has not; use precision='fp32'"
         if (limit := too_large(chain)) is not None:
             return f"{limit}; use backend='eager'"
-        return limits.too_many(len(chain.states) * chain.candidates, chain.table.num_steps)
+        return limits.too_many(chain.states.size(0) * chain.candidates, chain.table.num_steps)
 
     def forward(self, chain: Chain, save: bool) -> tuple[Tensor, Any]:
         assert isinstance(chain.seed, int)  # a tensor's are chains of a GPU

@@ -32,7 +32,7 @@ class CudaBackend(GpuBackend):
             return reason
         from dql.kernels import cuda_plan
 
-        rows = len(chain.states) * chain.candidates
+        rows = chain.states.size(0) * chain.candidates
         problem = cuda_plan.Problem(chain.spec, chain.precision, rows, chain.table.num_steps, 1, False)
         return cuda_plan.misfit(problem, chain.flat.device.index or 0)
 

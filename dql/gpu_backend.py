@@ -76,7 +76,7 @@ class GpuBackend(Backend):
             )
         if (limit := limits.too_large(chain.spec, _MAX_TIME_DIM)) is not None:
             return f"{limit}; use backend='eager'"
-        return limits.too_many(len(chain.states) * chain.candidates, chain.table.num_steps)
+        return limits.too_many(chain.states.size(0) * chain.candidates, chain.table.num_steps)
 
     def forward(self, chain: Chain, save: bool) -> tuple[Tensor, Any]:
         noise = None if chain.noise is None else chain.noise.contiguous()
@@ -176,14 +176,14 @@ class _Prepared:
         fits = states.dtype is actions.dtype is torch.float32 and states.device == self.flat.device
         try:
             fits = fits and states.is_contiguous() and states.dim() == 2 and states.shape[1] == self.S
-            if not fits or not len(states) or states.data_ptr() < LOWEST_ADDRESS:
+            if not fits or not states.size(0) or states.data_ptr() < LOWEST_ADDRESS:
                 return False
         except RuntimeError:  # torch's, of tensors that have no shape or no address
             return False
         # Looking at the states would wait for them: the kernels do that. Whether an earlier call's were bad is known.
         if self.found.value or not native.intact(self.places, self.held, self.base):
             return False
-        B = len(states)
+        B = states.size(0)
         plan = self.plans.get(B)
         if plan is None:
             if len(self.plans) > 64:

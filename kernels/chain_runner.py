@@ -80,7 +80,8 @@ class ChainRunner:
         Returns:
             (actions [R, A], saved or None).
         """
-        spec, B, R, K = self.spec, len(states), len(states) * candidates, len(self.table)
+        spec, B, K = self.spec, states.size(0), self.table.size(0)
+        R = B * candidates
         check_memory(
             self.device,
             flat=(flat, spec.layout.size),
@@ -94,7 +95,7 @@ class ChainRunner:
 
     def plan(self, B: int, candidates: int = 1, noise: bool = False, save: bool = False) -> "ChainPlan":
         """Everything about a forward pass that its tensors do not change."""
-        K, s, R = len(self.table), self.sizes, B * candidates
+        K, s, R = self.table.size(0), self.sizes, B * candidates
         chosen = self._tile("saving" if save else "forward", R)
         kernel = fitting(chain_fwd_kernel(self.spec, self.precision, chosen, noise, save), self.device)
         tile: Tile = kernel.tile
@@ -131,7 +132,7 @@ class ChainRunner:
         Returns:
             (d_flat [P], d_states [B, S]), None where not needed. Where no parameter lies, d_flat is zero.
         """
-        B, R, K, s, RP = len(states), len(d_actions), len(self.table), self.sizes, saved.rows
+        B, R, K, s, RP = states.size(0), d_actions.size(0), self.table.size(0), self.sizes, saved.rows
         check_memory(
             self.device,
             flat=(flat, self.spec.layout.size),

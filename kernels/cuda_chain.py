@@ -115,7 +115,8 @@ class ChainRunner(Launcher):
         Returns:
             (actions [R, A], saved or None).
         """
-        spec, B, R, K = self.spec, len(states), len(states) * candidates, len(self.table)
+        spec, B, K = self.spec, states.size(0), self.table.size(0)
+        R = B * candidates
         check_memory(
             self.device,
             flat=(flat, spec.layout.size),
@@ -123,13 +124,13 @@ class ChainRunner(Launcher):
             noise=(noise, K * R * spec.action_dim),
         )
         plan = self.plan(B, candidates, save)
-        actions = self.floats(len(states) * candidates, self.spec.action_dim)
+        actions = self.floats(R, spec.action_dim)
         saved = plan.run(flat, states, noise, seed, actions, told)
         return actions, saved
 
     def plan(self, B: int, candidates: int = 1, save: bool = False) -> "ChainPlan":
         """Everything about a forward pass that its tensors do not change."""
-        K, R = len(self.table), B * candidates
+        K, R = self.table.size(0), B * candidates
         tiling = self.tiling(R, K, 1, save)
         numbers = tiling.numbers(self.precision)
         packed, saved, _, _, _ = self.module.sizes(self.mlp, *numbers, B, R, K, int(save), 1)
@@ -158,7 +159,7 @@ class ChainRunner(Launcher):
         Returns:
             (d_flat [P], d_states [B, S]), None where not needed. Where no parameter lies, d_flat is zero.
         """
-        B, R, K = len(states), len(d_actions), len(self.table)
+        B, R, K = states.size(0), d_actions.size(0), self.table.size(0)
         check_memory(
             self.device,
             flat=(flat, self.spec.layout.size),

@@ -60,7 +60,7 @@ class CriticRunner(Launcher):
         """
         if which not in ((0, 1), (0,), (1,)):
             raise ValueError(f"which must be (0, 1), (0,) or (1,), the critics to run, got {which!r}")
-        B, n, place = len(states), len(which), self.place
+        B, n, place = states.size(0), len(which), self.place
         R = B * candidates
         check_memory(
             self.device,
@@ -111,11 +111,11 @@ class CriticRunner(Launcher):
         """
         if not (need_parameters or need_states or need_actions):
             return None, None, None
-        (n, R), B, place = d_q.shape, len(states), self.place
+        (n, R), B, place = d_q.shape, states.size(0), self.place
         check_memory(
             self.device,
             flat=(flat, self.spec.layout.size),
-            states=(states, len(states) * self.spec.state_dim),
+            states=(states, B * self.spec.state_dim),
             actions=(actions, R * self.spec.action_dim),
             d_q=(d_q, len(saved.which) * R),
         )

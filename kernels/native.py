@@ -226,7 +226,7 @@ def chain(
     Returns:
         (actions [R, A], saved or None).
     """
-    actions = _empty(len(states) * candidates, network.action_dim)  # [R, A]
+    actions = _empty(states.size(0) * candidates, network.action_dim)  # [R, A]
     states, noise = states.contiguous(), None if noise is None else noise.contiguous()
     run = _native.chain_saved if save else _native.chain
     saved = run(*_arguments(network, flat, table, states, candidates, noise, seed, max_action, bf16, actions))
@@ -246,7 +246,7 @@ def _arguments(
     actions: Tensor,
 ) -> tuple[Any, ...]:
     """What every native call that runs a chain begins with; the tensors must outlive the call."""
-    B = len(states)
+    B = states.size(0)
     return (
         network.handle,
         _at("flat", flat, network.size),
@@ -293,7 +293,7 @@ def chain_backward(
     """
     d_actions = d_actions.contiguous()
     states = states.contiguous()
-    B, R = len(states), len(d_actions)
+    B, R = states.size(0), d_actions.size(0)
     return _native.chain_backward(
         network.handle,
         saved,
@@ -327,7 +327,7 @@ def select(
     """Of each state's N actions one, drawn from softmax(min(Q_1, Q_2)): [B, A]; arguments as in `chain`."""
     if (critic.state_dim, critic.action_dim) != (network.state_dim, network.action_dim):
         raise ValueError("the critic was made for other sizes of states and actions than the denoiser")
-    chosen = _empty(len(states), network.action_dim)
+    chosen = _empty(states.size(0), network.action_dim)
     states, noise = states.contiguous(), None if noise is None else noise.contiguous()
     _native.select(
         *_arguments(network, flat, table, states, candidates, noise, seed, max_action, bf16, chosen),

@@ -271,7 +271,7 @@ class CriticRunner:
         """
         if which not in ((0, 1), (0,), (1,)):
             raise ValueError(f"which must be (0, 1), (0,) or (1,), the critics to run, got {which!r}")
-        B, n, s = len(states), len(which), self.sizes
+        B, n, s = states.size(0), len(which), self.sizes
         R = B * candidates
         check_memory(
             self.device,
@@ -325,7 +325,7 @@ class CriticRunner:
         check_memory(
             self.device,
             flat=(flat, self.spec.layout.size),
-            states=(states, len(states) * self.spec.state_dim),
+            states=(states, states.size(0) * self.spec.state_dim),
             actions=(actions, R * self.spec.action_dim),
             d_q=(d_q, len(saved.which) * R),
         )
