@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.live import Live
 
 from dql import __version__, noise
 from dql.agent import DiffusionBC, DiffusionQL, load, make_agent
@@ -29,7 +28,7 @@ from dql.data import DatasetInfo, TransitionDataset, load_dataset
 from dql.evaluate import Evaluation, Scored, evaluate, select_checkpoints, worth_keeping
 from dql.graphed_update import GraphedUpdate
 from dql.rundir import RunDir, RunError, append_row, drop_rows_after
-from dql.terminal import make_console
+from dql.terminal import TrainingProgress, make_console
 
 _PLAIN_LINE_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 
@@ -408,19 +407,14 @@ def _signals(stop: Callable[[str], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class _RateColumn(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.fields['rate']:.1f} updates/s")
-
-
 @contextmanager
 def _progress(config: Config, step: int, console: Console) -> Iterator[Callable[[int, float, dict[str, float]], None]]:
     """A bar on a terminal; elsewhere a line now and then."""
     total = config.num_updates
     shown = {"actor/bc_loss": "bc", "actor/q_loss": "q_loss", "critic/loss": "critic", "critic/target_q": "target"}
 
-    def text(means: dict[str, float]) -> str:
-        return "  ".join(f"{short} {means[name]:.4g}" for name, short in shown.items() if name in means)
+    def losses(means: dict[str, float]) -> dict[str, float]:
+        return {short: means[name] for name, short in shown.items() if name in means}
 
     if not console.is_terminal:
         spoken = time.monotonic()
@@ -430,22 +424,15 @@ def _progress(config: Config, step: int, console: Console) -> Iterator[Callable[
             if time.monotonic() - spoken >= _PLAIN_LINE_EVERY or step == total:
                 spoken = time.monotonic()
                 left = (total - step) / max(rate, 1e-9)
+                said = "  ".join(f"{name} {value:.4g}" for name, value in losses(means).items())
                 console.print(
-                    f"{step:,}/{total:,}  {rate:.1f} updates/s  {left:.0f} s left  {text(means)}",
+                    f"{step:,}/{total:,}  {rate:.1f} updates/s  {left:.0f} s left  {said}",
                     markup=False,
                     soft_wrap=True,
                 )
 
         yield line
         return
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _RateColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[losses]}"),
-        console=console,
-    ) as progress:
-        task = progress.add_task(config.algorithm, total=total, completed=step, rate=0.0, losses="")
-        yield lambda step, rate, means: progress.update(task, completed=step, rate=rate, losses=text(means))
+    bar = TrainingProgress(config.algorithm, total, step)
+    with Live(bar, console=console):
+        yield lambda step, rate, means: bar.update(step, rate, losses(means))
