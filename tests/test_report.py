@@ -10,11 +10,13 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex
 
+from dql import report
 from dql.data import TransitionDataset
 from dql.datasets.info import DatasetInfo
 from dql.policy import DiffusionPolicy
-from dql.report import action_distribution, learning_curve, spread_states
+from dql.report import COLORS, action_distribution, colors, learning_curve, seed_interval, spread_states
 from dql.rundir import RunDir, append_row
 
 
@@ -91,7 +93,13 @@ def evaluations(folder, means):
     for i, mean in enumerate(means):
         append_row(
             RunDir(folder).evaluations_path,
-            {"step": 100 * (i + 1), "return_mean": mean, "return_low": mean - 1, "return_high": mean + 1},
+            {
+                "step": 100 * (i + 1),
+                "episodes": 10,
+                "return_mean": mean,
+                "return_low": mean - 1,
+                "return_high": mean + 1,
+            },
         )
     return folder
 
@@ -102,6 +110,102 @@ def test_learning_curve(tmp_path):
     assert_picture(tmp_path / "new" / "curve.png", 960, 600)
     learning_curve({}, np.array([0.0, 3.0, 1.0]), tmp_path / "bare.png")
     assert read_png(tmp_path / "bare.png")[2] != read_png(tmp_path / "new" / "curve.png")[2]
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, to be read back."""
+    drawn = []
+    make = report._figure
+
+    def kept(*size):
+        figure, axes = make(*size)
+        drawn.append(figure)
+        return figure, axes
+
+    monkeypatch.setattr(report, "_figure", kept)
+    return drawn
+
+
+def read_curves(figure):
+    """label -> (colour, steps, means, {step: (low, high) of the band}, the band's colour), the data's left out."""
+    (ax,) = figure.axes
+    lines = {line.get_label(): line for line in ax.get_lines()[1:]}  # the first is the data's
+    found = {}
+    for (label, line), band in zip(lines.items(), ax.collections, strict=True):
+        ends: dict[float, list[float]] = {}
+        for path in band.get_paths():
+            for step, value in path.vertices:
+                ends.setdefault(float(step), []).append(float(value))
+        steps, means = line.get_xdata(), line.get_ydata()
+        bands = {step: (min(values), max(values)) for step, values in ends.items()}
+        found[label] = (to_hex(line.get_color()), list(steps), list(means), bands, to_hex(band.get_facecolor()[0]))
+    return found
+
+
+def test_each_curve_has_its_own_colour(tmp_path, figures):
+    """Of any name, and its band has it too: a band without one would be blue whatever the line is."""
+    names = ["mine", "DiffusionBC", "yours", "Diffusion-QL", *(f"run {i}" for i in range(20))]
+    runs = {name: evaluations(tmp_path / name, [1, 2, 3]) for name in names}
+    learning_curve(runs, np.array([0.0, 3.0]), tmp_path / "curve.png")
+    curves = read_curves(figures[0])
+    assert list(curves) == [f"{name}, one run, over 10 episodes" for name in names]
+    seen = [color for color, *_ in curves.values()]
+    assert seen == [band for *_, band in curves.values()]
+    assert len({*seen, to_hex(COLORS["data"])}) == len(names) + 1
+    assert seen[1] == to_hex(COLORS["DiffusionBC"])
+    assert seen[3] == to_hex(COLORS["Diffusion-QL"])
+
+
+def test_many_colours_differ():
+    names = [f"run {i}" for i in range(100)]
+    assert len({*colors([*COLORS, *names]).values()}) == len(COLORS) + 100
+    assert colors(names) == colors(names)
+
+
+def test_the_band_of_one_run_is_over_its_episodes(tmp_path, figures):
+    learning_curve({"mine": evaluations(tmp_path / "mine", [1, 5])}, np.array([0.0, 3.0]), tmp_path / "curve.png")
+    ((label, (_, steps, means, bands, _)),) = read_curves(figures[0]).items()
+    assert label == "mine, one run, over 10 episodes"
+    assert (steps, means, bands) == ([100, 200], [1, 5], {100: (0, 2), 200: (4, 6)})
+
+
+def test_the_band_of_several_runs_is_over_them(tmp_path, figures):
+    """Wide where the runs differ, of no width where they agree, whatever their episodes' intervals are."""
+    seeds = [evaluations(tmp_path / str(i), means) for i, means in enumerate([[1, 5], [2, 5, 9], [3, 5, 7]])]
+    learning_curve({"mine": seeds, "one": seeds[:1]}, np.array([0.0, 3.0]), tmp_path / "curve.png")
+    label, (_, steps, means, bands, _) = next(iter(read_curves(figures[0]).items()))
+    assert label == "mine, over 3 runs"
+    assert (steps, means) == ([100, 200], [2, 5]), "where all were evaluated"
+    assert bands[100] == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5))  # their standard deviation is 1
+    assert bands[200] == pytest.approx((5, 5))
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 6, 12])
+def test_the_interval_over_seeds_covers_the_mean(seeds):
+    rng = np.random.default_rng(seeds)
+    draws = rng.normal(3.0, 2.0, (4000, seeds))
+    ends = np.array([seed_interval(row) for row in draws])
+    covered = ((ends[:, 0] <= 3.0) & (ends[:, 1] >= 3.0)).mean()
+    assert covered == pytest.approx(0.95, abs=0.014)  # four standard errors of 4,000 trials
+
+
+def test_runs_that_make_no_interval(tmp_path):
+    folder = evaluations(tmp_path / "mine", [1])
+    for runs in ([], [folder, folder]):
+        with pytest.raises(ValueError, match="mine: its runs must be one or more different folders, got "):
+            learning_curve({"mine": runs}, np.array([1.0]), tmp_path / "curve.png")
+    with pytest.raises(ValueError, match="needs two at least"):
+        seed_interval(np.array([1.0]))
+
+
+def test_policies_of_any_name_have_their_own_colour(tmp_path, figures):
+    policies = {name: DiffusionPolicy(3, 1, 1.0, 16, 2) for name in ("mine", "yours", "Diffusion-QL")}
+    action_distribution(dataset(50, 3, 1), policies, tmp_path / "a.png", states=torch.zeros(1, 3))
+    handles = figures[0].axes[0].get_legend_handles_labels()[0]
+    seen = [to_hex(h.get_facecolor() if i == 0 else h.get_edgecolor()) for i, h in enumerate(handles)]
+    assert len(set(seen)) == 4
+    assert (seen[0], seen[3]) == (to_hex(COLORS["data"]), to_hex(COLORS["Diffusion-QL"]))
 
 
 def test_the_curve_of_a_run_without_evaluations(tmp_path):
