@@ -29,7 +29,7 @@ def demo(
 
     Args:
         out: Folder of runs, pictures and the policy.
-        updates: Updates of each agent.
+        updates: Updates of Diffusion-QL; DiffusionBC, whose are far shorter, does five times as many.
         episodes: Episodes of the final evaluation.
         seed: Of training.
         fresh: Drop the folder's earlier demo and start over.

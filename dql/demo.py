@@ -27,6 +27,7 @@ from dql.train import resume, train
 T = TypeVar("T")
 ETA = 20.0  # the paper's 1 leaves the policy near the data, two thirds of whose actions are random
 DATASET = "dql/pendulum/mixed-v0"
+CLONING = 5  # times as many updates, each far shorter: after as many its return is far below the data's
 _ALGORITHMS = {"DiffusionBC": "diffusion-bc", "Diffusion-QL": "diffusion-ql"}
 # angle from upright in degrees, angular velocity in radians per second
 _STATES = ((180.0, 0.0), (120.0, 4.0), (30.0, -1.0), (0.0, 0.0))
@@ -39,7 +40,7 @@ def demo(folder: Path, *, updates: int, episodes: int, seed: int, fresh: bool, c
 
     Args:
         folder: where runs, pictures and the policy go.
-        updates: of each agent.
+        updates: of Diffusion-QL; DiffusionBC does CLONING times as many.
         episodes: of the final evaluation.
         seed: of training; the dataset's is always 0.
         fresh: start over, dropping the folder's earlier demo.
@@ -56,7 +57,10 @@ def demo(folder: Path, *, updates: int, episodes: int, seed: int, fresh: bool, c
     seconds: dict[str, float] = {}
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, got {episodes}")
-    runs = {name: _run_config(folder / algorithm, algorithm, updates, seed) for name, algorithm in _ALGORITHMS.items()}
+    lengths = {"DiffusionBC": CLONING * updates, "Diffusion-QL": updates}
+    runs = {
+        name: _run_config(folder / algorithm, algorithm, lengths[name], seed) for name, algorithm in _ALGORITHMS.items()
+    }
     if fresh:
         for run in runs.values():  # the demo's own, whatever else the folder holds
             _remove(run.run_dir)
@@ -66,7 +70,7 @@ def demo(folder: Path, *, updates: int, episodes: int, seed: int, fresh: bool, c
 
     agents: dict[str, DiffusionBC] = {}
     for name, run in runs.items():
-        console.print(f"training {name} for {updates:,} updates")
+        console.print(f"training {name} for {lengths[name]:,} updates")
         agents[name], seconds[f"train {name}"] = _timed(partial(_train, run, console))
 
     results = {}

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from dql.demo import CLONING
 from dql.rundir import RunDir, read_rows
 
 SHORT = ("--updates", "20", "--episodes", "2")
@@ -75,10 +76,10 @@ def test_the_pictures(shown):
 
 def test_both_runs_are_there(shown):
     place, _, _ = shown
-    for algorithm in ("diffusion-bc", "diffusion-ql"):
+    for algorithm, updates in (("diffusion-bc", 20 * CLONING), ("diffusion-ql", 20)):
         folder = RunDir(place / "runs" / "demo" / algorithm)
-        assert folder.steps()[-1] == 20
-        assert [row["step"] for row in read_rows(folder.evaluations_path)] == [5, 10, 15, 20]
+        assert folder.steps()[-1] == updates
+        assert [row["step"] for row in read_rows(folder.evaluations_path)] == [updates * i // 4 for i in (1, 2, 3, 4)]
         assert folder.read_config()["run"]["agent"]["algorithm"] == algorithm
 
 
@@ -127,8 +128,8 @@ def test_fresh_starts_over(shown, dql_command):
     shutil.copytree(place / "runs" / "demo", place / "fresh")
     done = run(dql_command("demo", "--updates", "1", "--episodes", "1", "--fresh", "--out", "fresh"), place, env)
     assert done.returncode == 0, done.stderr
-    for algorithm in ("diffusion-bc", "diffusion-ql"):
-        assert RunDir(place / "fresh" / algorithm).steps() == [1]
+    for algorithm, updates in (("diffusion-bc", CLONING), ("diffusion-ql", 1)):
+        assert RunDir(place / "fresh" / algorithm).steps()[-1] == updates
     json.loads((place / "fresh" / "diffusion-ql" / "config.json").read_text())
 
 
