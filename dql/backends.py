@@ -45,7 +45,7 @@ class Chain:
             captured, so that each replay has its own.
         table: the K steps.
         max_action: the bound of actions and predicted x0.
-        precision: "fp32", "tf32" or "bf16".
+        precision: "fp32", "tf32" ("triton", "cuda") or "bf16" (those, and "cpp" where the CPU has it).
         kept: what backends derive from the denoiser and keep with it.
         report: whether a later call is to raise if the backend finds, on the device, that states are not finite.
     """
@@ -119,8 +119,9 @@ _CACHED_ROWS = 512  # run at a time on a CPU: a hidden layer's activations and M
 class EagerBackend(Backend):
     """Plain torch (`dql.kernels.reference`): any device, any float dtype, any size. The reference of all others.
 
-    On a GPU its float32 products are as exact as torch's setting makes them (`torch.set_float32_matmul_precision`,
-    strict by default).
+    A row's action may depend by rounding on the other rows and on the number of threads, as torch's products do. On a
+    GPU its float32 products are as exact as torch's setting makes them
+    (`torch.set_float32_matmul_precision`, strict by default).
     """
 
     name = "eager"
