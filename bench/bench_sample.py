@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import rivals
 import torch
-from rivals import COMPILED, EXPORTED, FLOPS, MISH_OP, A, S, T
+from lean import lean_select
+from rivals import COMPILED, EXPORTED, FLOPS, MISH_OP, OPENVINO_BF16, A, S, T
 from torch import Tensor
 
 import dql
@@ -26,7 +27,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     short = metafunc.config.getoption("short")
     if metafunc.function is test_forward:
-        names = ["published", *(["onnxruntime"] if short else [*COMPILED, *EXPORTED, MISH_OP]), *DQL]
+        names = ["published", *(["onnxruntime"] if short else [*COMPILED, *EXPORTED, OPENVINO_BF16, MISH_OP]), *DQL]
     else:  # one compiled rival, the faster one: compiling takes longer than all the timing. Gradients are float32 only.
         differentiable = [name for name in DQL if rivals.backend_of(name)[1] == "fp32"]
         names = ["published", *([] if short else ["compile-lean"]), *differentiable]
@@ -54,7 +55,7 @@ def _chain(contender: str, states: Tensor) -> tuple[Callable[..., Tensor], dict[
             return compiled(states, torch.randn(T, B, A, device=device) if noise is None else noise)
 
         return chain, dict(actor.model.named_parameters())
-    if contender in (*EXPORTED, MISH_OP):
+    if contender in (*EXPORTED, OPENVINO_BF16, MISH_OP):
         if (reason := rivals.no_runtime(contender, device)) is not None:
             pytest.skip(reason)
         return rivals.exported(contender, states), {}
@@ -102,13 +103,20 @@ def test_forward_backward(B: int, contender: str, race, device) -> None:
     )
 
 
-@pytest.mark.parametrize("contender", ["published", *DQL])
-def test_select(contender: str, race, device) -> None:
+@pytest.mark.parametrize("contender", ["published", "compile-lean", *DQL])
+def test_select(contender: str, race, device, request) -> None:
     """One action for one state, NumPy in and out: of 50 candidates, one by softmax of the critics' minimum."""
+    if contender == "compile-lean" and (reason := rivals.not_compiled(device, request.config.getoption("short"))):
+        pytest.skip(reason)
     published = rivals.published_agent(device)
     state = np.random.default_rng(0).standard_normal(S).astype(np.float32)
     run, error, seed = published.act, 0.0, 0
-    if contender != "published":
+    if contender == "compile-lean":
+        run = lean_select(published, CANDIDATES)
+        noise, draw = dql.noise.normal(seed, T, CANDIDATES, A), dql.noise.uniform(seed, 1)
+        got, row = torch.from_numpy(run(state, noise, draw)), torch.from_numpy(state)[None]
+        error = rivals.check_selected(contender, got, published, row, CANDIDATES, seed)
+    elif contender != "published":
         run = _select(contender, published, device)
         got, row = torch.from_numpy(run(state, seed=seed)), torch.from_numpy(state)[None]
         error = rivals.check_selected(contender, got.to(device), published, row.to(device), CANDIDATES, seed)

@@ -13,6 +13,7 @@ import pytest
 import rivals
 import torch
 from device_time import Call
+from lean import Draws, LeanAgent
 from published import PublishedAgent
 from rivals import A, S, T
 from table import UPDATE_TITLE
@@ -24,6 +25,7 @@ from dql.agent import UpdateSeeds
 Update = Callable[[dql.Batch], dict[str, Tensor]]
 B = 256
 DQL = [f"dql-{name}" for name in dql.backends()]
+COMPILED = "compile-lean"  # `lean.LeanAgent`
 GRAPHED = [f"dql-{name}+graph" for name in dql.backends() if name != "cpp"]  # `dql.GraphedUpdate`
 
 
@@ -40,9 +42,11 @@ def _update_published(agent: PublishedAgent, batch: dql.Batch) -> dict[str, floa
     return agent.update(batch.states, batch.actions, batch.rewards, batch.next_states, batch.masks)
 
 
-@pytest.mark.parametrize("contender", ["published", *DQL, *GRAPHED])
+@pytest.mark.parametrize("contender", ["published", COMPILED, *DQL, *GRAPHED])
 @pytest.mark.parametrize("max_q_backup", [False, True], ids=["plain", "max_q_backup"])
-def test_update(max_q_backup: bool, contender: str, race, device) -> None:
+def test_update(max_q_backup: bool, contender: str, race, device, request) -> None:
+    if contender == COMPILED and (reason := rivals.not_compiled(device, request.config.getoption("short"))):
+        pytest.skip(reason)
     batch, published = _batch(device), rivals.published_agent(device, max_q_backup=max_q_backup)
     run, error = _updates(contender, published, max_q_backup, batch)
     problem = f"update B={B}" + (", max_q_backup" if max_q_backup else "")
@@ -54,6 +58,10 @@ def _updates(contender: str, published: PublishedAgent, max_q_backup: bool, batc
     if contender == "published":
         other = rivals.published_agent(batch.states.device, max_q_backup=max_q_backup)
         return lambda: _update_published(other, batch), 0.0
+    if contender == COMPILED:
+        torch.compiler.reset()  # past eight graphs of one function torch runs it uncompiled, without a word
+        lean = LeanAgent(published, B)
+        return lambda: lean.update(batch), _check_lean(contender, lean, published, batch)
     name, device = contender.removeprefix("dql-"), batch.states.device
     config = dql.Config(backend=name.removesuffix("+graph"), max_q_backup=max_q_backup)
     agent = rivals.matching_agent(published, config, device)
@@ -97,31 +105,74 @@ def _check_update(
 ) -> float:
     """Both agents do their first update with the same noise; returns the worst error of the gradients."""
     config = agent.config
-    seeds = UpdateSeeds.of(config.seed, agent.step)
-    next_rows = B * (config.backup_candidates if config.max_q_backup else 1)
+    draws = _draws(UpdateSeeds.of(config.seed, agent.step), published, agent.device)
+    losses = _given_update(published, batch, draws)
+    metrics = update(batch)
+    averages = {}
+    for name, module in (("actor", agent.policy.denoiser), ("critic", agent.critic)):
+        average = agent.tensors()[f"{name}_adam.exp_avg"]
+        averages |= {f"{name}.{key}": view for key, view in module.layout.views(average).items()}
+    return _compare(contender, metrics, averages, losses, published)
+
+
+def _check_lean(contender: str, lean: LeanAgent, published: PublishedAgent, batch: dql.Batch) -> float:
+    """The same for the compiled rival."""
+    draws = _draws(UpdateSeeds.of(0, 0), published, batch.states.device)
+    losses = _given_update(published, batch, draws)
+    metrics = lean.update(batch, draws)
+    return _compare(contender, metrics, _averages(lean), losses, published)
+
+
+def _draws(seeds: UpdateSeeds, published: PublishedAgent, device: torch.device) -> Draws:
+    """What dql draws for an update."""
 
     def normal(seed: int, steps: int, rows: int) -> Tensor:
-        return dql.noise.normal(seed, steps, rows, A, device=agent.device)
+        return dql.noise.normal(seed, steps, rows, A, device=device)
 
-    def draws() -> Iterator[Tensor]:
-        yield from rivals.chain_draws(normal(seeds.target, T, next_rows))
-        yield dql.noise.integers(seeds.bc_t, T, B).to(agent.device)
-        yield normal(seeds.bc_noise, 1, B)[0]
-        yield from rivals.chain_draws(normal(seeds.actor, T, B))
+    return Draws(
+        normal(seeds.target, T, B * (published.num_backup if published.max_q_backup else 1)),
+        dql.noise.integers(seeds.bc_t, T, B).to(device),
+        normal(seeds.bc_noise, 1, B)[0],
+        normal(seeds.actor, T, B),
+        torch.tensor(bool(dql.noise.integers(seeds.coin, 2, 1)), device=device),
+    )
 
-    rivals.give_coin(1 if int(dql.noise.integers(seeds.coin, 2, 1)) else 2)
-    with rivals.GivenDraws(draws()):
-        losses = _update_published(published, batch)
-    metrics = update(batch)
+
+def _given_update(published: PublishedAgent, batch: dql.Batch, draws: Draws) -> dict[str, float]:
+    """The published update with these draws."""
+
+    def in_turn() -> Iterator[Tensor]:
+        yield from rivals.chain_draws(draws.target)
+        yield draws.t
+        yield draws.eps
+        yield from rivals.chain_draws(draws.actor)
+
+    rivals.give_coin(1 if draws.first else 2)
+    with rivals.GivenDraws(in_turn()):
+        return _update_published(published, batch)
+
+
+def _averages(agent: PublishedAgent | LeanAgent) -> dict[str, Tensor]:
+    """Adam's averages of the gradients by name."""
+    return {
+        f"{name}.{key}": optimizer.state[p]["exp_avg"]
+        for name, module, optimizer in (
+            ("actor", agent.actor.model, agent.actor_optimizer),
+            ("critic", agent.critic, agent.critic_optimizer),
+        )
+        for key, p in module.named_parameters()
+    }
+
+
+def _compare(
+    contender: str,
+    metrics: dict[str, Tensor],
+    averages: dict[str, Tensor],
+    losses: dict[str, float],
+    published: PublishedAgent,
+) -> float:
+    """Losses and gradients of a first update beside the published ones; the worst error of the gradients."""
     for name, want in losses.items():
         got = float(metrics[name])
         assert abs(got - want) <= 1e-4 * max(1, abs(want)), f"{contender}: {name} is {got}, expected {want}"
-    got_gradients, want_gradients = {}, {}
-    for name, module, own, optimizer in (
-        ("actor", agent.policy.denoiser, published.actor.model, published.actor_optimizer),
-        ("critic", agent.critic, published.critic, published.critic_optimizer),
-    ):
-        average = agent.tensors()[f"{name}_adam.exp_avg"]
-        got_gradients |= {f"{name}.{key}": view for key, view in module.layout.views(average).items()}
-        want_gradients |= {f"{name}.{key}": optimizer.state[p]["exp_avg"] for key, p in own.named_parameters()}
-    return rivals.check_norms(contender, got_gradients, want_gradients, rivals.GRADIENT_TOLERANCE)
+    return rivals.check_norms(contender, averages, _averages(published), rivals.GRADIENT_TOLERANCE)

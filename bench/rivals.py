@@ -2,10 +2,12 @@
 
 - `published`: `published.PublishedActor` and `PublishedAgent`, in eager torch;
 - `compile-published`: its chain under torch.compile, forward;
-- `compile-lean`: `LeanActor`, what a careful user would write and compile, without a backward of his own;
+- `compile-lean`: `LeanActor`, what a careful user would write and compile, without a backward of his own; likewise
+  `lean.lean_select` and `lean.LeanAgent`, whose `update` has our only compiled rival, on a CPU;
 - `onnxruntime`, `openvino`: our policy's chain, exported by `policy.export_onnx`, in float32, one session for every B,
   inputs and outputs in buffers bound once;
 - `openvino-static`: the same compiled anew for each B, which OpenVINO rewards;
+- `openvino-static-bf16`: that in bf16, where the CPU multiplies it: the rival of ours in bf16;
 - `onnxruntime-mish-op`, for information: the same graph with ONNX's operator Mish, as a plain exporter writes it.
 
 On a GPU torch.compile runs with CUDA graphs: eager torch is no rival there. The runtimes are rivals on a CPU.
@@ -33,6 +35,7 @@ from dql.kernels import native
 S, A, H, T = 17, 6, 256, 5  # a MuJoCo walker with the paper's network
 COMPILED = ("compile-published", "compile-lean")
 EXPORTED = ("onnxruntime", "openvino", "openvino-static")
+OPENVINO_BF16 = "openvino-static-bf16"
 MISH_OP = "onnxruntime-mish-op"
 FLOPS = 2 * T * ((A + TIME_DIM + S) * H + 2 * H * H + H * A)  # an action's, if every step ran the whole network
 # Of float32 against float32, relative to a tensor's largest element (actions) or to its norm (gradients): the bound of
@@ -41,6 +44,7 @@ ACTION_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-4
 BF16_ACTION_TOLERANCE = 3e-2  # operands have 8 bits, 4e-3, of which five steps of four layers make a few times as much
 TF32_ACTION_TOLERANCE = 5e-3  # operands have 11 bits, an eighth of bf16's error
+HINTS = {"fp32": "f32", "bf16": "bf16"}  # OpenVINO's names
 TOLERANCES = {"fp32": ACTION_TOLERANCE, "tf32": TF32_ACTION_TOLERANCE, "bf16": BF16_ACTION_TOLERANCE}
 CLAMP_MARGIN = 1e-3  # of a predicted x0 relative to max_action: nearer, rounding decides which side has a gradient
 
@@ -90,6 +94,15 @@ def no_compiler(device: torch.device) -> str | None:
     return None
 
 
+def not_compiled(device: torch.device, short: bool) -> str | None:
+    """None if the compiled `select` and `update` (`lean.py`) are to be timed, else why not."""
+    if short:
+        return "it takes longer to compile than all the others to time; leave out --short"
+    if device.type != "cpu":
+        return f"it is compared on a CPU, this is {device}; bench_gpu.py has compiled rivals of its own"
+    return no_compiler(device)
+
+
 @lru_cache(maxsize=1)
 def published_actor(device: torch.device) -> PublishedActor:
     """The weights that every contender of the sampling benches shares."""
@@ -134,8 +147,10 @@ def backend_of(contender: str) -> tuple[str, str]:
 
 
 def precision_of(contender: str) -> str:
-    """fp32, tf32 or bf16; every rival is float32."""
-    return backend_of(contender)[1] if contender.startswith("dql-") else "fp32"
+    """fp32, tf32 or bf16."""
+    if contender.startswith("dql-"):
+        return backend_of(contender)[1]
+    return "bf16" if contender.removesuffix("+graph").endswith("-bf16") else "fp32"
 
 
 def contenders() -> list[str]:
@@ -174,7 +189,17 @@ def no_runtime(contender: str, device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"{contender} is compared on a CPU, this is {device}"
     missing = [name for name in ("onnx", contender.partition("-")[0]) if importlib.util.find_spec(name) is None]
-    return f'{contender} needs {" and ".join(missing)}: pip install -e ".[bench]"' if missing else None
+    if missing:
+        return f'{contender} needs {" and ".join(missing)}: pip install -e ".[bench]"'
+    if contender == OPENVINO_BF16 and "BF16" not in (has := _openvino_capabilities()):
+        return f"{contender} needs a CPU on which OpenVINO multiplies bf16 (AVX512_BF16 or AMX); here: {', '.join(has)}"
+    return None
+
+
+def _openvino_capabilities() -> list[str]:
+    import openvino
+
+    return list(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
 def exported(contender: str, states: Tensor) -> Callable[[Tensor | None], Tensor]:
@@ -197,7 +222,8 @@ def exported(contender: str, states: Tensor) -> Callable[[Tensor | None], Tensor
     else:
         import openvino
 
-        request = _openvino_model(B if contender == "openvino-static" else None).create_infer_request()
+        fixed = B if contender.startswith("openvino-static") else None
+        request = _openvino_model(fixed, precision_of(contender)).create_infer_request()
         for name, tensor in (("states", states), ("noise", noise), ("actions", actions)):
             request.set_tensor(name, openvino.Tensor(tensor.numpy(), shared_memory=True))
 
@@ -259,8 +285,12 @@ def _onnxruntime_session(mish_op: bool) -> Any:
 
 
 @lru_cache(maxsize=2)
-def _openvino_model(B: int | None) -> Any:
-    """Compiled for one B, or (None) for all."""
+def _openvino_model(B: int | None, precision: str = "fp32") -> Any:
+    """Compiled for one B, or (None) for all. In bf16 inputs and outputs stay float32, as ours do.
+
+    Raises:
+        AssertionError: it computes in another precision than it was asked for, which it does without a word.
+    """
     import openvino
 
     core = openvino.Core()
@@ -268,12 +298,15 @@ def _openvino_model(B: int | None) -> Any:
     if B is not None:
         model.reshape({"states": [B, S], "noise": [T, B, A]})
     hints = {
-        "INFERENCE_PRECISION_HINT": "f32",  # its own choice is bf16 where the CPU has it
+        "INFERENCE_PRECISION_HINT": HINTS[precision],  # its own choice is bf16 where the CPU has it
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
-    return core.compile_model(model, "CPU", hints)
+    compiled_model = core.compile_model(model, "CPU", hints)
+    taken = compiled_model.get_property("INFERENCE_PRECISION_HINT").to_string()
+    assert taken == HINTS[precision], f"OpenVINO computes in {taken}, asked for {HINTS[precision]}"
+    return compiled_model
 
 
 class GivenDraws(TorchFunctionMode):
@@ -347,7 +380,7 @@ def check_selected(
     It must be the candidate that the published code's networks and softmax give for dql's noise and its written way
     to draw. In bf16 the draw may be on the other side of a limit that it is very near to.
     """
-    tolerance = TOLERANCES[backend_of(contender)[1]]
+    tolerance = TOLERANCES[precision_of(contender)]
     noise = dql.noise.normal(seed, T, num_candidates, A, device=state.device)
     repeated = state.repeat(num_candidates, 1)  # [N, S]
     with torch.no_grad():

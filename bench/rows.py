@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rivals import precision_of
 
 from dql.kernels import native
 
@@ -52,6 +53,10 @@ class Row:
         return self.flops / self.median / self.ceiling if self.flops and self.ceiling else None
 
     @property
+    def precision(self) -> str:
+        return precision_of(self.contender)
+
+    @property
     def is_rival(self) -> bool:
         """What a user would take instead: torch.compile, ONNX Runtime, OpenVINO; not the published code, nor dql."""
         return self.contender != "published" and not self.contender.startswith("dql")
@@ -85,11 +90,18 @@ def _ratio(row: Row, other: Row | None) -> float | None:
     return row.speedup / other.speedup
 
 
+def best_rival(row: Row, rows: list[Row]) -> Row | None:
+    """The fastest of what a user would take instead who needs the row's precision: one in bf16 only for bf16."""
+    allowed = [r for r in rows if r is not row and r.is_rival and r.speedup is not None]
+    allowed = [r for r in allowed if r.precision in ("fp32", row.precision)]
+    return max(allowed, key=lambda r: r.speedup or 0.0, default=None)
+
+
 def _ratios(row: Row, rows: list[Row]) -> dict[str, float | None]:
     others = [r for r in rows if r is not row and r.speedup is not None]
     best = max(others, key=lambda r: r.speedup or 0.0, default=None)
     eager = next((r for r in others if r.contender == "dql-eager"), None)
-    rival = max((r for r in others if r.is_rival), key=lambda r: r.speedup or 0.0, default=None)
+    rival = best_rival(row, rows)
     return {
         "published": row.speedup,
         "eager": _ratio(row, eager),
@@ -135,6 +147,7 @@ def row_reports(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def _row_report(row: Row, group: list[Row]) -> dict[str, Any]:
+    rival = best_rival(row, group)
     return {
         "problem": row.problem,
         "contender": row.contender,
@@ -144,6 +157,7 @@ def _row_report(row: Row, group: list[Row]) -> dict[str, Any]:
         "rounds": len(row.times),
         "baseline_median_us": statistics.median(row.baseline_times) * 1e6 if row.baseline_times else None,
         "speedup_over": _ratios(row, group),
+        "best_rival": rival.contender if rival else None,
         "speedup_over_published_quartiles": statistics.quantiles(row.speedups) if row.speedups else None,
         "flops": row.flops,
         "fma_ceiling_gflops": None if row.ceiling is None else row.ceiling / 1e9,

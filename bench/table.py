@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from machine import provenance
+
 Row = dict[str, Any]
 GPU_BATCH_SIZES = (1, 50, 256, 2500, 65536)
 GPU_PROBLEMS = ("sample, forward", "sample, forward and backward", "select of 50")
@@ -13,6 +15,7 @@ UPDATE_PROBLEMS = ("update B=256", "update B=256, max_q_backup")
 GPU_BACKENDS = ("triton", "cuda")
 PRECISIONS = ("fp32", "tf32", "bf16")
 NOT_MEASURED = "not measured"
+RUNTIMES = "ONNX Runtime or OpenVINO"
 GPU_TITLE = "device time and whole-call time on a GPU"
 MATMUL_TITLE = "matrix product 4096 x 4096 x 4096"
 UPDATE_TITLE = "what an update launches on a GPU"
@@ -29,7 +32,8 @@ def race_table(rows: list[Row]) -> str:
     """A line a problem, a column a contender; of torch.compile and of the exported graph's runtimes the fastest.
 
     A time is a contender's median. In brackets are the medians over pairs: how many times faster than the published
-    code, and than the fastest of what a user would take instead, all of it float32.
+    code, which is float32, and than the fastest of what a user would take instead: of a float32 row that is a float32
+    rival, of a bf16 row whichever is fastest, and "(fp32)" marks that it is one in float32. An empty cell says why.
     """
     problems: dict[str, dict[str, Row]] = {}
     for row in rows:
@@ -42,14 +46,31 @@ def race_table(rows: list[Row]) -> str:
     columns = {
         "published": ["published"],
         "torch.compile": [name for name in names if name.startswith("compile-")],
-        "ONNX Runtime or OpenVINO": [name for name in names if name.startswith(("onnxruntime", "openvino"))],
+        RUNTIMES: [name for name in names if name.startswith(("onnxruntime", "openvino")) and not _is_bf16(name)],
+        "OpenVINO, bf16": [name for name in names if name.startswith("openvino") and _is_bf16(name)],
     } | {_title(name): [name] for name in ours}
     columns = {title: members for title, members in columns.items() if members}
     lines = [["", *columns]]
     for problem, group in problems.items():
-        cells = [_race_cell([group[name] for name in members if name in group]) for members in columns.values()]
+        cells = [
+            _race_cell([group[name] for name in members if name in group]) or _why_empty(problem, title)
+            for title, members in columns.items()
+        ]
         lines.append([problem, *cells])
     return _markdown(lines)
+
+
+def _is_bf16(contender: str) -> bool:
+    return contender.endswith("-bf16")
+
+
+def _why_empty(problem: str, title: str) -> str:
+    gradients = problem.startswith("update") or problem.endswith("backward")
+    if "OpenVINO" in title:
+        return (
+            "has no gradients" if gradients else "exports no critic" if problem.startswith("select") else NOT_MEASURED
+        )
+    return "float32 only" if gradients and "bf16" in title else NOT_MEASURED
 
 
 def _title(contender: str) -> str:
@@ -71,6 +92,9 @@ def _race_cell(rows: list[Row]) -> str:
     if not name.startswith("dql-"):
         return f"{time(row['median_us'])} ({name.removeprefix('compile-')})"
     over = [f"{ratios[key]:.3g}x" for key in ("published", "best_rival") if ratios.get(key) is not None]
+    # A report that names no rival is of before there was one in bf16.
+    if _is_bf16(name) and len(over) == 2 and not _is_bf16(row.get("best_rival") or ""):
+        over[1] += " (fp32)"
     return f"{time(row['median_us'])} ({', '.join(over)})"
 
 
@@ -187,9 +211,9 @@ def _markdown(lines: Iterable[list[str]]) -> str:
 
 
 def tables(report: dict[str, Any]) -> str:
-    """All of a report's tables."""
+    """All of a report's tables, after where they come from."""
     rows = report["rows"]
-    parts = [gpu_summary(report), race_table(rows), ceiling_table(rows)]
+    parts = [provenance(report), gpu_summary(report), race_table(rows), ceiling_table(rows)]
     for title, table in report.get("tables", {}).items():
         parts.append(f"{title}:\n\n{further_table(table)}" if title != GPU_TITLE else "")
     return "\n\n".join(part for part in parts if part)

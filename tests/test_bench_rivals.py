@@ -1,10 +1,24 @@
 """What the benches compare by: problems that decide something, and checks that can fail."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import bench_gpu
+import bench_update
+import machine
+import numpy as np
 import pytest
 import rivals
+import table
 import torch
+from lean import LeanAgent, lean_select
+from rows import Row, best_rival, row_reports
 
+import dql
+
+BENCH = Path(machine.__file__).parent
 CPU = torch.device("cpu")
 
 
@@ -30,3 +44,143 @@ def test_norms():
         rivals.check_norms("x", want | {"b": torch.full((2,), torch.nan)}, want, 0.2)
     with pytest.raises(AssertionError, match=r"expected to be zero, which compares nothing: \['b'\]"):
         rivals.check_norms("x", want, want | {"b": torch.zeros(2)}, 0.2)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """torch.compile gives the function itself, which takes no minute; the benches check what it compiles."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+@pytest.mark.parametrize("max_q_backup", [False, True])
+def test_the_compiled_update_is_the_published_one(max_q_backup, uncompiled):
+    """Losses and gradients of the first update; of several, given the same draws, the parameters and averages."""
+    batch, published = bench_update._batch(CPU), rivals.published_agent(CPU, max_q_backup=max_q_backup)
+    published.ema_start = 0
+    lean = LeanAgent(published, bench_update.B)
+    assert bench_update._check_lean("lean", lean, published, batch) <= rivals.GRADIENT_TOLERANCE
+    for seed in (1, 2):
+        draws = bench_update._draws(dql.agent.UpdateSeeds.of(seed, seed), published, CPU)
+        bench_update._given_update(published, batch, draws)
+        lean.update(batch, draws)
+    for name in ("actor", "ema_actor", "critic", "critic_target"):
+        got, want = (dict(getattr(agent, name).named_parameters()) for agent in (lean, published))
+        for key, tensor in want.items():
+            torch.testing.assert_close(got[key], tensor, rtol=0, atol=1e-5, msg=f"{name}.{key}")
+    assert lean.step == published.step == 3
+
+
+def test_the_compiled_update_draws_and_learns(uncompiled):
+    lean = LeanAgent(rivals.published_agent(CPU), bench_update.B)
+    before = [p.clone() for p in lean.actor.parameters()]
+    losses = [lean.update(bench_update._batch(CPU)) for _ in range(2)]
+    assert losses[0]["actor/bc_loss"] != losses[1]["actor/bc_loss"]
+    assert not any(map(torch.equal, before, lean.actor.parameters()))
+
+
+def test_the_compiled_select_is_the_published_rule(uncompiled):
+    published, state = (
+        rivals.published_agent(CPU),
+        np.random.default_rng(0).standard_normal(rivals.S).astype(np.float32),
+    )
+    select = lean_select(published, 50)
+    for seed in range(5):
+        noise, draw = dql.noise.normal(seed, rivals.T, 50, rivals.A), dql.noise.uniform(seed, 1)
+        got = torch.from_numpy(select(state, noise, draw))
+        rivals.check_selected("compile-lean", got, published, torch.from_numpy(state)[None], 50, seed)
+    assert not np.array_equal(select(state), select(state)), "it draws"
+
+
+def test_precisions_of_contenders():
+    names = ["published", "compile-lean", "openvino-static", "dql-cpp"]
+    assert {rivals.precision_of(name) for name in names} == {"fp32"}
+    names = [rivals.OPENVINO_BF16, "dql-cpp-bf16", "compile-lean-bf16", "compile-lean-bf16+graph"]
+    assert {rivals.precision_of(name) for name in names} == {"bf16"}
+    assert rivals.precision_of("dql-cuda-tf32") == "tf32"
+
+
+def test_openvino_in_bf16_says_why_not(monkeypatch):
+    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: None if name == "openvino" else object())
+    assert "needs openvino" in rivals.no_runtime(rivals.OPENVINO_BF16, CPU)
+    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(rivals, "_openvino_capabilities", lambda: ["FP32", "INT8"])
+    assert "needs a CPU on which OpenVINO multiplies bf16" in rivals.no_runtime(rivals.OPENVINO_BF16, CPU)
+    assert rivals.no_runtime("openvino-static", CPU) is None
+    monkeypatch.setattr(rivals, "_openvino_capabilities", lambda: ["FP32", "BF16"])
+    assert rivals.no_runtime(rivals.OPENVINO_BF16, CPU) is None
+
+
+def race(**milliseconds: float) -> list[Row]:
+    names = {name.replace("_", "-"): value for name, value in milliseconds.items()}
+    return [Row("sample B=1, forward", name, [value] * 3, [8.0] * 3) for name, value in names.items()]
+
+
+def test_like_is_compared_with_like():
+    """Of a float32 row a rival in bf16 is none; who takes bf16 takes the faster of both."""
+    rows = race(published=8, compile_lean=4, openvino_static=2, openvino_static_bf16=1, dql_cpp=1, dql_cpp_bf16=0.5)
+    of = {row.contender: best_rival(row, rows) for row in rows}
+    assert of["dql-cpp"].contender == "openvino-static"
+    assert of["dql-cpp-bf16"].contender == "openvino-static-bf16"
+    header, _, line = table.race_table(row_reports(rows)).splitlines()
+    assert header.split(" | ")[3:5] == ["ONNX Runtime or OpenVINO", "OpenVINO, bf16"]
+    assert "| 1000000 us" not in line
+    assert line.endswith("(8x, 2x) | 500 ms (16x, 2x) |")
+    rows = race(published=8, openvino_static=1, openvino_static_bf16=2, dql_cpp_bf16=0.5)
+    assert table.race_table(row_reports(rows)).endswith("500 ms (16x, 2x (fp32)) |")
+    old = [{key: value for key, value in row.items() if key != "best_rival"} for row in row_reports(rows)]
+    assert table.race_table(old).endswith("500 ms (16x, 2x (fp32)) |")
+
+
+def test_an_empty_cell_says_why():
+    rows = race(published=8, compile_lean=4, openvino_static=2, dql_cpp=1, dql_cpp_bf16=0.5)
+    for problem in ("select N=50, one state", "update B=256", "sample B=1, forward and backward"):
+        rows += [Row(problem, name, [4.0] * 3, [8.0] * 3) for name in ("published", "dql-cpp")]
+    lines = [line.split(" | ") for line in table.race_table(row_reports(rows)).splitlines()[3:]]
+    assert [[line[2], line[3], line[-1].removesuffix(" |")] for line in lines] == [
+        ["not measured", "exports no critic", "not measured"],
+        ["not measured", "has no gradients", "float32 only"],
+        ["not measured", "has no gradients", "float32 only"],
+    ]
+
+
+def bench(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    flags = ["-p", "no:cacheprovider", "--benchmark-only", "--short"]
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *flags, *map(str, arguments)], cwd=cwd, capture_output=True, text=True
+    )
+
+
+def test_a_report_says_where_it_comes_from(tmp_path):
+    out = tmp_path / "out.json"
+    done = bench("bench/bench_update.py", "-k", "bc", "--bench-json", out, cwd=BENCH.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(out.read_text())
+    assert report["cpu"] and isinstance(report["cpu_features"], list)
+    assert f"--bench-json {out}" in report["command"] and "bench/bench_update.py" in report["command"]
+    assert report["changed_sources"] == machine.changed_sources()
+    told = machine.provenance(report)
+    assert report["command"] in told
+    assert told in table.tables(report) and told in done.stdout
+
+
+def test_changed_sources_are_loud():
+    report = {"cpu": "a CPU", "threads": 1, "commit": "abcdef0123456", "uncommitted_changes": True, "rows": []}
+    told = table.tables(report | {"changed_sources": ["dql/a.py", "b", "c", "d"]})
+    assert "NOT OF THAT COMMIT" in told and "4 changed file(s): dql/a.py, b, c ..." in told
+    assert "ITS COMMAND WAS NOT RECORDED" in told
+    clean = table.tables(report | {"uncommitted_changes": False, "command": "pytest bench/"})
+    assert clean == "a CPU, 1 thread(s), torch None, None, commit abcdef0123. `pytest bench/`"
+
+
+def test_no_report_of_changed_sources_among_the_results():
+    path = BENCH / "results" / "none.json"
+    code = (
+        "import sys; sys.path.insert(0, 'bench'); import machine, pytest; "
+        "machine.changed_sources = lambda: ['dql/a.py']; "
+        f"sys.exit(pytest.main(['-p', 'no:cacheprovider', '--collect-only', '-q', 'bench/bench_import.py', "
+        f"'--bench-json', {str(path)!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=BENCH.parent, capture_output=True, text=True)
+    assert done.returncode == 4, done.stdout
+    assert "1 source(s) differ from the commit (dql/a.py); commit them first" in done.stderr
+    assert not path.exists()
