@@ -1,6 +1,7 @@
 """What the benches compare by: problems that decide something, and checks that can fail."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -144,10 +145,10 @@ def test_an_empty_cell_says_why():
 
 
 def bench(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    flags = ["-p", "no:cacheprovider", "--benchmark-only", "--short"]
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", *flags, *map(str, arguments)], cwd=cwd, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--benchmark-only", "--short"]
+    # A worker of pytest-xdist hands its variables on, with which nothing is timed.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return subprocess.run([*command, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, env=env)
 
 
 def test_a_report_says_where_it_comes_from(tmp_path):
