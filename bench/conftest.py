@@ -7,7 +7,6 @@ that ratio lies from 1 is how far the others can be trusted.
 """
 
 import os
-import shlex
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -27,6 +26,7 @@ SHORT = {"seconds": 0.4, "min_rounds": 5}
 MAX_ROUNDS = 500
 WARM_SECONDS, WARM_CALLS = 5e-3, 5  # a short call finds the caches full of the other's code and weights; see `race`
 SETTLE_SECONDS = 1e-2  # several threads of one library wait for more work in a busy loop, into the time of the next
+RESULTS = Path(__file__).parent.resolve() / "results"
 PICTURES = (".png", ".svg", ".pdf")
 
 _ROWS = pytest.StashKey[list[Row]]()
@@ -48,6 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ROWS], config.stash[_TABLES], config.stash[_MACHINE] = [], {}, {}
     config.stash[_DEVICE] = _find_device(config.getoption("device"))
+    _refuse_changed_sources(config.getoption("bench_json"))
     picture = config.getoption("histogram")
     if picture is not None and picture.suffix not in PICTURES:
         raise pytest.UsageError(f"--histogram must end in {', '.join(PICTURES)}, got {str(picture)!r}")
@@ -55,6 +56,17 @@ def pytest_configure(config: pytest.Config) -> None:
     if not threads.isdecimal() or int(threads) < 1:
         raise pytest.UsageError(f"DQL_BENCH_THREADS must be a positive integer, got {threads!r}")
     torch.set_num_threads(int(threads))
+
+
+def _refuse_changed_sources(path: Path | None) -> None:
+    """Reports in bench/results are evidence: nobody could measure again what no commit holds."""
+    if path is None or RESULTS not in path.resolve().parents:
+        return
+    if changed := machine.changed_sources():
+        raise pytest.UsageError(
+            f"--bench-json {path}: {len(changed)} source(s) differ from the commit ({', '.join(changed[:3])}); commit "
+            f"them first, or write the report elsewhere than {RESULTS}"
+        )
 
 
 def _find_device(name: str) -> torch.device:
@@ -207,9 +219,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for title, table in config.stash[_TABLES].items():
         terminalreporter.section(f"{title} {where}")
         rows.write_table(table, terminalreporter.write_line)
-    if config.getoption("bench_json") is not None and config.stash[_MACHINE].get("uncommitted_changes"):
-        terminalreporter.section("of a changed checkout", yellow=True)
-        terminalreporter.write_line("There are uncommitted changes: the report says so. Quote none of its numbers.")
+    if config.stash[_ROWS] or config.stash[_TABLES]:
+        told = _machine(config)
+        terminalreporter.section("where this comes from")
+        terminalreporter.write_line(machine.provenance(told), red=bool(told["uncommitted_changes"]))
     if config.stash[_ROWS]:
         terminalreporter.section(f"times faster than ... {where}")
         rows.write_rows(config.stash[_ROWS], terminalreporter.write_line)
@@ -227,11 +240,7 @@ def _write_report(config: pytest.Config, exit_status: int | None) -> None:
     path = config.getoption("bench_json")
     if path is None:
         return
-    if not config.stash[_MACHINE]:
-        config.stash[_MACHINE] = machine.machine(config.stash[_DEVICE], config.getoption("benchmark_timer"))
-    report = config.stash[_MACHINE] | {
-        "command": shlex.join(["pytest", *config.invocation_params.args]),
-        "bench_threads": os.environ.get("DQL_BENCH_THREADS"),
+    report = _machine(config) | {
         "short": config.getoption("short"),
         "exit_status": exit_status,
         "rows": rows.row_reports(config.stash[_ROWS]),
@@ -239,3 +248,10 @@ def _write_report(config: pytest.Config, exit_status: int | None) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, report)  # killed while it is written, the one before remains
+
+
+def _machine(config: pytest.Config) -> dict[str, Any]:
+    """As it was when first asked for: an edit made while the benches run changes nothing of them."""
+    if not config.stash[_MACHINE]:
+        config.stash[_MACHINE] = machine.machine(config.stash[_DEVICE], config.getoption("benchmark_timer"))
+    return config.stash[_MACHINE]

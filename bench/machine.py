@@ -4,7 +4,9 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,18 +16,22 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("dql", "kernels", "csrc", "bench", "tests", "setup.py", "pyproject.toml")
+ENVIRONMENT = ("DQL_", "OMP_", "MKL_", "KMP_", "GOMP_", "TORCH", "CUDA_", "TRITON_")  # variables that change times
 SUFFIXES = (".py", ".sh", ".toml", ".h", ".cpp", ".cu", ".npz")
 
 
 def machine(device: torch.device, timer: object) -> dict[str, Any]:
-    """Date, commit, hardware and versions."""
+    """Date, command, commit, hardware and versions."""
     extensions = _extensions()
     commit = _output("git", "rev-parse", "HEAD")
+    changed = changed_sources()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command(),
         "commit": commit,
         "sources_sha256": sources_sha256(),
-        "uncommitted_changes": None if commit is None else bool(_output("git", "status", "--porcelain")),
+        "uncommitted_changes": None if changed is None else bool(changed),
+        "changed_sources": changed,
         "device": device.type,
         "device_name": device_name(device),
         "gpu": _gpu(device),
@@ -33,7 +39,7 @@ def machine(device: torch.device, timer: object) -> dict[str, Any]:
         if device.type == "cuda"
         else None,
         "cpu": _cpu_name(),
-        "cpu_family_model_stepping": _cpu_model(),
+        "cpu_features": _cpu_features(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "native_variant": extensions.get("native_variant"),
@@ -47,6 +53,37 @@ def machine(device: torch.device, timer: object) -> dict[str, Any]:
         "onnxruntime": _version("onnxruntime"),
         "openvino": _version("openvino"),
     }
+
+
+def command() -> str:
+    """This process's command line, to be pasted into a shell, after the variables that change what it measures."""
+    values = [f"{name}={shlex.quote(os.environ[name])}" for name in sorted(os.environ) if name.startswith(ENVIRONMENT)]
+    return " ".join([*values, shlex.join(["python", *sys.orig_argv[1:]])])
+
+
+def changed_sources() -> list[str] | None:
+    """Sources that are not as the commit has them; None where there is no git. Reports are none: one may follow one."""
+    said = _output("git", "-C", str(ROOT), "status", "--porcelain", "--", *SOURCES, ":(exclude)bench/results")
+    return None if said is None else [line[2:].strip() for line in said.splitlines()]
+
+
+def provenance(report: dict[str, Any]) -> str:
+    """Where a report's numbers come from, in a sentence or two; what is wrong with that in capitals."""
+    commit = report.get("commit")
+    parts = [
+        f"{report.get('device_name') or report.get('cpu')}, {report.get('threads')} thread(s), "
+        f"torch {report.get('torch')}, {str(report.get('date'))[:10]}, "
+        + (f"commit {commit[:10]}" if commit else f"no commit, sources {str(report.get('sources_sha256'))[:10]}")
+    ]
+    if report.get("uncommitted_changes"):
+        files = report.get("changed_sources")
+        what = (
+            f"{len(files)} changed file(s): {', '.join(files[:3])}{' ...' if len(files) > 3 else ''}" if files else "?"
+        )
+        parts.append(f"NOT OF THAT COMMIT: measured with uncommitted changes ({what})")
+    command = report.get("command")
+    parts.append(f"`{command}`" if command else "ITS COMMAND WAS NOT RECORDED")
+    return ". ".join(parts)
 
 
 def sources_sha256() -> str:
@@ -111,15 +148,14 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _cpu_model() -> list[str] | None:
-    """The three numbers, which a virtual machine tells where it hides the name."""
+def _cpu_features() -> list[str]:
+    """Of the vector units, which a virtual machine's model name may say nothing of."""
     try:
-        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()]
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return None
-    told = {key.strip(): value.strip() for key, _, value in lines}
-    numbers = [told.get(key) for key in ("cpu family", "model", "stepping")]
-    return None if None in numbers else [str(number) for number in numbers]
+        return []
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
+    return [name for name in ("fma", "avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
 
 
 def _output(*command: str) -> str | None:

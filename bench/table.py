@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from machine import provenance
+
 Row = dict[str, Any]
 GPU_BATCH_SIZES = (1, 50, 256, 2500, 65536)
 GPU_PROBLEMS = ("sample, forward", "sample, forward and backward", "select of 50")
@@ -209,9 +211,9 @@ def _markdown(lines: Iterable[list[str]]) -> str:
 
 
 def tables(report: dict[str, Any]) -> str:
-    """All of a report's tables."""
+    """All of a report's tables, after where they come from."""
     rows = report["rows"]
-    parts = [gpu_summary(report), race_table(rows), ceiling_table(rows)]
+    parts = [provenance(report), gpu_summary(report), race_table(rows), ceiling_table(rows)]
     for title, table in report.get("tables", {}).items():
         parts.append(f"{title}:\n\n{further_table(table)}" if title != GPU_TITLE else "")
     return "\n\n".join(part for part in parts if part)

@@ -7,12 +7,19 @@ import sys
 from pathlib import Path
 
 import bench_gpu
+import bench_update
+import machine
+import numpy as np
 import pytest
 import rivals
-import rows
+import table
 import torch
-from table import race_table
+from lean import LeanAgent, lean_select
+from rows import Row, best_rival, row_reports
 
+import dql
+
+BENCH = Path(machine.__file__).parent
 CPU = torch.device("cpu")
 
 
@@ -40,62 +47,141 @@ def test_norms():
         rivals.check_norms("x", want, want | {"b": torch.zeros(2)}, 0.2)
 
 
-def row(contender: str, seconds: float) -> rows.Row:
-    return rows.Row("sample", contender, [seconds] * 3, [1.0] * 3)
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """torch.compile gives the function itself, which takes no minute; the benches check what it compiles."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
-def test_a_ratio_says_what_it_compares():
-    """A rival in bf16 counts only for what computes in bf16; where none was timed, the float32 one is marked."""
-    published, eager = row("published", 1.0), row("dql-eager", 0.8)
-    others = [row("openvino-static", 0.4), row("openvino-static-bf16", 0.2), row("compile-lean", 0.5)]
-    ours = [row("dql-cpp", 0.1), row("dql-cpp-bf16", 0.05)]
-    found = {r["contender"]: r for r in rows.row_reports([published, eager, *others, *ours])}
-    assert found["dql-cpp"]["speedup_over"]["best_rival"] == pytest.approx(4.0)
-    assert found["dql-cpp"]["best_rival"] == "openvino-static"
-    assert found["dql-cpp-bf16"]["speedup_over"]["best_rival"] == pytest.approx(4.0)
-    assert found["dql-cpp-bf16"]["best_rival"] == "openvino-static-bf16"
-    table = race_table(list(found.values()))
-    assert "| OpenVINO, bf16 |" in table
-    assert "| 200 ms (openvino-static-bf16) |" in table
-    assert "| 50 ms (20x, 4x) |" in table
-    alone = rows.row_reports([published, others[0], *ours])
-    assert alone[-1]["best_rival"] == "openvino-static"
-    assert "| 50 ms (20x, 8x (fp32)) |" in race_table(alone)
+@pytest.mark.parametrize("max_q_backup", [False, True])
+def test_the_compiled_update_is_the_published_one(max_q_backup, uncompiled):
+    """Losses and gradients of the first update; of several, given the same draws, the parameters and averages."""
+    batch, published = bench_update._batch(CPU), rivals.published_agent(CPU, max_q_backup=max_q_backup)
+    published.ema_start = 0
+    lean = LeanAgent(published, bench_update.B)
+    assert bench_update._check_lean("lean", lean, published, batch) <= rivals.GRADIENT_TOLERANCE
+    for seed in (1, 2):
+        draws = bench_update._draws(dql.agent.UpdateSeeds.of(seed, seed), published, CPU)
+        bench_update._given_update(published, batch, draws)
+        lean.update(batch, draws)
+    for name in ("actor", "ema_actor", "critic", "critic_target"):
+        got, want = (dict(getattr(agent, name).named_parameters()) for agent in (lean, published))
+        for key, tensor in want.items():
+            torch.testing.assert_close(got[key], tensor, rtol=0, atol=1e-5, msg=f"{name}.{key}")
+    assert lean.step == published.step == 3
+
+
+def test_the_compiled_update_draws_and_learns(uncompiled):
+    lean = LeanAgent(rivals.published_agent(CPU), bench_update.B)
+    before = [p.clone() for p in lean.actor.parameters()]
+    losses = [lean.update(bench_update._batch(CPU)) for _ in range(2)]
+    assert losses[0]["actor/bc_loss"] != losses[1]["actor/bc_loss"]
+    assert not any(map(torch.equal, before, lean.actor.parameters()))
+
+
+def test_the_compiled_select_is_the_published_rule(uncompiled):
+    published, state = (
+        rivals.published_agent(CPU),
+        np.random.default_rng(0).standard_normal(rivals.S).astype(np.float32),
+    )
+    select = lean_select(published, 50)
+    for seed in range(5):
+        noise, draw = dql.noise.normal(seed, rivals.T, 50, rivals.A), dql.noise.uniform(seed, 1)
+        got = torch.from_numpy(select(state, noise, draw))
+        rivals.check_selected("compile-lean", got, published, torch.from_numpy(state)[None], 50, seed)
+    assert not np.array_equal(select(state), select(state)), "it draws"
+
+
+def test_precisions_of_contenders():
+    names = ["published", "compile-lean", "openvino-static", "dql-cpp"]
+    assert {rivals.precision_of(name) for name in names} == {"fp32"}
+    names = [rivals.OPENVINO_BF16, "dql-cpp-bf16", "compile-lean-bf16", "compile-lean-bf16+graph"]
+    assert {rivals.precision_of(name) for name in names} == {"bf16"}
+    assert rivals.precision_of("dql-cuda-tf32") == "tf32"
+
+
+def test_openvino_in_bf16_says_why_not(monkeypatch):
+    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: None if name == "openvino" else object())
+    assert "needs openvino" in rivals.no_runtime(rivals.OPENVINO_BF16, CPU)
+    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(rivals, "_openvino_capabilities", lambda: ["FP32", "INT8"])
+    assert "needs a CPU on which OpenVINO multiplies bf16" in rivals.no_runtime(rivals.OPENVINO_BF16, CPU)
+    assert rivals.no_runtime("openvino-static", CPU) is None
+    monkeypatch.setattr(rivals, "_openvino_capabilities", lambda: ["FP32", "BF16"])
+    assert rivals.no_runtime(rivals.OPENVINO_BF16, CPU) is None
+
+
+def race(**milliseconds: float) -> list[Row]:
+    names = {name.replace("_", "-"): value for name, value in milliseconds.items()}
+    return [Row("sample B=1, forward", name, [value] * 3, [8.0] * 3) for name, value in names.items()]
+
+
+def test_like_is_compared_with_like():
+    """Of a float32 row a rival in bf16 is none; who takes bf16 takes the faster of both."""
+    rows = race(published=8, compile_lean=4, openvino_static=2, openvino_static_bf16=1, dql_cpp=1, dql_cpp_bf16=0.5)
+    of = {row.contender: best_rival(row, rows) for row in rows}
+    assert of["dql-cpp"].contender == "openvino-static"
+    assert of["dql-cpp-bf16"].contender == "openvino-static-bf16"
+    header, _, line = table.race_table(row_reports(rows)).splitlines()
+    assert header.split(" | ")[3:5] == ["ONNX Runtime or OpenVINO", "OpenVINO, bf16"]
+    assert "| 1000000 us" not in line
+    assert line.endswith("(8x, 2x) | 500 ms (16x, 2x) |")
+    rows = race(published=8, openvino_static=1, openvino_static_bf16=2, dql_cpp_bf16=0.5)
+    assert table.race_table(row_reports(rows)).endswith("500 ms (16x, 2x (fp32)) |")
+    old = [{key: value for key, value in row.items() if key != "best_rival"} for row in row_reports(rows)]
+    assert table.race_table(old).endswith("500 ms (16x, 2x (fp32)) |")
 
 
 def test_an_empty_cell_says_why():
-    def of(problem: str, contender: str) -> rows.Row:
-        return rows.Row(problem, contender, [0.1] * 3, [1.0] * 3)
-
-    raced = [of(problem, name) for problem in ("update B=256", "select N=50") for name in ("published", "dql-cpp")]
-    raced += [of("sample B=1, forward", name) for name in ("published", "openvino", "compile-lean", "dql-cpp-bf16")]
-    lines = race_table(rows.row_reports(raced)).splitlines()
-    (update,) = [line for line in lines if line.startswith("| update")]
-    (select,) = [line for line in lines if line.startswith("| select")]
-    assert "has no gradients" in update and "float32 only" in update
-    assert "exports no critic" in select and "not measured" in select
-
-
-def test_a_rival_in_bf16_needs_a_cpu_that_has_it(monkeypatch):
-    pytest.importorskip("openvino", reason='needs pip install -e ".[bench]"')
-    pytest.importorskip("onnx", reason='needs pip install -e ".[bench]"')
-    monkeypatch.setattr(rivals, "_openvino_capabilities", lambda: ["FP32", "INT8"])
-    why = rivals.no_runtime("openvino-static-bf16", CPU) or ""
-    assert "AVX512_BF16 or AMX" in why and why.endswith("here: FP32, INT8")
-    assert rivals.no_runtime("openvino-static", CPU) is None
+    rows = race(published=8, compile_lean=4, openvino_static=2, dql_cpp=1, dql_cpp_bf16=0.5)
+    for problem in ("select N=50, one state", "update B=256", "sample B=1, forward and backward"):
+        rows += [Row(problem, name, [4.0] * 3, [8.0] * 3) for name in ("published", "dql-cpp")]
+    lines = [line.split(" | ") for line in table.race_table(row_reports(rows)).splitlines()[3:]]
+    assert [[line[2], line[3], line[-1].removesuffix(" |")] for line in lines] == [
+        ["not measured", "exports no critic", "not measured"],
+        ["not measured", "has no gradients", "float32 only"],
+        ["not measured", "has no gradients", "float32 only"],
+    ]
 
 
-def test_a_report_tells_its_command(tmp_path):
-    report = tmp_path / "report.json"
-    command = ["-q", "-p", "no:cacheprovider", "bench/bench_update.py", "-k", "test_update_bc", "--short"]
-    environment = os.environ | {"PYTEST_ADDOPTS": "", "DQL_BENCH_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *command, "--bench-json", str(report)],
-        cwd=Path(rivals.__file__).parents[1], env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    told = json.loads(report.read_text())
-    assert told["command"].startswith("pytest -q -p no:cacheprovider bench/bench_update.py -k test_update_bc --short ")
-    assert told["bench_threads"] == "1"
-    assert told["cpu"] and told["sources_sha256"]
-    assert ("Quote none of its numbers" in done.stdout) == bool(told["uncommitted_changes"])
+def bench(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--benchmark-only", "--short"]
+    # A worker of pytest-xdist hands its variables on, with which nothing is timed.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return subprocess.run([*command, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, env=env)
+
+
+def test_a_report_says_where_it_comes_from(tmp_path):
+    out = tmp_path / "out.json"
+    done = bench("bench/bench_update.py", "-k", "bc", "--bench-json", out, cwd=BENCH.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(out.read_text())
+    assert report["cpu"] and isinstance(report["cpu_features"], list)
+    assert f"--bench-json {out}" in report["command"] and "bench/bench_update.py" in report["command"]
+    assert report["changed_sources"] == machine.changed_sources()
+    told = machine.provenance(report)
+    assert report["command"] in told
+    assert told in table.tables(report) and told in done.stdout
+
+
+def test_changed_sources_are_loud():
+    report = {"cpu": "a CPU", "threads": 1, "commit": "abcdef0123456", "uncommitted_changes": True, "rows": []}
+    told = table.tables(report | {"changed_sources": ["dql/a.py", "b", "c", "d"]})
+    assert "NOT OF THAT COMMIT" in told and "4 changed file(s): dql/a.py, b, c ..." in told
+    assert "ITS COMMAND WAS NOT RECORDED" in told
+    clean = table.tables(report | {"uncommitted_changes": False, "command": "pytest bench/"})
+    assert clean == "a CPU, 1 thread(s), torch None, None, commit abcdef0123. `pytest bench/`"
+
+
+def test_no_report_of_changed_sources_among_the_results():
+    path = BENCH / "results" / "none.json"
+    code = (
+        "import sys; sys.path.insert(0, 'bench'); import machine, pytest; "
+        "machine.changed_sources = lambda: ['dql/a.py']; "
+        f"sys.exit(pytest.main(['-p', 'no:cacheprovider', '--collect-only', '-q', 'bench/bench_import.py', "
+        f"'--bench-json', {str(path)!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=BENCH.parent, capture_output=True, text=True)
+    assert done.returncode == 4, done.stdout
+    assert "1 source(s) differ from the commit (dql/a.py); commit them first" in done.stderr
+    assert not path.exists()
