@@ -133,9 +133,10 @@ def data_make(
     from dql.collect import make_dataset
 
     made = make_dataset(recipe, steps=steps, seed=seed, overwrite=overwrite)
+    cut = "" if made.complete_episodes else " (of episodes that were cut: no whole one fits)"
     make_console().print(
         f"{made.dataset_id}: {made.steps:,} steps in {made.episodes:,} episodes, return {made.return_mean:.1f} ± "
-        f"{made.return_std:.1f} ({made.return_min:.1f} to {made.return_max:.1f}), random {made.ref_min_score:.1f}, "
+        f"{made.return_std:.1f} ({made.return_min:.1f} to {made.return_max:.1f}){cut}, random {made.ref_min_score:.1f}, "
         f"expert {made.ref_max_score:.1f}; {made.seconds:.0f} s\ntrain on it: dql train --dataset {made.dataset_id}",
     )
     return 0
@@ -576,7 +577,8 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "std::bad_alloc")
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    text = text.encode(errors="backslashreplace").decode()  # names of files may be no text
+    # Names of files may be no text, and a terminal obeys what a dataset is called.
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 60]} ... {text[-50:]}"
 
 

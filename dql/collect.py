@@ -37,11 +37,13 @@ _CHUNK_STEPS = 100_000  # steps held in memory before they go to the file
 
 @dataclass(frozen=True)
 class MadeDataset:
-    """What was made. The return statistics leave out episodes that were cut, unless there are no others."""
+    """What was made. The return statistics leave out episodes that were cut, unless there are no others, which
+    `complete_episodes` says."""
 
     dataset_id: str
     steps: int
     episodes: int
+    complete_episodes: int
     return_mean: float
     return_std: float
     return_min: float
@@ -126,7 +128,9 @@ def make_dataset(
             _check_room(recipe, steps, root)
             ref_min, ref_max = _reference_scores(recipe.env_id)
             with _progress_bar(recipe, steps, progress) as advance:
-                returns, episodes = _write(recipe, steps, seed, num_envs, (ref_min, ref_max), staging, advance)
+                returns, episodes, complete = _write(
+                    recipe, steps, seed, num_envs, (ref_min, ref_max), staging, advance
+                )
         _publish(recipe.id, staging, place)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -134,6 +138,7 @@ def make_dataset(
         dataset_id=recipe.id,
         steps=steps,
         episodes=episodes,
+        complete_episodes=complete,
         return_mean=float(np.mean(returns)),
         return_std=float(np.std(returns)),
         return_min=float(np.min(returns)),
@@ -187,8 +192,8 @@ def _write(
     references: tuple[float, float],
     staging: Path,
     advance: Callable[[int], None],
-) -> tuple[list[float], int]:
-    """Collects and writes the dataset under `staging`; gives the returns and the number of episodes."""
+) -> tuple[list[float], int, int]:
+    """Collects and writes the dataset under `staging`; gives the returns, the number of episodes and of whole ones."""
     import minari
     from minari.data_collector import EpisodeBuffer
 
@@ -237,7 +242,7 @@ def _write(
     assert dataset is not None  # steps >= 1, so there was a chunk
     with _interrupts_deferred():
         dataset.storage.update_episode_metadata(behaviours, range(len(behaviours)))
-    return whole or cut, len(behaviours)
+    return whole or cut, len(behaviours), len(whole)
 
 
 def _all_episodes(

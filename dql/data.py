@@ -15,6 +15,7 @@ half-downloaded file, ...) is refused by a `DatasetError`: one sentence with the
 """
 
 import copy
+import numbers
 import os
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,9 +24,11 @@ import numpy as np
 import torch
 
 from dql import noise
+from dql.checkpoint import checked_device
 from dql.datasets.info import ACTION_TOLERANCE, FIELDS, DatasetError, DatasetInfo, DatasetNotFoundError, FlatData
 from dql.datasets.sources import DatasetSummary, list_datasets, resolve
 from dql.shown import shown
+from dql.tensors import plain
 
 __all__ = [
     "REWARD_TUNES",
@@ -111,6 +114,9 @@ class TransitionDataset:
         for name, value in zip(FIELDS, (states, actions, rewards, next_states, masks), strict=True):
             if not isinstance(value, torch.Tensor):
                 raise TypeError(f"{name} must be a float32 tensor, got {type(value).__name__}; use torch.as_tensor")
+            plain(name, value)  # with memory of its own
+        if not isinstance(info, DatasetInfo):
+            raise TypeError(f"info must be a DatasetInfo, got {shown(info)}")
         self.states, self.actions, self.rewards, self.next_states, self.masks = (
             states,
             actions,
@@ -136,8 +142,12 @@ class TransitionDataset:
 
     def _check_values(self) -> None:
         name, bound = self.info.dataset_id, self.info.max_action
-        if not 0 < bound < float("inf"):
-            raise DatasetError(f"dataset {name} has max_action {bound}, which must be a positive number")
+        is_real = isinstance(bound, numbers.Real)
+        if not is_real or not 0 < bound < float("inf"):
+            raise DatasetError(f"dataset {name} has max_action {shown(bound)}, which must be a positive number")
+        named, held = (self.info.state_dim, self.info.action_dim), (self.state_dim, self.action_dim)
+        if any(n not in (None, h) for n, h in zip(named, held, strict=True)):
+            raise DatasetError(f"dataset {name} has states and actions of {held}, its info says {named}")
         if bad := _first_row((self.masks != 0) & (self.masks != 1)):
             row, value = bad[0], self.masks[bad[0]].item()
             raise DatasetError(f"dataset {name}, row {row}: masks are 1 - termination, 0 or 1, got {value:g}")
@@ -198,6 +208,7 @@ class TransitionDataset:
 
     def to(self, device: torch.device | str) -> "TransitionDataset":
         """The dataset on `device`; tensors that are there already are shared, not copied."""
+        device = checked_device(device)
         moved = copy.copy(self)  # its values were looked at
         for name in FIELDS:
             setattr(moved, name, getattr(self, name).to(device))
@@ -308,7 +319,9 @@ def load_dataset(
 
     if reward_tune not in REWARD_TUNES:
         raise DatasetError(f"reward_tune must be one of {', '.join(REWARD_TUNES)}, got {shown(reward_tune)}")
-    name = os.fspath(name_or_path)
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise TypeError(f"a dataset is named by a string or a path, got {shown(name_or_path)}")
+    device, name = checked_device(device), str(os.fspath(name_or_path))
     sources = [replace(source, drop_broken=drop_broken) for source in resolve(name, download)]
     parts = [cached(source, _read, enabled=cache) for source in sources]
     flat = parts[0] if len(parts) == 1 else _concatenate(parts, name)
@@ -332,6 +345,9 @@ def _concatenate(parts: list[FlatData], name: str) -> FlatData:
     Raises:
         DatasetError: parts of different sizes, action bounds, environments or reference scores.
     """
+    from dql.recorded_env import same_evaluation
+
+    parts = _with_goals(parts)
     first = parts[0].info
     must_agree = (
         "state_dim",
@@ -339,6 +355,7 @@ def _concatenate(parts: list[FlatData], name: str) -> FlatData:
         "max_action",
         "observation_rule",
         "observation_layout",
+        "first_success",
         "env_id",
         "ref_min_score",
         "ref_max_score",
@@ -351,6 +368,12 @@ def _concatenate(parts: list[FlatData], name: str) -> FlatData:
                     f"datasets {first.dataset_id} and {part.info.dataset_id} cannot be joined: their {what} are "
                     f"{values[0]} and {values[1]}; join datasets of one environment and one pair of reference scores"
                 )
+    for part in parts[1:]:
+        if not same_evaluation(first.env_spec, part.info.env_spec):
+            raise DatasetError(
+                f"datasets {first.dataset_id} and {part.info.dataset_id} cannot be joined: they were made in "
+                f"{first.env_id} with other arguments, wrappers or limits of steps; join datasets of one environment"
+            )
     infos = [part.info for part in parts]
     truncations = [info.num_truncations for info in infos if info.num_truncations is not None]
     info = replace(
@@ -364,6 +387,35 @@ def _concatenate(parts: list[FlatData], name: str) -> FlatData:
     )
     arrays = {field: np.concatenate([getattr(part, field) for part in parts]) for field in FIELDS}
     return FlatData(**arrays, info=info)
+
+
+def _with_goals(parts: list[FlatData]) -> list[FlatData]:
+    """The parts, those without their goal with it where the parts have others: their rows would not tell the tasks
+    apart."""
+    dropped = [part.info.dropped_goal for part in parts]
+    wide = {goal["rule"] for goal in dropped if goal is not None}
+    others = any(part.info.observation_rule in wide for part in parts)
+    if not others and all(goal == dropped[0] for goal in dropped):
+        return parts
+    return [part if goal is None else _with_goal(part, goal) for part, goal in zip(parts, dropped, strict=True)]
+
+
+def _with_goal(part: FlatData, goal: dict[str, Any]) -> FlatData:
+    at, values = goal["at"], np.asarray(goal["values"], np.float32)
+
+    def widened(rows: np.ndarray) -> np.ndarray:
+        columns = np.broadcast_to(values, (len(rows), len(values)))
+        return np.concatenate([rows[:, :at], columns, rows[:, at:]], axis=1)
+
+    states, next_states = widened(part.states), widened(part.next_states)
+    info = replace(
+        part.info,
+        observation_rule=goal["rule"],
+        observation_layout=goal["layout"],
+        state_dim=states.shape[1],
+        dropped_goal=None,
+    )
+    return replace(part, states=states, next_states=next_states, info=info)
 
 
 def describe(dataset: TransitionDataset) -> dict[str, Any]:

@@ -29,6 +29,8 @@ class FirstSuccess(gymnasium.Wrapper):
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """One step; nothing after a success is seen."""
         observation, reward, terminated, truncated, info = self.env.step(action)
+        if "success" not in info and float(reward) not in (0.0, 1.0):
+            raise ValueError(f"the environment reports no success, and the reward {float(reward):g} is not 0 or 1")
         success = bool(info["success"]) if "success" in info else float(reward) > 0
         return observation, float(success), bool(terminated) or success, bool(truncated), info
 

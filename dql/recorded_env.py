@@ -10,7 +10,9 @@ A recorded spec is JSON with an id, an entry point and wrappers, and Gymnasium w
     wrappers         PURE ones are made, of gymnasium.wrappers whatever the record says; IGNORED ones are left out: they
                      change rewards (a score is of the raw reward), draw, record, or are added by gymnasium.make anyway;
                      all others are refused. NormalizeObservation is: its statistics are not in the record, and with
-                     fresh ones a policy sees other observations than the data have
+                     fresh ones a policy sees other observations than the data have. So is a limit of its own beside
+                     COUNTING ones: the record does not say which of them was outside
+    numbers          of steps, frames and repetitions are bounded
 
 What is refused asks for `--env ID`, which the user typed: then Gymnasium's own rules hold, "module:Id" included.
 """
@@ -35,8 +37,10 @@ PURE = {
 REWARD = {"ClipReward", "NormalizeReward", "TransformReward"}
 IGNORED = REWARD | {
     *("OrderEnforcing", "PassiveEnvChecker", "RecordEpisodeStatistics", "RecordVideo", "RenderCollection"),
-    *("HumanRendering", "Autoreset"),
+    *("HumanRendering", "Autoreset", "AutoResetWrapper", "StepAPICompatibility"),
 }
+COUNTING = {"MaxAndSkipObservation", "RepeatAction", "TimeAwareObservation"}  # steps: where a limit stands matters
+_MOST_WRAPPERS, _MOST_LEAVES, _MOST_COUNT, _MOST_STEPS = 32, 10_000, 1000, 1_000_000
 _ROBOTICS = ("AntMaze", "PointMaze", "FrankaKitchen", "AdroitHand", "Fetch", "HandManipulate", "HandReach")
 _PACKAGES = ("gymnasium", "gymnasium_robotics")
 _MOST_TEXT = 1 << 20
@@ -53,6 +57,20 @@ def reward_wrappers(spec_json: str | None) -> list[str]:
     except SpecRefusedError:
         return []
     return [name for name, _ in _wrappers(spec) if name in REWARD]
+
+
+def same_evaluation(one: str | None, other: str | None) -> bool:
+    """Whether two records make the same environment."""
+    return one == other or _essence(one) == _essence(other)
+
+
+def _essence(text: str | None) -> Any:
+    try:
+        spec = None if text is None else parse_spec(text)
+        wrappers = [] if spec is None else [(n, a) for n, a in _wrappers(spec) if n not in IGNORED]
+    except SpecRefusedError:
+        return text
+    return None if spec is None else (spec["id"], spec.get("kwargs") or {}, spec.get("max_episode_steps"), wrappers)
 
 
 def parse_spec(text: str) -> dict[str, Any]:
@@ -96,11 +114,18 @@ def make_recorded(text: str) -> gymnasium.Env:
     limit = spec.get("max_episode_steps", "of the registration")
     if limit is None:
         limit = -1  # which is how one without a limit is recorded
-    elif isinstance(limit, bool) or not isinstance(limit, int) or limit < -1 or limit == 0:
+    elif isinstance(limit, bool) or not isinstance(limit, int) or not -1 <= limit <= _MOST_STEPS or limit == 0:
         if limit != "of the registration":
             raise SpecRefusedError(f"its max_episode_steps is {str(limit)[:40]}")
         limit = None
     wrappers = _wrappers(spec)
+    counting = [name for name, _ in wrappers if name in COUNTING]
+    registered = gymnasium.registry.get(env_id)
+    if counting and limit is not None and registered and limit != (registered.max_episode_steps or -1):
+        raise SpecRefusedError(
+            f"its limit of {limit} steps is not the registration's, and the record does not say whether it stood "
+            f"inside or outside of {counting[0]}"
+        )
     for name, arguments in wrappers:
         if name not in PURE | IGNORED:
             why = " whose statistics are not in the record" if name == "NormalizeObservation" else ""
@@ -150,8 +175,13 @@ def _make(env_id: str, limit: int | None, kwargs: dict[str, Any]) -> gymnasium.E
 
 def _wrap(env: gymnasium.Env, name: str, arguments: Mapping[str, Any]) -> gymnasium.Env:
     kind = getattr(gymnasium.wrappers, name)
-    known = inspect.signature(kind.__init__).parameters
-    given = {key: value for key, value in arguments.items() if key in known and key not in ("self", "env")}
+    known = inspect.signature(kind.__init__).parameters.keys() - {"self", "env"}
+    given = dict(arguments)
+    if unknown := sorted(given.keys() - known):
+        raise SpecRefusedError(f"its wrapper {name} has the argument {unknown[0][:40]!r}, which is not known here")
+    for key, value in given.items():
+        if isinstance(value, int) and abs(value) > (_MOST_STEPS if name == "TimeLimit" else _MOST_COUNT):
+            raise SpecRefusedError(f"its wrapper {name} has {key} = {value}, more than {_MOST_COUNT:,}")
     if name in ("RescaleAction", "RescaleObservation"):  # arrays that JSON holds as lists
         given = {key: np.asarray(v, np.float32) if isinstance(v, list) else v for key, v in given.items()}
     elif name in ("ReshapeObservation", "StickyAction"):
@@ -169,12 +199,16 @@ def _wrappers(spec: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     listed = spec.get("additional_wrappers") or []
     if not isinstance(listed, list):
         raise SpecRefusedError("its additional_wrappers are no list")
+    if len(listed) > _MOST_WRAPPERS:
+        raise SpecRefusedError(f"it has {len(listed):,} wrappers, more than {_MOST_WRAPPERS}")
     found = []
     for wrapper in listed:
         if not isinstance(wrapper, dict):
             raise SpecRefusedError("one of its additional_wrappers is no JSON object")
         entry_point = str(wrapper.get("entry_point") or wrapper.get("name"))
         module, _, name = entry_point.rpartition(":")
+        if module.partition(".")[0] == "minari" and name == "DataCollector":
+            continue  # which recorded
         if module and module.partition(".")[0] != "gymnasium":
             raise SpecRefusedError(f"its wrapper {entry_point[:80]!r} would run as code")
         arguments = wrapper.get("kwargs") or {}
@@ -188,13 +222,19 @@ def _check_kwargs(whose: str, kwargs: Any) -> None:
     if not isinstance(kwargs, dict):
         raise SpecRefusedError(f"{whose} arguments are no JSON object")
     waiting: list[Any] = list(kwargs.items())
+    leaves = 0
     while waiting:
         key, value = waiting.pop()
+        leaves += 1
+        if leaves > _MOST_LEAVES:
+            raise SpecRefusedError(f"{whose} arguments have more than {_MOST_LEAVES:,} values")
+        if isinstance(value, int) and abs(value) > (_MOST_COUNT if "skip" in str(key) else _MOST_STEPS):
+            raise SpecRefusedError(f"{whose} argument {str(key)[:40]} is {value}, which is too large")
         if isinstance(value, dict):
             waiting += [(key, child) for child in value.values()]
         elif isinstance(value, list):
             waiting += [(key, child) for child in value]
-        elif isinstance(value, str) and ("/" in value or "\\" in value or ":" in value):
+        elif isinstance(value, str) and (value.startswith((".", "~")) or any(c in value for c in "/\\:")):
             raise SpecRefusedError(f"{whose} argument {str(key)[:40]} is the path {value[:80]!r}")
 
 

@@ -71,7 +71,7 @@ def folder(dataset_id):
     return Path(os.environ["MINARI_DATASETS_PATH"]) / dataset_id
 
 
-def edit_metadata(dataset_id, **changes):
+def edit_metadata(dataset_id, /, **changes):
     path = folder(dataset_id) / "data" / "metadata.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 

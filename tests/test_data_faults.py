@@ -100,7 +100,7 @@ def goal_episode(goal, seed=0):
         "desired_goal": np.broadcast_to(np.array(goal, float), (4, 2)),
         "observation": rng.normal(size=(4, 1)),
     }
-    return episode(3, observations=observations)
+    return episode(3, observations=observations, rewards=np.zeros(3))
 
 
 @pytest.mark.parametrize("goals", [[(1, 2), (1, 2)], [(1, 2), (1, 3)]], ids=["constant", "varies"])
@@ -131,6 +131,112 @@ def test_a_nested_goal_that_varies():
     assert load_dataset("some/kitchen-v0").states.tolist() == [[0.0]] * 6
     make("some/kitchen-v1", [of(1.0), of(2.0)], observation_space=space)
     assert load_dataset("some/kitchen-v1").states.tolist() == [[7.0, 1.0, 0.0]] * 3 + [[7.0, 2.0, 0.0]] * 3
+
+
+@pytest.mark.parametrize("goals", [[(1, 1), (1, 1)], [(1, 1), (2, 2)], [(1, 1), (2, 2), (3, 3)]])
+def test_joined_goals(goals):
+    """Each dataset has one goal, and they have several: without them its rows would not tell the tasks apart."""
+    for i, goal in enumerate(goals[:2]):
+        more = [goal_episode(goals[2], 7)] if i and len(goals) > 2 else []
+        make(f"some/goal{i}-v0", [goal_episode(goal, i), *more], observation_space=GOALS)
+    data = load_dataset("some/goal0-v0+some/goal1-v0")
+    if goals[0] == goals[1]:
+        assert data.state_dim == 3
+    else:
+        assert data.info.observation_rule == "achieved_goal+desired_goal+observation"
+        assert data.info.observation_layout == "{achieved_goal: [2], desired_goal: [2], observation: [1]}"
+        assert data.states[:, 2:4].tolist() == [[*goal] for goal in goals for _ in range(3)]
+        assert data.next_states[:3, 2:4].tolist() == [[1, 1]] * 3
+        assert (data.info.state_dim, data.info.dropped_goal) == (5, None)
+
+
+def test_discrete_goals_are_kept():
+    space = spaces.Dict(achieved_goal=spaces.Discrete(3), desired_goal=spaces.Discrete(3), observation=box(1))
+    rows = {"achieved_goal": np.array([0, 1, 2, 0]), "desired_goal": np.full(4, 2), "observation": np.zeros((4, 1))}
+    make("some/discrete-v0", [episode(3, observations=rows)], observation_space=space)
+    assert load_dataset("some/discrete-v0").states.tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]
+
+
+def test_other_records_of_one_environment_are_not_joined():
+    made = json.loads(gymnasium.spec("Pendulum-v1").to_json())
+    for i, changes in enumerate([{}, {"reward_threshold": 3.0}, {"kwargs": {"g": 1.0}}, {"max_episode_steps": 7}]):
+        make(f"some/join{i}-v0", [episode(3, seed=i)])
+        edit_metadata(f"some/join{i}-v0", env_spec=json.dumps(made | changes))
+    assert len(load_dataset("some/join0-v0+some/join1-v0")) == 6
+    for i in (2, 3):
+        refuse(f"some/join0-v0+some/join{i}-v0", "cannot be joined", "Pendulum-v1", "other arguments")
+
+
+def test_dense_rewards_are_no_successes():
+    make("some/antmaze-dense-v0", [episode(3, rewards=np.array([0.1, 0.2, 0.9]))])
+    refuse("some/antmaze-dense-v0", "episode 0", "infos/success", "not 0 and 1")
+    make("some/antmaze-sparse-v0", [episode(3, rewards=np.array([0.0, 1.0, 1.0]))])
+    assert len(load_dataset("some/antmaze-sparse-v0")) == 2
+
+
+def test_a_folder_is_no_name(tmp_path):
+    for name in ("a", "b"):
+        make(f"some/{name}-v0", [episode(3)])
+        (tmp_path / "antmaze").mkdir(exist_ok=True)
+        folder(f"some/{name}-v0").rename(tmp_path / "antmaze" / name)
+    path = tmp_path / "antmaze"
+    assert not load_dataset(path / "a").info.is_antmaze
+    joined = load_dataset(f"{path / 'a'}+{path / 'b'}").info
+    assert not joined.is_antmaze
+    assert "antmaze" in joined.dataset_id
+    text = joined.to_json()
+    assert not DatasetInfo.from_json(text).is_antmaze
+
+
+def test_clipped_rewards_are_named_where_the_evaluation_is_plain():
+    spec = json.loads(gymnasium.spec("Pendulum-v1").to_json())
+    clip = {"name": "ClipReward", "entry_point": "gymnasium.wrappers.transform_reward:ClipReward", "kwargs": {}}
+    make("some/plain-v0", [episode(3)])
+    recorded = json.dumps(spec | {"additional_wrappers": [clip]})
+    edit_metadata("some/plain-v0", env_spec=recorded, eval_env_spec=json.dumps(spec))
+    assert "ClipReward" in load_dataset("some/plain-v0").info.note
+
+
+def test_episodes_of_a_d4rl_file_end_where_its_rows_break(tmp_path):
+    path = tmp_path / "mine.hdf5"
+    observations = np.arange(30, dtype=np.float32)[:, None] + 100.0 * (np.arange(30) // 10)[:, None]
+    arrays = {"observations": observations, "next_observations": observations + 1, "actions": np.zeros((30, 1))}
+    d4rl_file(path, N=30, terminals=[29], **{**arrays, "rewards": np.ones(30)})
+    info = load_dataset(path).info
+    assert (info.num_episodes, info.episode_returns.tolist(), info.num_truncations) == (3, [10.0] * 3, 2)
+
+
+def test_a_fault_of_the_disk_drops_nothing(monkeypatch):
+    from dql.datasets import minari as reader
+
+    def fails(*arguments):
+        raise OSError(5, "Input/output error")
+
+    make("some/disk-v0", [episode(3), episode(3)])
+    with monkeypatch.context() as patch:
+        patch.setattr(reader, "read_array", fails)
+        refuse("some/disk-v0", "Input/output error", drop_broken=True)
+    assert load_dataset("some/disk-v0", drop_broken=True).info.note == ""
+
+
+def test_only_its_own_file_stands_for_a_minari_folder(tmp_path):
+    make("some/mixed-v0", [episode(3)])
+    other = folder("some/mixed-v0") / "data" / "hopper_medium-v2.hdf5"
+    d4rl_file(other, timeouts=[3])
+    assert load_dataset(other).info.dataset_id == "hopper_medium-v2.hdf5"
+    assert load_dataset(other.with_name("main_data.hdf5")).info.dataset_id == "some/mixed-v0"
+    for name in ("some/mixed-v0+", "+some/mixed-v0", "some/mixed-v0++some/mixed-v0"):
+        refuse(name, "a name is missing beside a +")
+
+
+@pytest.mark.parametrize("name", ["\x1b]0;title\x07red", "\ud800", "a\nb"])
+def test_names_that_a_terminal_would_obey(name, dql_here):
+    make("some/odd-v0", [episode(3)])
+    edit_metadata("some/odd-v0", dataset_id=name, env_spec=json.dumps({"id": name}))
+    for done in (dql_here("data", "list"), dql_here("data", "info", folder("some/odd-v0"))):
+        assert done.code == 0
+        assert not {"\x1b", "\x07", "\ud800"} & set(done.out + done.err)
+    assert load_dataset("some/odd-v0").info.env_spec is None
 
 
 # Names
@@ -225,6 +331,19 @@ def test_a_dataset_in_memory_is_looked_at(changes, parts):
 def test_a_bound_of_actions_that_is_none(bound):
     with pytest.raises(DatasetError, match="max_action"):
         in_memory(DatasetInfo("mine", None, None, None, 1, np.zeros(0), "box", bound))
+
+
+def test_what_is_no_info_and_no_memory_is_refused():
+    with pytest.raises(TypeError, match="info must be a DatasetInfo, got None"):
+        TransitionDataset(**tensors(), info=None)
+    with pytest.raises(TypeError, match="meta device"):
+        in_memory(rewards=torch.zeros(6, device="meta"))
+    with pytest.raises(DatasetError, match="its info says"):
+        in_memory(DatasetInfo("mine", None, None, None, 1, np.zeros(0), "box", 1.0, state_dim=9))
+    with pytest.raises(ValueError, match="device 'nope' cannot be used"):
+        in_memory().to("nope")
+    with pytest.raises(TypeError, match="named by a string or a path"):
+        load_dataset(b"some/thing-v0")
 
 
 def test_arrays_and_empty_rows_are_refused():
@@ -409,7 +528,30 @@ def test_groups_that_hold_themselves():
     make("some/loop-v0", [episode(3, observations=rows), episode(3, observations=rows)], observation_space=space)
     with h5py.File(folder("some/loop-v0") / "data" / "main_data.hdf5", "a") as file:
         file["episode_1/observations/again"] = file["episode_1/observations"]
-    refuse("some/loop-v0", "episode 1", "groups in groups")
+        chain = file.create_group("deep")
+        for _ in range(40):  # every path through it: 2^40 of them
+            chain["a"] = chain["b"] = file.create_group(f"g{len(file)}")
+            chain = chain["a"]
+        file["episode_1/observations/deep"] = file["deep"]
+    assert len(load_dataset("some/loop-v0")) == 6  # only what the space names is looked at
+
+
+def test_an_episode_under_many_names():
+    make("some/many-v0", [episode(3), episode(3)])
+    with h5py.File(folder("some/many-v0") / "data" / "main_data.hdf5", "a") as file:
+        file["episode_2"] = file["episode_0"]
+    edit_metadata("some/many-v0", total_episodes=3)
+    refuse("some/many-v0", "episode 2", "is episode 0 under another name")
+    edit_metadata("some/many-v0", total_episodes=10**15)
+    refuse("some/many-v0", "1,000,000,000,000,000 episodes", "holds 3", drop_broken=True)
+
+
+def test_names_with_a_slash():
+    """HDF5 makes groups of them."""
+    space = spaces.Dict({"robot/pos": box(2), "robot/vel": box(1)})
+    rows = {"robot/pos": np.ones((4, 2)), "robot/vel": np.full((4, 1), 2.0)}
+    make("some/slash-v0", [episode(3, observations=rows)], observation_space=space)
+    assert load_dataset("some/slash-v0").states.tolist() == [[1, 1, 2]] * 3
 
 
 @pytest.mark.parametrize("damage", [complex_values, texts, claimed, scalar, group, soft, external_link, virtual, empty])
@@ -461,6 +603,7 @@ SPACE_JSON = {"type": "Box", "dtype": "float32", "shape": [3], "low": [-1.0] * 3
         {"observation_space": SPACE_JSON | {"dtype": "object"}},
         {"observation_space": {"type": "Discrete", "n": 10**12, "start": 0}},
         {"observation_space": {"type": "MultiDiscrete", "dtype": "int64", "nvec": [10**9], "start": [0]}},
+        {"observation_space": {"type": "MultiDiscrete", "dtype": "int64", "nvec": [[10**9]], "start": [[0]]}},
         {"observation_space": {"type": "Tuple", "subspaces": 7}},
         {"action_space": SPACE_JSON | {"shape": [0], "low": [], "high": []}},
         {"data_format": "nothing"},

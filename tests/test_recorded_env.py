@@ -54,6 +54,8 @@ MARK = "from pathlib import Path; Path({path!r}).touch()"
         {"additional_wrappers": [{"name": "Env", "entry_point": "trap:Env", "kwargs": {}}]},
         {"vector_entry_point": "trap:Env", "id": "Mine-v0", "entry_point": "trap:Env"},
         {"kwargs": {"xml_file": "/tmp/model.xml"}},
+        {"kwargs": {"xml_file": ".model.xml"}},
+        {"kwargs": {"xml_file": "~model.xml"}},
         {"kwargs": {"g": {"a": ["trap:Env"]}}},
     ],
     ids=lambda changes: "-".join(changes),
@@ -232,3 +234,37 @@ def test_a_run_folder_imports_no_module(pendulum, tiny, dql_here, tmp_path, monk
     finally:
         gymnasium.registry.pop("Reach-v0", None)
         sys.modules.pop("myenv", None)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kwargs": {"frame_skip": 10**9}},
+        {"kwargs": {"maze_map": [[1] * 400] * 400}},
+        {"max_episode_steps": 10**9},
+        {"additional_wrappers": [wrapper("FrameStackObservation", stack_size=10**8)]},
+        {"additional_wrappers": [wrapper("FrameStackObservation", nothing=3)]},
+        {"additional_wrappers": [wrapper("DelayObservation", delay=3)] * 3000},
+    ],
+    ids=range(6),
+)
+def test_numbers_that_would_never_end(changes):
+    refused(info(PENDULUM | changes), "is not made", "--env")
+
+
+@pytest.mark.parametrize("counting", [wrapper("RepeatAction", num_repeats=4), wrapper("TimeAwareObservation")])
+def test_a_limit_beside_what_counts_steps(counting):
+    """TimeLimit(RepeatAction(env, 4), 20) is recorded as the reverse is, which ends after 5."""
+    refused(info(PENDULUM | {"max_episode_steps": 20, "additional_wrappers": [counting]}), "inside or outside of")
+    fields = {"rule": "box"}
+    make_env(info(PENDULUM | {"additional_wrappers": [counting]}, **fields))
+
+
+def test_who_recorded_is_no_wrapper_of_the_environment():
+    recorder = {
+        "name": "DataCollector",
+        "entry_point": "minari.data_collector.data_collector:DataCollector",
+        "kwargs": {},
+    }
+    old = {"name": "AutoResetWrapper", "entry_point": "gymnasium.wrappers.autoreset:AutoResetWrapper", "kwargs": {}}
+    assert make_env(info(PENDULUM | {"additional_wrappers": [recorder, old]})).reset(seed=0)[0].shape == (3,)

@@ -110,6 +110,7 @@ def read_d4rl(source: Source) -> FlatData:
     if not keep.any():
         raise DatasetError(f"dataset {name} has no row with a next state: it needs `next_observations`")
 
+    antmaze = task is not None and is_antmaze("", task.env_id)
     ends = np.flatnonzero(terminals | timeouts)
     starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else np.zeros(0, int)
     sums = np.concatenate([[0.0], np.cumsum(arrays["rewards"], dtype=np.float64)])
@@ -120,7 +121,8 @@ def read_d4rl(source: Source) -> FlatData:
         ref_max_score=None if task is None else task.ref_max_score,
         num_episodes=len(ends) + int(not len(ends) or ends[-1] != N - 1),
         episode_returns=sums[ends + 1] - sums[starts],
-        observation_rule="achieved_goal+observation" if task is not None and is_antmaze(name, task.env_id) else "box",
+        observation_rule="achieved_goal+observation" if antmaze else "box",
+        first_success=antmaze,
         max_action=1.0,
         state_dim=arrays["observations"].shape[1],
         action_dim=arrays["actions"].shape[1],
@@ -167,7 +169,10 @@ def _timeouts(arrays: dict[str, np.ndarray], terminals: np.ndarray, task: D4RLTa
         bounds = np.concatenate([[-1], np.flatnonzero(terminals), [len(terminals) - 1]])
         for before, last in itertools.pairwise(bounds):
             timeouts[before + task.max_episode_steps : last + 1 : task.max_episode_steps] = True
-    elif "next_observations" not in arrays:
+    elif "next_observations" in arrays:  # where the next row is another state, an episode ended
+        breaks = (arrays["next_observations"][:-1] != arrays["observations"][1:]).any(axis=1)
+        timeouts[:-1] = breaks & ~terminals[:-1]
+    else:
         raise DatasetError(
             f"dataset {name} has neither `timeouts` nor `next_observations` and its file name tells no D4RL task, so "
             "the ends of its episodes are unknown: give the file its D4RL name, e.g. hopper_medium-v2.hdf5"

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -55,6 +56,11 @@ class DatasetInfo:
     """What a reader of the numbers has to know, e.g. that episodes were cut at their first success."""
     observation_layout: str | None = None
     """Names, shapes and nesting of what a row is made of (`dql.datasets.observations`), where that is known."""
+    first_success: bool | None = None
+    """Whether episodes end at their first success, as AntMaze's; None: `is_antmaze` goes by the names."""
+    dropped_goal: dict[str, Any] | None = field(default=None, repr=False)
+    """A desired_goal that is the same in all rows and no part of them: at which column it would stand, its values, and
+    rule and layout of rows that have it; for datasets that are joined."""
     env_is_typed: bool = field(default=False, repr=False)
     """Whether `with_env` named the environment, by a user's hand; never read from JSON."""
 
@@ -88,7 +94,7 @@ class DatasetInfo:
     @property
     def is_antmaze(self) -> bool:
         """Whether this is an AntMaze task, whose episodes end at the first success."""
-        return is_antmaze(self.dataset_id, self.env_id)
+        return is_antmaze(self.dataset_id, self.env_id) if self.first_success is None else self.first_success
 
     def normalized_score(self, returns: np.ndarray | float) -> np.ndarray | None:
         """100 (R - random) / (expert - random), as D4RL defines it; None without reference scores."""
@@ -120,11 +126,13 @@ class DatasetInfo:
             value = values.get(name)
             if (value is None and (name in values and not may_be_none)) or not isinstance(value, (*kinds, type(None))):
                 raise ValueError(f"a dataset's info has the {name} {str(value)[:60]!r}")
-            if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
+            if (isinstance(value, bool) and bool not in kinds) or (
+                isinstance(value, float) and not math.isfinite(value)
+            ):
                 raise ValueError(f"a dataset's info has the {name} {value}")
         try:
             return cls(**values)
-        except (TypeError, OverflowError) as error:
+        except (TypeError, OverflowError, ValueError) as error:
             raise ValueError(f"a dataset's info is not whole: {error}") from error
 
 
@@ -136,6 +144,8 @@ _KINDS: dict[str, tuple[tuple[type, ...], bool]] = {
     "max_action": ((int, float), False),
     **dict.fromkeys(("state_dim", "action_dim", "num_truncations"), ((int,), True)),
     **dict.fromkeys(("episode_returns", "episode_lengths"), ((list,), False)),
+    "first_success": ((bool,), True),
+    "dropped_goal": ((dict,), True),
 }
 
 

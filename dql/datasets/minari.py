@@ -34,12 +34,13 @@ from dql.datasets.sources import (
     whole_number,
 )
 from dql.datasets.spaces import action_bound, goal_columns, read_space
-from dql.datasets.stored import as_rows, member, open_file, read_array
+from dql.datasets.stored import address, member, open_file, read_array, rows_of
 from dql.recorded_env import reward_wrappers
 
 CUT_NOTE = "episodes end at their first success (a termination), as in D4RL"
 GOAL_NOTE = "desired_goal differs between rows and is no part of the state, as in D4RL's AntMaze"
 MOST_EPISODES_NAMED = 20
+MOST_MISSING = 10_000  # episodes that metadata may count beyond what the file holds
 
 
 @dataclass(frozen=True)
@@ -85,23 +86,28 @@ def read_minari(source: Source) -> FlatData:
     except ValueError as error:
         raise DatasetError(f"dataset {name} cannot be used: {error}") from error
     spec = env_spec_json(metadata)
-    antmaze = is_antmaze(name, None if spec is None else json.loads(spec)["id"])
+    antmaze = is_antmaze(_given_name(source, metadata), None if spec is None else json.loads(spec)["id"])
 
     wide = WITH_GOAL.get(rule, rule)
     limit = _time_limit(metadata) if name.startswith("dql/") else None
     reading = _Reading(name, observation_space, action_space, wide, bound, antmaze, limit)
     numbers, episodes, dropped = _read_episodes(source, metadata, reading)
     observations, note = [e.observations for e in episodes], [CUT_NOTE] if antmaze else []
+    dropped_goal = None
     if wide != rule:
         columns = goal_columns(observation_space, wide)
-        varies = any((o[:, columns] != observations[0][0, columns]).any() for o in observations)
+        goal = observations[0][0, columns]
+        varies = any((o[:, columns] != goal).any() for o in observations)
         if varies and not antmaze:
             rule = wide
         else:
+            if not antmaze:
+                layout = observation_layout(observation_space, wide)
+                dropped_goal = {"at": columns.start, "values": goal.tolist(), "rule": wide, "layout": layout}
             kept = np.setdiff1d(np.arange(observations[0].shape[1]), np.arange(columns.start, columns.stop))
             observations = [o[:, kept] for o in observations]
             note += [GOAL_NOTE] if varies else []
-    if changed := reward_wrappers(spec):
+    if changed := reward_wrappers(metadata.get("env_spec")):  # the one that was recorded in
         note.append(
             f"its rewards were changed by {' and '.join(changed)}; evaluations score the environment's own reward"
         )
@@ -129,6 +135,8 @@ def read_minari(source: Source) -> FlatData:
         num_truncations=sum(bool(e.truncations[-1] and not e.terminations[-1]) for e in episodes),
         note="; ".join(note),
         observation_layout=observation_layout(observation_space, rule),
+        first_success=antmaze,
+        dropped_goal=dropped_goal,
     )
     with np.errstate(over="ignore", invalid="ignore"):
         data = FlatData(
@@ -141,6 +149,12 @@ def read_minari(source: Source) -> FlatData:
         )
     check_transitions(name, lambda row: f"episode {numbers[int(np.searchsorted(ends, row, side='right'))]}", data)
     return data
+
+
+def _given_name(source: Source, metadata: Mapping[str, Any]) -> str:
+    """What the dataset is called, and no folder above it."""
+    given = metadata.get("dataset_id")
+    return given if isinstance(given, str) else source.path.parent.name
 
 
 def _time_limit(metadata: Mapping[str, Any]) -> int | None:
@@ -165,15 +179,25 @@ def _read_episodes(
     episodes: list[_Episode] = []
     dropped: list[int] = []
     unreadable = (OSError, RuntimeError) if source.drop_broken else ()  # else they are the file's
-    with _stored(source, metadata) as stored:
+    seen: dict[Any, int] = {}
+    with _stored(source, metadata) as (stored, held):
+        if held is not None and count > held + MOST_MISSING:
+            raise DatasetError(
+                f"dataset {name}: its metadata says {count:,} episodes, and its file holds {held:,}: {again(source)}"
+            )
         for i in range(count):
             try:
-                episode = _read_episode(stored(i), reading)
+                group = stored(i)
+                if (place := address(group)) is not None and seen.setdefault(place, i) != i:
+                    raise ValueError(f"it is episode {seen[place]} under another name")
+                episode = _read_episode(group, reading)
                 if source.drop_broken:
                     _check_episode(episode, reading)
             except (KeyError, ValueError, TypeError, *unreadable) as error:
                 if not source.drop_broken:
                     raise _broken_episode(source, i, error) from error
+                if isinstance(error, RecursionError) or (isinstance(error, OSError) and error.errno is not None):
+                    raise  # the disk's or the network's fault, and not the episode's
                 dropped.append(i)
             else:
                 numbers.append(i)
@@ -184,20 +208,21 @@ def _read_episodes(
 
 
 @contextlib.contextmanager
-def _stored(source: Source, metadata: Mapping[str, Any]) -> Iterator[Callable[[int], Any]]:
-    """A function that gives an episode's group of an HDF5 file, or its dict of arrays in Minari's other formats."""
+def _stored(source: Source, metadata: Mapping[str, Any]) -> Iterator[tuple[Callable[[int], Any], int | None]]:
+    """(a function that gives an episode's group of an HDF5 file, or its dict of arrays in Minari's other formats; how
+    many there are, where that is known)."""
     path = source.path / MAIN_FILE
     if metadata.get("data_format", "hdf5") == "hdf5":
         if not path.exists():
             raise DatasetNotFoundError(f"dataset {source.name} is only half there (no {path}): {again(source)}")
         with open_file(path, source.name, again(source)) as file:
-            yield lambda i: member(file, f"episode_{i}") if f"episode_{i}" in file else {}
+            yield lambda i: member(file, f"episode_{i}") if f"episode_{i}" in file else {}, len(file)
         return
     try:
         from minari.dataset.minari_storage import MinariStorage
 
         storage = MinariStorage.read(source.path)
-        yield lambda i: next(iter(storage.get_episodes([i])))
+        yield lambda i: next(iter(storage.get_episodes([i]))), None
     except DatasetError:
         raise
     except Exception as error:  # of pyarrow and of what it reads
@@ -220,7 +245,7 @@ def _read_episode(stored: Any, reading: _Reading) -> _Episode:
     missing = {"observations", "actions", "rewards", "terminations", "truncations"} - set(stored.keys())
     if missing:
         raise KeyError(f"it has no {', '.join(sorted(missing))}, so it was not written or downloaded to its end")
-    rows = as_rows(member(stored, "observations"), "observations")
+    rows = rows_of(member(stored, "observations"), "observations")
     observations = flatten_rows(rows, reading.observation_space, reading.rule)
     actions = read_array(stored, "actions")
     rewards, terminations, truncations = (
@@ -288,6 +313,8 @@ def _successes(stored: Any, rewards: np.ndarray) -> np.ndarray:
     """Success after each step [T]: infos["success"] where it was recorded, else reward > 0 (the sparse reward)."""
     infos = member(stored, "infos") if "infos" in stored else None
     if infos is None or "success" not in infos:
+        if not np.isin(rewards, (0, 1)).all():
+            raise ValueError("it has no infos/success, and its rewards are not 0 and 1, which tell AntMaze's success")
         return rewards > 0
     success = read_array(infos, "success").reshape(-1).astype(bool)
     if len(success) not in (len(rewards), len(rewards) + 1):

@@ -27,6 +27,7 @@ WITH_GOAL = {
     "achieved_goal+observation": "achieved_goal+desired_goal+observation",
     "observation": "desired_goal+observation",
 }
+MOST_ONE_HOT = 1 << 28  # numbers of an episode
 RULES = ("box", "flatten", *WITH_GOAL, *WITH_GOAL.values())
 
 
@@ -42,8 +43,8 @@ def observation_rule(space: Any) -> str:
     if isinstance(space, spaces.Box):
         return "box"
     if isinstance(space, spaces.Dict) and set(space.spaces) == GOAL_KEYS:
-        simple = isinstance(space["achieved_goal"], spaces.Box)
-        return "achieved_goal+observation" if simple else "observation"
+        nested = isinstance(space["achieved_goal"], (spaces.Dict, spaces.Tuple))
+        return "observation" if nested else "achieved_goal+observation"
     return "flatten"
 
 
@@ -77,10 +78,15 @@ def _check_flat(space: Any) -> None:
     if isinstance(space, (spaces.Dict, spaces.Tuple)):
         for child in space.spaces.values() if isinstance(space, spaces.Dict) else space.spaces:
             _check_flat(child)
-    elif isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) >= 2:
+    elif isinstance(space, spaces.Box) and space.dtype == np.uint8 and _is_image(space.shape):
         raise ValueError(f"its observations are images {space.shape}: only vector observations can be used")
     elif not isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
         raise ValueError(f"its observations hold a {type(space).__name__} space, which has no fixed row of numbers")
+
+
+def _is_image(shape: tuple[int, ...]) -> bool:
+    """A small board of bytes is none."""
+    return len(shape) >= 3 or (len(shape) == 2 and min(shape) >= 32)
 
 
 def flatten_rows(rows: Any, space: Any, rule: str) -> np.ndarray:
@@ -124,11 +130,13 @@ def _leaves(rows: Any, space: Any) -> Iterator[np.ndarray]:
         for key in sorted(space.spaces):
             yield from _leaves(_member(rows, key), space[key])
     elif isinstance(space, spaces.Tuple):
+        if hasattr(rows, "as_tuple"):
+            rows = rows.as_tuple()
         if not isinstance(rows, (tuple, list)) or len(rows) != len(space.spaces):
             raise ValueError(f"its observations are no tuple of {len(space.spaces)}, as the space says")
         for child_rows, child in zip(rows, space.spaces, strict=True):
             yield from _leaves(child_rows, child)
-    elif hasattr(rows, "keys") or isinstance(rows, (tuple, list)):
+    elif hasattr(rows, "keys") or hasattr(rows, "as_tuple") or isinstance(rows, (tuple, list)):
         raise ValueError("its observations have members where the space has numbers")
     else:
         array = rows[()] if hasattr(rows, "shape") else np.asarray(rows)  # [()] is h5py's fast way to read all
@@ -145,6 +153,11 @@ def _leaves(rows: Any, space: Any) -> Iterator[np.ndarray]:
 
 def _one_hot(values: np.ndarray, sizes: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """Of integers [T, M] with `sizes` [M] values each, from `starts` [M] on: float32 [T, sum of sizes]."""
+    if len(values) * int(sizes.sum()) > MOST_ONE_HOT:
+        raise ValueError(
+            f"its observations have {int(sizes.sum()):,} values to choose from, in {len(values):,} rows more than fit "
+            "as numbers of their own"
+        )
     inside = (values >= starts) & (values < starts + sizes) & (values == np.round(values))
     if not inside.all():
         row, column = np.argwhere(~inside)[0]

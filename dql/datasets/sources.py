@@ -125,7 +125,10 @@ def resolve(name: str, download: bool = False) -> list[Source]:
         whole = _expanded(name).exists()
     except OSError as error:  # too long a name, a folder that may not be entered
         raise DatasetNotFoundError(f"dataset {name[:100]}: {error.strerror}: check the path") from error
-    return [source for part in ([name] if whole else name.split("+")) for source in _resolve_one(part, download)]
+    parts = [name] if whole else name.split("+")
+    if "" in parts:
+        raise DatasetNotFoundError(f"dataset {name!r}: a name is missing beside a +: see `dql data list`")
+    return [source for part in parts for source in _resolve_one(part, download)]
 
 
 def _expanded(name: str) -> Path:
@@ -143,7 +146,7 @@ def _resolve_one(name: str, download: bool) -> list[Source]:
             "train(..., dataset=...), or write them as a D4RL .hdf5 file"
         )
     if path.suffix in (".hdf5", ".h5") and path.is_file():
-        if (path.parent / "metadata.json").exists():
+        if path.name == MAIN_FILE and (path.parent / "metadata.json").exists():
             return [_minari_folder(path.parent)]
         return [Source("d4rl", path, path.name)]
     is_id = re.fullmatch(r"\w[-\w/]*", name) is not None
@@ -234,6 +237,9 @@ def read_metadata(source: Source) -> dict[str, Any]:
         raise DatasetError(f"dataset {source.name}: {path} cannot be read ({error}): {again(source)}") from error
     if not isinstance(metadata, dict):
         raise DatasetError(f"dataset {source.name}: {path} holds no metadata: {again(source)}")
+    given = metadata.get("dataset_id")
+    if given is not None and not (isinstance(given, str) and given.isprintable()):
+        del metadata["dataset_id"]  # which a terminal would obey
     return metadata
 
 
@@ -241,10 +247,10 @@ def env_spec_json(metadata: Mapping[str, Any]) -> str | None:
     """The evaluation environment's EnvSpec JSON: `eval_env_spec` where there is one, else `env_spec`."""
     text = metadata.get("eval_env_spec") or metadata.get("env_spec")
     try:
-        has_id = isinstance(text, str) and isinstance(json.loads(text)["id"], str)
+        env_id = json.loads(text)["id"] if isinstance(text, str) else None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    return str(text) if has_id else None
+    return str(text) if isinstance(env_id, str) and env_id.isprintable() else None
 
 
 def reference_scores(metadata: Mapping[str, Any]) -> tuple[float | None, float | None]:

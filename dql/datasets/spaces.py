@@ -68,7 +68,7 @@ def _check_space(written: Any, depth: int = 0) -> None:
     sizes += n if isinstance(n, list) else [n]
     if not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in sizes):
         raise ValueError("its sizes are no whole numbers")
-    sizes += [sum(nvec) if isinstance(nvec := written.get("nvec", [1]), list) and nvec and _flat(nvec) else 1]
+    sizes.append(_total(written.get("nvec", 1)))
     product = 1
     for size in sizes:
         product *= max(size, 1)
@@ -76,8 +76,13 @@ def _check_space(written: Any, depth: int = 0) -> None:
         raise ValueError(f"it has {product:,} numbers, more than {MOST_NUMBERS:,}")
 
 
-def _flat(values: list[Any]) -> bool:
-    return all(isinstance(value, int) for value in values)
+def _total(values: Any, depth: int = 0) -> int:
+    """Sum of integers in lists of lists."""
+    if isinstance(values, list) and depth < 32:
+        return sum(_total(value, depth + 1) for value in values)
+    if isinstance(values, bool) or not isinstance(values, int) or values < 0:
+        raise ValueError("its sizes are no whole numbers")
+    return values
 
 
 def goal_columns(space: Any, rule: str) -> slice:

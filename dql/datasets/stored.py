@@ -14,8 +14,7 @@ import numpy as np
 from dql.datasets.info import DatasetError, broken_file
 
 _BEST_COMPRESSION = 2000  # deflate reaches 1,032
-_UNSTORED_BYTES = 1 << 24  # of fill values, that any file may claim
-MOST_DEPTH = 32  # of groups in groups
+_UNSTORED_BYTES = 1 << 20  # of fill values, that any array may claim
 
 
 @contextlib.contextmanager
@@ -57,12 +56,15 @@ def member(group: Any, key: str) -> Any:
         return group[key]
     if not isinstance(group, h5py.Group):
         raise ValueError(f"it is an array where a group with {key} is needed")
-    link = group.get(key, getlink=True)
-    if link is None:
-        raise KeyError(f"it has no {key}")
-    if not isinstance(link, h5py.HardLink):
-        raise ValueError(f"its {key} is a link to somewhere else, which is not followed")
-    return group[key]
+    found = group
+    for part in key.split("/"):  # a name with a slash is stored as groups in groups
+        link = found.get(part, getlink=True) if isinstance(found, h5py.Group) else None
+        if link is None:
+            raise KeyError(f"it has no {key}")
+        if not isinstance(link, h5py.HardLink):
+            raise ValueError(f"its {key} is a link to somewhere else, which is not followed")
+        found = found[part]
+    return found
 
 
 def read_array(group: Any, key: str) -> np.ndarray:
@@ -94,18 +96,37 @@ def _checked(stored: Any, key: str) -> Any:
     return stored
 
 
-def as_rows(stored: Any, key: str, depth: int = 0) -> Any:
-    """An array or, of a group, a dict of them, or a tuple where members are called `_index_0`, `_index_1`, ..."""
+class Rows:
+    """A group as the observation space walks it: only what the space names is looked at, and arrays stay unread."""
+
+    def __init__(self, group: Any, key: str) -> None:
+        self.group, self.key = group, key
+
+    def __getitem__(self, key: str) -> Any:
+        return rows_of(member(self.group, key), key)
+
+    def as_tuple(self) -> tuple[Any, ...]:
+        """Members that are called `_index_0`, `_index_1`, ..."""
+        names = [f"_index_{i}" for i in range(len(self.group))]
+        if set(names) != set(self.group):
+            raise ValueError(f"its {self.key} has other members than those of a tuple")
+        return tuple(self[name] for name in names)
+
+
+def rows_of(stored: Any, key: str) -> Any:
+    """An array, or what a space may walk: `Rows` of a group, a dict or tuple of another format."""
+    if isinstance(stored, dict):
+        return {name: rows_of(child, name) for name, child in stored.items()}
     if isinstance(stored, tuple):
-        return tuple(as_rows(child, key, depth + 1) for child in stored)
-    if not hasattr(stored, "keys"):
-        return _checked(stored, key)  # unread: not every member is wanted
-    if depth > MOST_DEPTH:
-        raise ValueError(f"its {key} has groups in groups, more than {MOST_DEPTH}")
-    members = {name: as_rows(member(stored, name), name, depth + 1) for name in stored}
-    if members and all(name.startswith("_index_") for name in members):
-        numbers = sorted(int(name.removeprefix("_index_")) for name in members)
-        if numbers != list(range(len(members))):
-            raise ValueError(f"its {key} has the members {', '.join(sorted(members))[:100]}, which are no tuple")
-        return tuple(members[f"_index_{i}"] for i in numbers)
-    return members
+        return tuple(rows_of(child, key) for child in stored)
+    return Rows(stored, key) if hasattr(stored, "keys") else _checked(stored, key)
+
+
+def address(group: Any) -> Any:
+    """What two names of one group have in common; None in a format without names."""
+    import h5py
+
+    if not isinstance(group, h5py.Group):
+        return None
+    found = h5py.h5o.get_info(group.id)
+    return found.fileno, found.addr
