@@ -136,8 +136,9 @@ def data_make(
     cut = "" if made.complete_episodes else " (of episodes that were cut: no whole one fits)"
     make_console().print(
         f"{made.dataset_id}: {made.steps:,} steps in {made.episodes:,} episodes, return {made.return_mean:.1f} ± "
-        f"{made.return_std:.1f} ({made.return_min:.1f} to {made.return_max:.1f}){cut}, random {made.ref_min_score:.1f}, "
-        f"expert {made.ref_max_score:.1f}; {made.seconds:.0f} s\ntrain on it: dql train --dataset {made.dataset_id}",
+        f"{made.return_std:.1f} ({made.return_min:.1f} to {made.return_max:.1f}){cut}, "
+        f"random {made.ref_min_score:.1f}, expert {made.ref_max_score:.1f}; {made.seconds:.0f} s\n"
+        f"train on it: dql train --dataset {made.dataset_id}",
     )
     return 0
 
