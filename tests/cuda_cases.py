@@ -1,5 +1,6 @@
 """What the tests of the backend "cuda" without a GPU share: its kernels in the emulator (csrc/cuda/emulator.h)."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -32,6 +33,7 @@ def not_emulated() -> str | None:
     done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         return f"the emulated kernels cannot be compiled: {(done.stderr or done.stdout).strip().splitlines()[-1]}"
+    importlib.invalidate_caches()  # somebody may have looked for it in this process before it was there
     return cuda_native.unavailable()
 
 
