@@ -63,7 +63,7 @@ class FlatAdam:
         if tensors.keys() != {"step", "exp_avg", "exp_avg_sq"}:
             raise ValueError(f"Adam's state is step, exp_avg and exp_avg_sq, got {', '.join(sorted(tensors))}")
         for name, value in tensors.items():
-            plain(f"Adam's {name}", value)
+            plain(f"Adam's {name}", value, whole=True)
             shape = [] if name == "step" else list(self.module.flat.shape)
             if list(value.shape) != shape or not (value.is_floating_point() or name == "step"):
                 raise ValueError(

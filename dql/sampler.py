@@ -17,7 +17,17 @@ from dql.networks import Denoiser, TwinCritic, leaf_gradients
 from dql.policy import DiffusionPolicy
 from dql.schedule import StepTable, check_rows
 from dql.shown import shown
-from dql.tensors import first_order, incoming, plain, refuse_unseen, transformed, transforming, unseen, untraceable
+from dql.tensors import (
+    first_order,
+    has_memory,
+    incoming,
+    plain,
+    refuse_unseen,
+    transformed,
+    transforming,
+    unseen,
+    untraceable,
+)
 
 Tensor = torch.Tensor
 
@@ -174,6 +184,7 @@ def _select_outside(*arguments: Any, **options: Any) -> Tensor:
     return select(*arguments, **options)
 
 
+_MANY_ROWS = 64  # from which on it costs nothing to look whether a storage was made smaller than its tensor
 _FIXED = ("max_action", "schedule", "predict_epsilon")  # what a policy's chain depends on beside its denoiser
 
 
@@ -197,6 +208,8 @@ def _sample_prepared(
     if prepared[2] is None or type(states) is not Tensor or states.is_neg():
         return None
     B = states.size(0)
+    if B >= _MANY_ROWS and not (has_memory(states) and has_memory(denoiser.buffer)):
+        return None
     if denoiser.buffer.is_cpu:
         # torch's defaults: naming dtype and device costs 0.7 us; `run` looks whether they are float32 and the CPU
         actions = torch.empty(B, denoiser.spec.action_dim)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from dql.kernels.limits import MANY
+
 Tensor = torch.Tensor
 
 lost: list[str] = []
@@ -67,7 +69,8 @@ def plain(name: str, tensor: Any, *, whole: bool = False) -> Tensor:
     Args:
         name: of the tensor, in the plural, for the sentence.
         tensor: what was given.
-        whole: also look whether the storage was made too small: three times slower than whether it is there at all.
+        whole: look whether the storage was made too small, of few elements too: three times slower than whether it is
+            there at all, which the state of one robot is not to pay.
 
     Raises:
         TypeError: it is no tensor, or one that holds no values of its own: fake, masked, a wrapper, sparse, nested, on
@@ -77,12 +80,13 @@ def plain(name: str, tensor: Any, *, whole: bool = False) -> Tensor:
     kind = type(tensor)
     if kind is Tensor and not whole:
         try:
-            # Of what is below, each has no address or a low one; the offset is too small to hide that.
+            # Of what is below, each has no address or a low one; the offset is too small to hide that. Or is cut off.
             if (
                 tensor.data_ptr() >= LOWEST_ADDRESS
                 and tensor.storage_offset() < _HIDING
                 and not tensor.is_neg()
                 and not tensor.is_nested
+                and (tensor.numel() < MANY or has_memory(tensor))
             ):
                 return tensor
         except RuntimeError:  # torch's, of tensors that have no address

@@ -6,6 +6,10 @@ from .layout import CriticSpec, DenoiserSpec
 
 MAX_STATE_DIM, MAX_ACTION_DIM, MAX_HIDDEN_DIM, MAX_STEPS, MAX_ROWS = 512, 64, 512, 1000, 1 << 30
 HIDDEN_LAYERS = (2, 4)
+CUT_OFF = "{name} have no memory for {count} numbers: their storage was made smaller; make them anew"
+MANY = 1024
+"""Elements from which on it is looked whether a storage was made smaller than its tensor: a third of a microsecond,
+which the state and noise of one robot's action are not to pay."""
 
 
 def too_large(spec: DenoiserSpec | CriticSpec, max_time_dim: int | None = None) -> str | None:
@@ -33,6 +37,11 @@ def too_many(rows: int, steps: int) -> str | None:
     return None
 
 
+def cut_off(tensor: torch.Tensor, count: int) -> bool:
+    """Whether the storage of a tensor in one piece was made smaller than its `count` float32."""
+    return tensor.untyped_storage().nbytes() < 4 * (tensor.storage_offset() + count)
+
+
 def check_memory(device: torch.device, **wanted: tuple[torch.Tensor | None, int]) -> None:
     """Looks at what kernels are to read or write by its address: how many elements they take it to have.
 
@@ -41,10 +50,13 @@ def check_memory(device: torch.device, **wanted: tuple[torch.Tensor | None, int]
         **wanted: name -> (tensor, or None where there is none; its number of elements).
 
     Raises:
-        ValueError: a tensor is not of that many float32 in one piece on the device: they would read or write beside it.
+        ValueError: a tensor is not of that many float32 in one piece on the device, or its storage was made smaller:
+            they would read or write beside it.
     """
     for name, (tensor, count) in wanted.items():
-        if tensor is not None and not (
+        if tensor is None:
+            continue
+        if not (
             tensor.numel() == count
             and tensor.dtype is torch.float32
             and tensor.device == device
@@ -54,3 +66,5 @@ def check_memory(device: torch.device, **wanted: tuple[torch.Tensor | None, int]
                 f"{name} must be {count} float32 numbers in one piece on {device}, got {tensor.dtype} "
                 f"{list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}; convert it"
             )
+        if count >= MANY and cut_off(tensor, count):
+            raise ValueError(CUT_OFF.format(name=name, count=count))

@@ -15,6 +15,7 @@ import torch
 
 from . import native_build
 from .layout import ACTIVATIONS, CriticSpec, DenoiserSpec
+from .limits import CUT_OFF, MANY, cut_off
 
 try:
     from . import _native  # type: ignore[attr-defined]
@@ -146,13 +147,15 @@ def _at(name: str, tensor: Tensor, count: int) -> int:
     tensor's sign, `dql.tensors.plain`.
 
     Raises:
-        ValueError: it is another tensor than that.
+        ValueError: it is another tensor than that, or its storage was made smaller.
     """
     if tensor.numel() != count or tensor.dtype is not torch.float32 or not tensor.is_cpu or not tensor.is_contiguous():
         raise ValueError(
             f"{name} must be {count} float32 numbers in one piece on the CPU, got {tensor.dtype} "
             f"{list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}; convert it"
         )
+    if count >= MANY and cut_off(tensor, count):
+        raise ValueError(CUT_OFF.format(name=name, count=count))
     return tensor.data_ptr()
 
 

@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 import dql
 from dql.backends import registry
+from dql.kernels.limits import MANY
 from dql.values import q_values
 
 Tensor = torch.Tensor
@@ -37,7 +38,6 @@ class Ordinary(torch.Tensor):
     """A subclass that is a tensor like another."""
 
 
-WITHOUT = [kind for kind in HOSTILE if kind != "cut off"]  # no chain looks how much memory there is
 hostile = pytest.mark.parametrize("kind", HOSTILE)
 refused = pytest.raises((TypeError, ValueError), match=r"^(?s:.){20,}[;:,] (?s:.)+")
 
@@ -61,11 +61,11 @@ def negated(values: Tensor) -> Tensor:
 # Stand-ins, and memory that is gone
 
 
-@pytest.mark.parametrize("kind", WITHOUT)
+@hostile
 @pytest.mark.parametrize("gradients", [True, False])
 def test_states(backend, gradients, kind):
-    """Also where the call is prepared."""
-    policy, states = policy_of(), states_of(5)
+    """Also where the call is prepared: there it is of more than a few rows that memory cut off is noticed."""
+    policy, states = policy_of(), states_of(5 if kind != "cut off" else 100)
     with torch.set_grad_enabled(gradients):
         for _ in range(3):
             dql.sample(states, policy, backend=backend, seed=1)
@@ -80,22 +80,24 @@ def test_states(backend, gradients, kind):
         one_sentence(raised)
 
 
-@pytest.mark.parametrize("kind", WITHOUT)
+@hostile
 def test_noise(backend, kind):
     """Of a fake one the address is 0, which means "none": seed 0's would be used."""
-    policy, states = policy_of(), states_of(5)
+    policy, states = policy_of(), states_of(5 if kind != "cut off" else 1 + MANY // (2 * A))
     if kind in ("nested", "jagged"):
         pytest.skip("no [K, B, A] of these")
-    noise = torch.randn(2, 5, A)
+    noise = torch.randn(2, len(states), A)
     with refused as raised:
         dql.sample(states, policy, backend=backend, noise=HOSTILE[kind](noise))
     one_sentence(raised)
 
 
-@pytest.mark.parametrize("kind", ["fake", "meta", "freed"])
+@pytest.mark.parametrize("kind", ["fake", "meta", "freed", "cut off"])
 @pytest.mark.parametrize("gradients", [True, False])
 def test_parameters(backend, gradients, kind):
-    states = states_of(5)
+    if (backend, kind) == ("eager", "cut off"):
+        pytest.skip("torch's own operators read what is not there")
+    states = states_of(5 if kind != "cut off" else 100)
     critic = make_critic()
     with torch.set_grad_enabled(gradients):
         if kind == "fake":
@@ -108,17 +110,41 @@ def test_parameters(backend, gradients, kind):
             if kind == "meta":
                 policy, none = policy.to("meta"), none.to("meta")
             else:
-                policy.denoiser.flat.untyped_storage().resize_(0)
-                none.flat.untyped_storage().resize_(0)
+                for flat in (policy.denoiser.flat, none.flat):
+                    flat.untyped_storage().resize_(0 if kind == "freed" else 4 * flat.numel() - 4)
         with pytest.raises((TypeError, ValueError)):
             dql.sample(states, policy, backend=backend, seed=1)
         with pytest.raises((TypeError, ValueError)):
             dql.sample(HOSTILE["meta"](states), policy, backend=backend, seed=1)
         with pytest.raises((TypeError, ValueError)):
             dql.select(states, policy_of(), none, backend=backend, seed=1)
-        if kind == "freed":
+        if kind in ("freed", "cut off"):
             with pytest.raises(ValueError, match="have no memory"):
-                none(states, torch.zeros(5, A))
+                none(states, torch.zeros(len(states), A))
+
+
+@pytest.mark.parametrize("kind", ["freed", "cut off"])
+def test_gradients(backend, kind):
+    B = 5 if kind == "freed" else 1 + MANY // A
+    policy, states = policy_of(), states_of(B).requires_grad_()
+    actions = dql.sample(states, policy, backend=backend, seed=1)
+    with refused as raised:
+        torch.autograd.grad(actions, states, HOSTILE[kind](torch.ones(B, A)))
+    one_sentence(raised)
+
+
+@pytest.mark.parametrize("of", ["exp_avg", "exp_avg_sq", "flat.grad"])
+def test_what_adam_writes(of):
+    """Where its memory was made smaller, it would write beside it."""
+    agent = dql.DiffusionQL(S, A, dql.Config(backend="cpp", **SMALL))
+    agent.update(batch_of(4))
+    adam, flat = agent._actor_adam, agent.policy.denoiser.flat
+    victim = flat.grad if of == "flat.grad" else adam.tensors()[of]
+    assert flat.numel() >= MANY
+    victim.untyped_storage().resize_(4 * victim.numel() - 4)
+    with refused as raised:
+        agent.update(batch_of(4))
+    one_sentence(raised)
 
 
 @hostile
@@ -246,10 +272,10 @@ def test_negative_batches_and_critics(backend):
     for a, b in zip(agents[0].tensors().values(), agents[1].tensors().values(), strict=True):
         assert torch.equal(a, b)
     critic, runner = make_critic(), registry()[backend]
-    states, actions = states_of(5), torch.randn(5, A)
+    states, actions = states_of(5), states_of(5, A)
     want = q_values(critic, states, actions, runner)
     for got in (q_values(critic, negated(states), negated(actions), runner), critic(negated(states), negated(actions))):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)  # two backends: a sign lost is thousands of that
 
 
 # What torch does not document
