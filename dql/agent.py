@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from dql import native_update, noise
 from dql.backends import Backend, check_name
-from dql.checkpoint import FILE, CheckpointError, checked_device, load_tensors, reading, save_tensors
+from dql.checkpoint import FILE, CheckpointError, checked_device, load_tensors, reading, save_tensors, unreadable
 from dql.config import Config
 from dql.data import Batch
 from dql.draws import Draws, UpdateSeeds
@@ -64,6 +64,7 @@ class DiffusionBC:
 
     Raises:
         ValueError: a size that makes no network, no such backend, or no such device.
+        TypeError: config is no Config, or dtype no dtype of floats.
     """
 
     algorithm = "diffusion-bc"
@@ -77,6 +78,10 @@ class DiffusionBC:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        if config is not None and not isinstance(config, Config):
+            raise TypeError(f"config must be a dql.Config, got a {type(config).__name__}; use dql.Config(lr=...)")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a torch.dtype of floats, got {shown(dtype)}; use torch.float32")
         self.config = replace(config or Config(), algorithm=self.algorithm)  # type: ignore[arg-type]
         check_name(self.config.backend)
         self.step = 0
@@ -192,6 +197,10 @@ class DiffusionBC:
                 raise TypeError(
                     f"states must be an array of numbers, got dtype {states.dtype}; use states.astype(float)"
                 )
+            if isinstance(states, np.ma.MaskedArray) and np.ma.is_masked(states):
+                raise ValueError("states have masked elements, which no policy knows; use states.filled(value)")
+            if states.dtype.kind == "f" and states.dtype.itemsize > 8:
+                states = states.astype(np.float64)  # torch has no long double
             # a copy where torch takes no array as it is: negative strides, another byte order
             native_order = states.dtype.newbyteorder("=")
             tensor = torch.as_tensor(
@@ -511,7 +520,11 @@ def load(
     if backend is not None:
         check_name(backend)
     named = None
-    if (Path(folder) / "config.json").is_file():
+    try:
+        is_run = (Path(folder) / "config.json").is_file()
+    except OSError as error:  # a name too long
+        raise unreadable(Path(folder), error) from error
+    if is_run:
         folder = find_checkpoint(folder, which)
         named = int(folder.name.removeprefix("step-"))
     path = Path(folder) if Path(folder).is_file() else Path(folder) / FILE  # the file itself will do

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from dql.shown import shown
+
 FILE = "agent.safetensors"  # of an agent, in a checkpoint's folder
 _ABOUT = {"kind", "format", "state_dim", "action_dim", "step", "config", "digest"}  # of policies and agents
 UNFINISHED = ".unfinished"  # how the names of temporary files and folders end
@@ -32,19 +34,6 @@ def explain(path: Path, error: OSError) -> CheckpointError:
             f"cannot write {path}: {error.strerror}; what was there before is untouched; free some space"
         )
     return CheckpointError(f"cannot write {path}: {error.strerror or error}; choose a folder that you may write to")
-
-
-def open_file(path: Path, flags: int) -> int:
-    """A descriptor of the regular file at `path` itself: no link is followed, and a pipe is not waited for.
-
-    Raises:
-        OSError: as `os.open`; ELOOP for a symbolic link, EINVAL for what is no file.
-    """
-    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
-    return descriptor
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
@@ -131,6 +120,8 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
             what = "is a folder" if isinstance(error, IsADirectoryError) else "does not exist"
             raise CheckpointError(f"{path} {what}; give the path of the .safetensors file") from error
         raise unreadable(path, error) from error
+    except ValueError as error:  # a zero byte
+        raise CheckpointError(f"{str(path)!r} is no path ({error}); give the path of the .safetensors file") from error
     if kind != stat.S_IFREG:
         raise CheckpointError(f"{path} is no regular file; give the path of the .safetensors file")
     try:
@@ -181,9 +172,11 @@ def checked_device(device: torch.device | str) -> torch.device:
     """
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        if device is None:
+            raise TypeError("None is no device")
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"device {str(device)!r} cannot be used ({reason}); use 'cpu' (--device cpu)") from error
+        raise ValueError(f"device {shown(device)} cannot be used ({reason}); use 'cpu' (--device cpu)") from error
     return torch.device(device)
 
 

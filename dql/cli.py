@@ -294,13 +294,14 @@ def evaluate(
     from dql.data import DatasetInfo
     from dql.evaluate import evaluate as roll_out
     from dql.rundir import RunDir, find_checkpoint
+    from dql.shown import said
     from dql.train import resolve_device
 
     folder = RunDir(run)
     written = folder.read_config()
     info = DatasetInfo.from_json(json.dumps(written["dataset"]["info"]))
     eval_max_steps = eval_max_steps or written["run"].get("eval_max_steps")
-    if (named := env or written["run"].get("env")) is not None:
+    if (named := written["run"].get("env") if env is None else env) is not None:
         info = info.with_env(named, typed=env is not None)
     names = list(folder.selection()) or ["last"] if checkpoint == "all" else [checkpoint]
     done: dict[Path, Evaluation] = {}
@@ -316,8 +317,7 @@ def evaluate(
             except (ValueError, OSError, ImportError):
                 raise
             except Exception as error:  # whatever an environment raises
-                reason = " ".join(str(error).split()) or "no reason given"
-                raise ValueError(f"environment {info.env_id} failed ({type(error).__name__}: {reason})") from error
+                raise ValueError(f"environment {info.env_id} failed ({said(error)})") from error
         rows[name] = {"step": int(path.name.removeprefix("step-")), "path": str(path)} | done[path].to_dict()
     if as_json:
         print(json.dumps(rows, indent=2))

@@ -161,8 +161,8 @@ class Config:
         Raises:
             ValueError: no such task.
         """
-        if task not in TUNED:
-            raise ValueError(f"no tuned hyper-parameters for {task!r}; known: {', '.join(TUNED)}")
+        if not isinstance(task, str) or task not in TUNED:
+            raise ValueError(f"no tuned hyper-parameters for {shown(task)}; known: {', '.join(TUNED)}")
         t = TUNED[task]
         values: dict[str, Any] = {
             "lr": t.lr,

@@ -14,10 +14,26 @@ import numpy as np
 
 from dql.datasets.info import DatasetError, DatasetInfo
 from dql.datasets.observations import WITH_GOAL, flatten_observation, observation_layout, observation_rule
-from dql.recorded_env import SpecRefusedError, first_line, make_recorded, make_typed
+from dql.recorded_env import SpecRefusedError, make_recorded, make_typed
+from dql.shown import said
 
 _MUJOCO_REMEDY = 'pip install "diffusion-ql[mujoco]"'
 _OTHER_SPACES = "evaluate in the environment that recorded the data, in the version that recorded it"
+
+
+class FlatObservation(gymnasium.wrappers.TransformObservation):
+    """Observations as rows of the data; NaN for what a finished episode shows last, where that is no observation."""
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """One step."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        try:
+            row = self.func(observation)
+        except Exception:  # whatever an environment shows
+            if not (terminated or truncated):
+                raise
+            row = np.full(self.observation_space.shape or (), np.nan, np.float32)
+        return row, reward, terminated, truncated, info
 
 
 class FirstSuccess(gymnasium.Wrapper):
@@ -90,7 +106,7 @@ def make_env(info: DatasetInfo) -> gymnasium.Env:
             f"{str(info.observation_layout)[:200]}: {_OTHER_SPACES}"
         )
     flat_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float32)
-    env = gymnasium.wrappers.TransformObservation(env, flatten, flat_space)
+    env = FlatObservation(env, flatten, flat_space)
     return FirstSuccess(env) if info.is_antmaze else env
 
 
@@ -120,7 +136,7 @@ def _make(info: DatasetInfo) -> gymnasium.Env:
         ) from error
     except Exception as error:  # whatever an environment raises when it is made
         raise DatasetError(
-            f"{what} cannot be made ({first_line(error)}): name another with --env, or train without evaluations, "
+            f"{what} cannot be made ({said(error)}): name another with --env, or train without evaluations, "
             "--eval-every 0"
         ) from error
 

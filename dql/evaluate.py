@@ -159,6 +159,7 @@ def evaluate(
         DatasetError: the environment cannot be made here, and the sentence says what to install; or it has no time
             limit, and `max_episode_steps` is None.
         EvaluationStopped: `stop` said so.
+        RuntimeError: the environment or the actor wanted to end the process (sys.exit).
     """
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, got {episodes}")
@@ -172,7 +173,10 @@ def evaluate(
     returns, lengths = [], []
     for first in range(0, episodes, _WAVE):
         count = min(_WAVE, episodes - first)
-        r, n = _wave(actor, make, count, first, seed, max_episode_steps or sys.maxsize, stop or (lambda: False))
+        try:
+            r, n = _wave(actor, make, count, first, seed, max_episode_steps or sys.maxsize, stop or (lambda: False))
+        except (SystemExit, GeneratorExit) as error:  # which would end the process, with code 0 perhaps
+            raise RuntimeError(f"the environment or the actor raised {type(error).__name__}") from error
         returns.append(r)
         lengths.append(n)
     all_returns = np.concatenate(returns)

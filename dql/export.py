@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from dql.checkpoint import write_atomically
+from dql.kernels.limits import MAX_ROWS
 from dql.sampler import checked_table
 from dql.schedule import StepTable
 from dql.shown import shown
@@ -97,6 +98,8 @@ def _candidates(num_candidates: Any) -> int | None:
         return None
     if isinstance(num_candidates, bool) or not isinstance(num_candidates, numbers.Integral) or num_candidates < 1:
         raise ValueError(f"num_candidates must be a positive integer or None, got {shown(num_candidates)}")
+    if int(num_candidates) > MAX_ROWS:
+        raise ValueError(f"num_candidates must be up to {MAX_ROWS:,}, the rows of a call, got {shown(num_candidates)}")
     return int(num_candidates)
 
 

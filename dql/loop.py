@@ -27,6 +27,7 @@ from dql.evaluate import Evaluation, EvaluationStopped, Scored, evaluate, select
 from dql.graphed_update import GraphedUpdate
 from dql.progress import progress
 from dql.rundir import RunDir, RunError, append_row
+from dql.shown import said
 
 # What evaluations.csv has for an evaluation that failed, beside its step and bc_loss.
 _NO_RESULT: dict[str, Any] = dict.fromkeys(Evaluation(np.zeros(1), np.zeros(1, np.int64), None).to_dict())
@@ -55,6 +56,10 @@ class RunResult:
     evaluations: list[tuple[int, Evaluation]]
     stopped_by: str | None
     seconds: float
+
+
+class _Interrupted(BaseException):
+    """A signal came during an evaluation: no environment's `except Exception` is to keep it."""
 
 
 class _Means:
@@ -190,6 +195,7 @@ class Loop:
         self.saved_step = -1 if state is None else agent.step
         self.results: list[tuple[int, Evaluation]] = []
         self.stop: str | None = None
+        self.rolling_out = False
 
     def run(self) -> RunResult:
         """Takes the run to its end, or to a signal.
@@ -234,6 +240,8 @@ class Loop:
 
     def _on_signal(self, name: str) -> None:
         self.stop = name
+        if self.rolling_out:  # its checkpoint is written: nothing is lost, and a step that blocks is not waited for
+            raise _Interrupted
 
     def _update(self) -> None:
         c = self.config.agent
@@ -275,16 +283,16 @@ class Loop:
         run, step, state = self.config, self.agent.step, self.state
         try:
             result = self._roll_out() if self.evaluates else None
-        except EvaluationStopped:
+        except (EvaluationStopped, _Interrupted):
+            self.rolling_out = False
             return
         except Exception as error:  # whatever an environment raises: the training does not depend on it
             if self.stop is not None:
                 return
             result = None
-            reason = (str(error).strip() or "no reason given").splitlines()[0]
             self._say(
-                f"update {step:,}: the evaluation failed ({type(error).__name__}: {reason}); its line in "
-                "evaluations.csv is empty, and the run goes on"
+                f"update {step:,}: the evaluation failed ({said(error)}); its line in evaluations.csv is empty, and "
+                "the run goes on"
             )
         bc_loss = dict(zip(state.names, state.since_evaluation.read(), strict=True))["actor/bc_loss"]
         described = _NO_RESULT if result is None else result.to_dict()
@@ -304,14 +312,18 @@ class Loop:
 
     def _roll_out(self) -> Evaluation:
         run = self.config
-        return evaluate(
-            self.agent,
-            self.info,
-            episodes=run.eval_episodes,
-            seed=noise.derive(run.agent.seed, "evaluation"),
-            max_episode_steps=run.eval_max_steps,
-            stop=lambda: self.stop is not None,
-        )
+        self.rolling_out = True
+        try:
+            return evaluate(
+                self.agent,
+                self.info,
+                episodes=run.eval_episodes,
+                seed=noise.derive(run.agent.seed, "evaluation"),
+                max_episode_steps=run.eval_max_steps,
+                stop=lambda: self.stop is not None,
+            )
+        finally:
+            self.rolling_out = False
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)

@@ -455,9 +455,10 @@ class TwinCritic(FlatModule):
         Raises:
             ValueError: naming the keys that are missing, unknown or of the wrong shape.
         """
-        first = state_dict.get("q1_model.0.weight")
-        if first is None:
-            raise ValueError("not a published critic: the state_dict has no 'q1_model.0.weight'")
+        check_published(state_dict, "critic", {"q1_model.0.weight": 2})
+        first = state_dict["q1_model.0.weight"]
+        if isinstance(action_dim, bool) or not isinstance(action_dim, numbers.Integral):
+            raise TypeError(f"action_dim must be an integer, got {shown(action_dim)}")
         if not 1 <= action_dim < first.shape[1]:
             raise ValueError(
                 f"action_dim must be from 1 to below the critic's {first.shape[1]} inputs, got {action_dim}"
@@ -549,7 +550,9 @@ def check_state_dict(module: nn.Module, state_dict: Any, strict: bool = True) ->
             "state_dict() of one with the same sizes"
         )
     for name in own.keys() & state_dict.keys():
-        given = plain(f"the values of {name!r}", state_dict[name])
+        given = plain(f"the values of {name!r}", state_dict[name], whole=True)
+        if given.is_complex():
+            raise TypeError(f"the values of {name!r} are {given.dtype}, which would lose a part; give real ones")
         if given.shape != own[name].shape:
             raise RuntimeError(
                 f"this is no state_dict of such a {what}: {name!r} is {list(given.shape)}, expected "
@@ -609,6 +612,35 @@ def _hidden_layers(
         layers += [_linear(inputs, hidden_dim, generator), Activation(activation)]
         inputs = hidden_dim
     return nn.Sequential(*layers)
+
+
+def check_published(state_dict: Any, what: str, needed: dict[str, int]) -> None:
+    """Refuses what is no state_dict of a published network, before its sizes are read from it.
+
+    Args:
+        state_dict: what was given.
+        what: of the published networks it is to be.
+        needed: how many dimensions the tensors have that its sizes are read from.
+
+    Raises:
+        TypeError: it is no dictionary of tensors. ValueError: one is missing, or has other dimensions.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"from_published takes the state_dict of a published {what}, got {shown(state_dict)}; use torch.load(path, "
+            "weights_only=True)"
+        )
+    for key, value in state_dict.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise TypeError(f"not a published {what}: its {shown(key)} is {shown(value)}, no tensor under a name")
+        plain(f"the values of {key!r}", value, whole=True)
+    for key, dimensions in needed.items():
+        if key not in state_dict:
+            raise ValueError(f"not a published {what}: the state_dict has no {key!r}")
+        if state_dict[key].dim() != dimensions:
+            raise ValueError(
+                f"not a published {what}: {key!r} is {list(state_dict[key].shape)}, expected {dimensions} dimensions"
+            )
 
 
 def load_published(module: FlatModule, state_dict: dict[str, Tensor], what: str) -> None:

@@ -74,8 +74,11 @@ class FlatAdam:
         if not 0 <= step <= _MOST_STEPS or step != int(step):
             raise ValueError(f"Adam's step must be a whole number from 0 to {_MOST_STEPS:,}, got {step:g}")
         for name in ("exp_avg", "exp_avg_sq"):
-            if bool(tensors[name].isnan().any()) or (name == "exp_avg_sq" and bool((tensors[name] < 0).any())):
+            value = tensors[name]
+            if bool(value.isnan().any()) or (name == "exp_avg_sq" and bool((value < 0).any())):
                 raise ValueError(f"Adam's {name} holds NaN or, of squares, negative values; take another checkpoint")
+            if name == "exp_avg" and bool(value.isinf().any()):  # a square may be, of a gradient that has none itself
+                raise ValueError("Adam's exp_avg holds infinite values, as of a training that diverged; take another")
 
     def _reattach(self) -> None:
         """Follows a module that was moved or cast, which gave it a new buffer."""
@@ -99,5 +102,10 @@ class FlatAdam:
         flat = self.module.flat
         if tensors:
             self._check(tensors)
-            state = {k: v.to(flat) if k != "step" else v.to(flat.device, torch.float32) for k, v in tensors.items()}
+            state = {  # memory of its own, in one piece
+                name: torch.empty(
+                    value.shape, dtype=torch.float32 if name == "step" else flat.dtype, device=flat.device
+                ).copy_(value.detach())
+                for name, value in tensors.items()
+            }
             self.adam.state[flat] = state

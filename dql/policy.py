@@ -11,7 +11,14 @@ import torch.nn.functional as F
 
 from dql.checkpoint import CheckpointError, checked_device, load_tensors, reading, save_tensors
 from dql.kept import Kept
-from dql.networks import Denoiser, check_file_sizes, check_finite, check_state_dict, load_published
+from dql.networks import (
+    Denoiser,
+    check_file_sizes,
+    check_finite,
+    check_published,
+    check_state_dict,
+    load_published,
+)
 from dql.schedule import BETA_SCHEDULES, LARGEST, NoiseSchedule, StepTable
 from dql.shown import shown
 
@@ -261,11 +268,10 @@ class DiffusionPolicy(nn.Module):
             max_action: the bound of the environment's actions; the file does not hold it.
 
         Raises:
-            ValueError: it is no such state_dict; the sentence names what is missing or does not fit.
+            ValueError, TypeError: it is no such state_dict; the sentence names what is missing or does not fit.
         """
-        for key in ("betas", "model.mid_layer.0.weight", "model.time_mlp.3.weight", "model.final_layer.weight"):
-            if key not in state_dict:
-                raise ValueError(f"not a published actor: the state_dict has no {key!r}")
+        matrices = ("model.mid_layer.0.weight", "model.time_mlp.3.weight", "model.final_layer.weight")
+        check_published(state_dict, "actor", {"betas": 1} | dict.fromkeys(matrices, 2))
         betas = state_dict["betas"].double().cpu().numpy()
         for name in BETA_SCHEDULES:
             # the file holds float32

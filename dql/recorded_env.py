@@ -12,7 +12,8 @@ A recorded spec is JSON with an id, an entry point and wrappers, and Gymnasium w
                      all others are refused. NormalizeObservation is: its statistics are not in the record, and with
                      fresh ones a policy sees other observations than the data have. So is a limit of its own beside
                      COUNTING ones: the record does not say which of them was outside
-    numbers          of steps, frames and repetitions are bounded
+    numbers          of steps, frames and repetitions are bounded, those that multiply also together: a signal waits for
+                     one step of MuJoCo's
 
 What is refused asks for `--env ID`, which the user typed: then Gymnasium's own rules hold, "module:Id" included.
 """
@@ -27,6 +28,8 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+
+from dql.shown import said
 
 # With parameters of its own each is a function of the episode so far, and ends with it.
 PURE = {
@@ -53,10 +56,12 @@ class SpecRefusedError(ValueError):
 def reward_wrappers(spec_json: str | None) -> list[str]:
     """Names of the wrappers of a recorded spec that change rewards."""
     try:
-        spec = parse_spec(spec_json or '{"id": "none"}')
+        listed = parse_spec(spec_json or '{"id": "none"}').get("additional_wrappers")
     except SpecRefusedError:
         return []
-    return [name for name, _ in _wrappers(spec) if name in REWARD]
+    wrappers = [wrapper for wrapper in listed if isinstance(wrapper, dict)] if isinstance(listed, list) else []
+    names = [str(wrapper.get("entry_point") or wrapper.get("name")).rpartition(":")[2] for wrapper in wrappers]
+    return [name for name in names if name in REWARD]
 
 
 def same_evaluation(one: str | None, other: str | None) -> bool:
@@ -132,6 +137,7 @@ def make_recorded(text: str) -> gymnasium.Env:
             raise SpecRefusedError(f"it is wrapped in {name},{why or ' which is not made from a record'}")
         if name in PURE:
             _check_kwargs(f"{name}'s", arguments)
+    _check_frames(kwargs, wrappers)
     kwargs = {key: value for key, value in kwargs.items() if key != "render_mode"}  # nobody watches an evaluation
     env = _make(env_id, limit, kwargs)
     for name, arguments in wrappers:
@@ -170,7 +176,7 @@ def _make(env_id: str, limit: int | None, kwargs: dict[str, Any]) -> gymnasium.E
     try:
         return gymnasium.make(env_id, max_episode_steps=limit, **kwargs)
     except (TypeError, ValueError, AssertionError, KeyError, AttributeError, IndexError, OverflowError) as error:
-        raise SpecRefusedError(f"its registration does not take what the record says ({first_line(error)})") from error
+        raise SpecRefusedError(f"its registration does not take what the record says ({said(error)})") from error
 
 
 def _wrap(env: gymnasium.Env, name: str, arguments: Mapping[str, Any]) -> gymnasium.Env:
@@ -189,9 +195,7 @@ def _wrap(env: gymnasium.Env, name: str, arguments: Mapping[str, Any]) -> gymnas
     try:
         return kind(env, **given)
     except Exception as error:  # whatever a constructor makes of hostile arguments
-        raise SpecRefusedError(
-            f"its wrapper {name} does not take what the record says ({first_line(error)})"
-        ) from error
+        raise SpecRefusedError(f"its wrapper {name} does not take what the record says ({said(error)})") from error
 
 
 def _wrappers(spec: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -218,6 +222,16 @@ def _wrappers(spec: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
+def _check_frames(kwargs: Mapping[str, Any], wrappers: list[tuple[str, dict[str, Any]]]) -> None:
+    frames = 1
+    for arguments in (kwargs, *(arguments for name, arguments in wrappers if name in PURE)):
+        for key, value in arguments.items():
+            if isinstance(value, int) and ("skip" in key or "repeat" in key):
+                frames *= max(1, abs(value))
+    if frames > _MOST_COUNT:
+        raise SpecRefusedError(f"its frames and repetitions multiply to {frames:,} a step, more than {_MOST_COUNT:,}")
+
+
 def _check_kwargs(whose: str, kwargs: Any) -> None:
     if not isinstance(kwargs, dict):
         raise SpecRefusedError(f"{whose} arguments are no JSON object")
@@ -236,8 +250,3 @@ def _check_kwargs(whose: str, kwargs: Any) -> None:
             waiting += [(key, child) for child in value]
         elif isinstance(value, str) and (value.startswith((".", "~")) or any(c in value for c in "/\\:")):
             raise SpecRefusedError(f"{whose} argument {str(key)[:40]} is the path {value[:80]!r}")
-
-
-def first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:160].rstrip('.')}" if lines else type(error).__name__

@@ -30,12 +30,12 @@ from dql.checkpoint import (
     UNFINISHED,
     CheckpointError,
     explain,
-    open_file,
     replace_folder,
     unreadable,
     write_atomically,
 )
 from dql.config import RunConfig, plain_value
+from dql.files import open_file, read_file
 
 _FILES = ("config.json", "metrics.csv", "evaluations.csv", "selection.json", "policy.safetensors")
 _LOOP = "loop.json"
@@ -287,7 +287,7 @@ def _read_json(path: Path, remedy: str) -> Any:
         RunError: it cannot be read, or holds no JSON.
     """
     try:
-        text = path.read_bytes()
+        text = read_file(path)
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
@@ -327,7 +327,7 @@ def _digest(values: dict[str, Any]) -> str:
 def _write_if_changed(path: Path, data: bytes) -> None:
     """Nothing is written where nothing changes: a full disk is no reason not to look at a run that has ended."""
     with contextlib.suppress(OSError):
-        if path.read_bytes() == data:
+        if read_file(path) == data:
             return
     write_atomically(path, data)
 
@@ -363,7 +363,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 def _whole_lines(path: Path) -> list[list[str]]:
     """The fields of each line; the last line is left out if a kill cut it before its end."""
     try:
-        text = path.read_bytes().decode()
+        text = read_file(path).decode()
         return list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])))
     except FileNotFoundError:
         return []
@@ -414,7 +414,7 @@ def find_checkpoint(path: str | os.PathLike[str], which: str = "last") -> Path:
     Raises:
         RunError: there is no such checkpoint; the sentence lists those there are.
     """
-    path = Path(path)
+    path, which = Path(path), str(which)
     if (path / FILE).is_file():
         return path
     run = RunDir(path)

@@ -217,8 +217,9 @@ def _sample_prepared(
         actions = denoiser.buffer.new_empty(B, denoiser.spec.action_dim)
     if prepared[2](states, actions, seed):
         return actions
-    if states.is_contiguous():  # then the policy may have changed: it is prepared anew the next time
-        policy.kept.pop(key, None)  # unless another thread did so
+    if states.layout is torch.strided and states.is_contiguous():
+        # Then the policy may have changed: it is prepared anew the next time, unless another thread did so.
+        policy.kept.pop(key, None)
     return None
 
 

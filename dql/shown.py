@@ -15,3 +15,12 @@ def shown(value: Any) -> str:
     except Exception:  # of a class of somebody else's
         text = f"a {type(value).__name__}"
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def said(error: BaseException) -> str:
+    """The kind of an exception and the first line of what it says, whatever somebody else's class makes of that."""
+    try:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    except Exception:  # of a class of somebody else's
+        lines = []
+    return f"{type(error).__name__}: {lines[0][:160].rstrip('.')}" if lines else type(error).__name__

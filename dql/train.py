@@ -1,5 +1,6 @@
 """Training: data in, run folder out. A run that is killed and resumed ends as if it had never been."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -305,7 +306,9 @@ def _check_environment(run: RunConfig, info: DatasetInfo) -> None:
             f"dataset {info.dataset_id} names no environment to evaluate in; name one with --env, "
             "or train without evaluations, --eval-every 0"
         )
-    make_limited(info, run.eval_max_steps).close()
+    env = make_limited(info, run.eval_max_steps)
+    with contextlib.suppress(Exception, SystemExit):  # nothing depends on how it closes
+        env.close()
 
 
 def _why_not_evaluated(run: RunConfig, info: DatasetInfo) -> RunError | DatasetError | None:

@@ -48,6 +48,7 @@ HOSTILE: dict[str, Callable[[Tensor], Tensor]] = {
     "zero": lambda like: torch._efficientzerotensor(tuple(like.shape)),
     "meta": lambda like: torch.empty(like.shape, device="meta"),
     "sparse": lambda like: like.to_sparse(),
+    "sparse rows": lambda like: like.reshape(len(like), -1).to_sparse_csr(),
     "nested": lambda like: torch.nested.nested_tensor(list(like)),
     "jagged": lambda like: torch.nested.nested_tensor(list(like), layout=torch.jagged),
     "freed": freed,

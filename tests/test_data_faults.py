@@ -522,6 +522,24 @@ def test_minari_files_of_strangers(damage):
     refuse("some/hostile-v0", "some/hostile-v0", "episode 1")
 
 
+@pytest.mark.parametrize("name", ["main_data.hdf5", "metadata.json"])
+def test_pipes_are_not_waited_for(name, tmp_path):
+    """Nor in the cache, which is written anew."""
+    make("some/pipe-v0", [episode(3)])
+    load_dataset("some/pipe-v0")
+    entries = list((tmp_path / "cache").rglob("*.safetensors"))
+    for entry in entries:
+        entry.unlink()
+        os.mkfifo(entry)
+    assert len(load_dataset("some/pipe-v0")) == 3
+    assert entries
+    assert all(entry.is_file() for entry in entries)
+    file = folder("some/pipe-v0") / "data" / name
+    file.unlink()
+    os.mkfifo(file)
+    refuse("some/pipe-v0", name, "no regular file")
+
+
 def test_groups_that_hold_themselves():
     space = spaces.Dict(a=box(1))
     rows = {"a": np.zeros((4, 1))}

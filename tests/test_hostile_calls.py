@@ -347,6 +347,53 @@ def test_act():
     for wrong in (states.astype(object), states.astype(str), states.astype(complex)):
         with pytest.raises(TypeError, match="states must be an array of numbers"):
             agent.act(wrong)
+    masked = np.ma.masked_array(states, mask=states > 1)
+    with pytest.raises(ValueError, match=r"masked elements.*states\.filled"):
+        agent.act(masked)
+    assert (agent.act(np.ma.masked_array(states), seed=1) == agent.act(states, seed=1)).all()
+    assert (agent.act(states.astype(np.longdouble), seed=1) == agent.act(states, seed=1)).all()
+
+
+def test_what_agents_are_made_of(tmp_path):
+    for wrong in ({"lr": 1.0}, "diffusion-ql", 3):
+        with pytest.raises(TypeError, match=r"config must be a dql\.Config"):
+            dql.DiffusionQL(S, A, wrong)
+    for wrong in ("float32", torch.int64, None, torch.complex64):
+        with pytest.raises(TypeError, match=r"dtype must be .*use torch\.float32"):
+            dql.DiffusionQL(S, A, dql.Config(**SMALL), dtype=wrong)
+    for wrong in (None, [], "gpu", {}):
+        with pytest.raises(ValueError, match=r"cannot be used.*use 'cpu'"):
+            dql.DiffusionQL(S, A, dql.Config(**SMALL), device=wrong)
+    for wrong in ([], None, 3, "hopper"):
+        with pytest.raises(ValueError, match="no tuned hyper-parameters for"):
+            dql.Config.tuned(wrong)
+    dql.DiffusionBC(S, A, dql.Config(**SMALL)).save(tmp_path)
+    for wrong in ("a" * 5000, "a\0b", str(tmp_path / "b")):
+        with pytest.raises(dql.CheckpointError, match=";"):
+            dql.load(wrong)
+    with pytest.raises(ValueError, match="up to 1,073,741,824, the rows of a call"):
+        policy_of().export_onnx(tmp_path / "policy.onnx", num_candidates=1 << 40)
+
+
+def test_what_is_no_published_network():
+    policy = {f"model.{name}": value for name, value in policy_of().denoiser.state_dict().items()}
+    policy["betas"] = torch.linspace(0.1, 0.2, 5)
+    critic = make_critic().state_dict()
+    for wrong in (None, [], policy_of(), "actor.pth", {1: torch.zeros(2)}, dict.fromkeys(policy, 3.0)):
+        with pytest.raises(TypeError):
+            dql.DiffusionPolicy.from_published(wrong)
+        with pytest.raises(TypeError):
+            dql.TwinCritic.from_published(wrong, A)
+    for name in ("betas", "model.mid_layer.0.weight", "model.final_layer.weight"):
+        with pytest.raises(ValueError, match=r"expected . dimensions"):
+            dql.DiffusionPolicy.from_published(policy | {name: torch.zeros(())})
+        with pytest.raises(ValueError, match="has no"):
+            dql.DiffusionPolicy.from_published({key: value for key, value in policy.items() if key != name})
+    with pytest.raises(ValueError, match="expected 2 dimensions"):
+        dql.TwinCritic.from_published(critic | {"q1_model.0.weight": torch.zeros(3)}, A)
+    for wrong in ("1", 1.0, None, True):
+        with pytest.raises(TypeError, match="action_dim must be an integer"):
+            dql.TwinCritic.from_published(critic, wrong)
 
 
 @pytest.mark.parametrize("of", [policy_of, make_critic])
@@ -363,6 +410,7 @@ def test_half_a_state_dict_is_not_loaded(of):
         (half, RuntimeError, r"\d+ keys are missing \(the first is"),
         (whole | {"more": torch.zeros(1)}, RuntimeError, r"1 keys are unknown \(the first is 'more'"),
         (whole | {first: whole[first][:1]}, RuntimeError, "expected"),
+        (whole | {first: whole[first] + 0j}, TypeError, "complex64.*give real ones"),
         (whole | {first: whole[first].numpy()}, TypeError, "must be a torch.Tensor"),
         (list(whole.items()), TypeError, "takes a state_dict, got list"),
     ):

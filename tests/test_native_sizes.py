@@ -177,6 +177,7 @@ WRONG_STATES = {
     "two dimensions": {"exp_avg": torch.zeros(2, 3)},
     "integers": {"exp_avg": torch.zeros(make_critic().flat.shape, dtype=torch.int64)},
     "NaN": {"exp_avg": torch.full(make_critic().flat.shape, math.nan)},
+    "infinity": {"exp_avg": torch.full(make_critic().flat.shape, math.inf)},
     "negative squares": {"exp_avg_sq": torch.full(make_critic().flat.shape, -1.0)},
     "no tensor": {"exp_avg": [0.0]},
     "step of many": {"step": torch.zeros(3)},
@@ -200,6 +201,18 @@ def test_what_adam_loads(wrong):
     assert all(value is tensors[name] for name, value in adam.tensors().items())
     adam.load({name: value.double() for name, value in tensors.items()})
     adam.step_natively(1.0)
+
+
+def test_what_adam_loads_is_its_own():
+    """In one piece, whatever was given."""
+    (a, tensors), (b, _) = optimizer(), optimizer()
+    for given in (tensors, tensors | {"exp_avg": torch.zeros(1).expand_as(tensors["exp_avg"])},
+                  tensors | {"exp_avg": tensors["exp_avg_sq"]}, tensors | {"exp_avg": a.module.buffer}):  # fmt: skip
+        before = {name: value.clone() for name, value in given.items()}
+        b.load(given)
+        b.step_natively(1.0)
+        for name, value in given.items():
+            assert torch.equal(value, before[name]), name
 
 
 def test_a_checkpoint_with_other_moments(tmp_path):

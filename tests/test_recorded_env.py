@@ -158,6 +158,19 @@ def test_a_score_is_of_the_raw_reward():
         assert made.step(action)[1] == plain.step(action)[1]
 
 
+def test_a_foreign_wrapper_is_no_reason_not_to_read():
+    """What is not made is asked for by whoever evaluates, and may be named; the wrappers of rewards are still told."""
+    foreign = {"name": "Mine", "entry_point": "mypackage.wrappers:Mine", "kwargs": {}}
+    spec = PENDULUM | {"additional_wrappers": [foreign, wrapper("NormalizeReward"), 3]}
+    assert reward_wrappers(json.dumps(spec)) == ["NormalizeReward"]
+    for wrappers in (3, None, [3], [{}], {"a": 1}):
+        assert reward_wrappers(json.dumps(PENDULUM | {"additional_wrappers": wrappers})) == []
+    refused(info(spec), "'mypackage.wrappers:Mine' would run as code", "--env")
+    assert make_env(info(spec).with_env("Pendulum-v1"))
+    with pytest.raises(ValueError, match=r"id is text .*--env ID"):
+        info(spec).with_env("")
+
+
 def test_nothing_is_drawn_or_recorded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     wrappers = [wrapper("RecordVideo", video_folder="videos"), wrapper("HumanRendering")]
@@ -245,8 +258,10 @@ def test_a_run_folder_imports_no_module(pendulum, tiny, dql_here, tmp_path, monk
         {"additional_wrappers": [wrapper("FrameStackObservation", stack_size=10**8)]},
         {"additional_wrappers": [wrapper("FrameStackObservation", nothing=3)]},
         {"additional_wrappers": [wrapper("DelayObservation", delay=3)] * 3000},
+        {"kwargs": {"frame_skip": 900}, "additional_wrappers": [wrapper("RepeatAction", num_repeats=900)]},
+        {"additional_wrappers": [wrapper("RepeatAction", num_repeats=90), wrapper("MaxAndSkipObservation", skip=90)]},
     ],
-    ids=range(6),
+    ids=range(8),
 )
 def test_numbers_that_would_never_end(changes):
     refused(info(PENDULUM | changes), "is not made", "--env")

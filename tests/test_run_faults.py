@@ -1,11 +1,17 @@
 """Evaluations that fail, that cannot be made here, that are changed on resuming, and that would never end."""
 
+import contextlib
 import itertools
 import json
 import math
+import os
 import re
 import shutil
+import signal
+import sys
+import threading
 from dataclasses import replace
+from time import sleep
 
 import numpy as np
 import pytest
@@ -52,7 +58,22 @@ def broken(time, observation, reward):
     raise RuntimeError("the simulator\nbroke")
 
 
-@pytest.mark.parametrize("do", [nan_observation, array_reward, nan_reward, short_observation, broken])
+def leaving(time, observation, reward):
+    sys.exit()
+
+
+class Unspeakable(Exception):
+    def __str__(self):
+        raise ValueError("no words")
+
+
+def unspeakable(time, observation, reward):
+    raise Unspeakable
+
+
+@pytest.mark.parametrize(
+    "do", [nan_observation, array_reward, nan_reward, short_observation, broken, leaving, unspeakable]
+)
 def test_an_evaluation_that_fails_costs_itself(do, run_config, tmp_path):
     """The second of four fails: its line is empty, the others and the agent are as without it."""
     undisturbed, _ = quietly(train, run_config)
@@ -65,7 +86,7 @@ def test_an_evaluation_that_fails_costs_itself(do, run_config, tmp_path):
 
     Pendulum.do = at_20
     faulty, said = quietly(train, run)
-    assert len(re.findall(r"^update 20: the evaluation failed \(\w+: .*\); its line .* is empty, and the run goes on$",
+    assert len(re.findall(r"^update 20: the evaluation failed \(\w+.*\); its line .* is empty, and the run goes on$",
                           said, re.M)) == 1  # fmt: skip
     assert said.count("failed") == 1
     assert_same_agent(undisturbed.agent, faulty.agent)
@@ -97,18 +118,22 @@ def test_all_evaluations_fail(run_config):
 
 def test_a_process_that_dies_in_an_evaluation_has_its_checkpoint(run_config, tmp_path):
     """A crash of the simulator takes the process along: here an exception that nothing catches."""
+
+    class Crash(BaseException):
+        pass
+
     undisturbed, _ = quietly(train, run_config)
     run = replace(run_config, run_dir=tmp_path / "crashing", checkpoint_every=1000)
     folder = RunDir(run.run_dir)
 
     def crash(time, observation, reward):
         if time == 4 and len(read_rows(folder.evaluations_path)) == 2:
-            raise SystemExit(3)
+            raise Crash
         return observation, reward, False
 
     Pendulum.do = crash
     for _ in range(2):
-        with pytest.raises(SystemExit):
+        with pytest.raises(Crash):
             quietly(*((resume, run.run_dir) if folder.config_path.exists() else (train, run)))
         assert folder.steps()[-1] == 30
         assert [row["step"] for row in read_rows(folder.evaluations_path)] == [10, 20]
@@ -216,6 +241,44 @@ def test_an_evaluation_stops_within_a_step(run_config):
     assert calls == [1] * 8 + [2] * 4  # it was asked as each was made, reset, before each round and each step
 
 
+def test_a_signal_does_not_wait_for_a_step(run_config, tmp_path):
+    """One that blocks, in an environment that keeps every Exception. Its checkpoint is written, the evaluation owed."""
+    undisturbed, _ = quietly(train, run_config)
+    run = replace(run_config, run_dir=tmp_path / "blocked")
+    timers = [threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)) for _ in range(2)]
+
+    def block(time, observation, reward):
+        timer = timers.pop()
+        timer.start()
+        for _ in range(600):
+            with contextlib.suppress(Exception):
+                sleep(0.1)
+        raise AssertionError("nobody came")
+
+    Pendulum.do = block
+    for begin in ((train, run), (resume, run.run_dir)):
+        stopped, said = quietly(*begin)
+        assert (stopped.stopped_by, stopped.step) == ("SIGTERM", 10)
+        assert "failed" not in said
+    Pendulum.do = None
+    finished, _ = quietly(resume, run.run_dir)
+    assert_same_agent(undisturbed.agent, finished.agent)
+    assert RunDir(run.run_dir).evaluations_path.read_bytes() == RunDir(run_config.run_dir).evaluations_path.read_bytes()
+
+
+def test_how_an_environment_closes_costs_nothing_before_the_training(run_config, monkeypatch):
+    closes = []
+
+    def close(self):
+        closes.append(self)
+        raise SystemExit if len(closes) == 1 else RuntimeError("it jams")
+
+    monkeypatch.setattr(Pendulum, "close", close)
+    result, said = quietly(train, run_config)
+    assert result.step == 40
+    assert said.count("the evaluation failed (RuntimeError: it jams)") == 4
+
+
 class Still:
     def act(self, states, *, seed=None):
         assert np.isfinite(states).all()
@@ -246,3 +309,13 @@ def test_what_a_finished_episode_shows_is_nobodys(run_config):
     cut = evaluate(agent, info, episodes=6, seed=4, make=make)
     assert cut.lengths.tolist() == [2, 5, 2, 5, 2, 5]
     np.testing.assert_array_equal(cut.returns[1::2], whole.returns[1::2])
+
+
+@pytest.mark.parametrize("last", [None, {}, "nothing", np.zeros(7), {"a": -1}])
+def test_a_finished_episode_may_show_what_is_no_observation(run_config, last):
+    info = replace(load_dataset(run_config.dataset).info, env_spec='{"id": "Limited-v0"}')
+    Pendulum.do = lambda time, observation, reward: (last, reward, True) if time == 3 else (observation, reward, False)
+    assert evaluate(Still(), info, episodes=2).lengths.tolist() == [3, 3]
+    Pendulum.do = lambda time, observation, reward: (last, reward, False)
+    with pytest.raises(Exception):  # noqa: B017, PT011 (whatever flattening raises)
+        evaluate(Still(), info, episodes=2)

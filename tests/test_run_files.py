@@ -393,6 +393,23 @@ def test_what_is_no_table(name, text, ended):
         quietly(resume, ended.path)
 
 
+@pytest.mark.parametrize("name", ["config.json", "metrics.csv", "evaluations.csv", "selection.json"])
+def test_pipes_are_not_waited_for(name, ended):
+    (ended.path / name).unlink(missing_ok=True)
+    os.mkfifo(ended.path / name)
+    if name == "selection.json":
+        assert quietly(resume, ended.path)[0].step == 10  # which writes it anew
+        assert ended.selection()["last"] == 10
+        (ended.path / name).unlink()
+        os.mkfifo(ended.path / name)
+        with pytest.raises(RunError, match=f"{name}.*no regular file"):
+            ended.selection()
+        return
+    with pytest.raises((RunError, CheckpointError), match=f"{name}.*no regular file") as caught:
+        quietly(resume, ended.path)
+    assert_one_sentence(caught)
+
+
 NAMES_READ = ("config.json", "metrics.csv", "checkpoints", "checkpoints/step-000000010/agent.safetensors",
               "checkpoints/step-000000010/loop.json")  # fmt: skip
 

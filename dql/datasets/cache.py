@@ -68,7 +68,7 @@ def _load(path: Path, fingerprint: str) -> FlatData | None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        if not path.exists():
+        if not path.is_file():  # nor a pipe, which the library would wait for
             return None
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from dql.shown import shown
+
 ACTION_TOLERANCE = 1e-5  # relative; what lies outside by less is rounding, and is clipped
 FIELDS = ("states", "actions", "rewards", "next_states", "masks")  # of FlatData, TransitionDataset and Batch
 
@@ -74,7 +76,12 @@ class DatasetInfo:
         Args:
             env_id: of Gymnasium.
             typed: whether the user named it, and not a file: only then is the module of "module:Id" imported.
+
+        Raises:
+            ValueError: it is no id.
         """
+        if not isinstance(env_id, str) or not env_id:
+            raise ValueError(f"an environment's id is text as 'Hopper-v5', got {shown(env_id)}; name one (--env ID)")
         return dataclasses.replace(self, env_spec=json.dumps({"id": env_id}), env_is_typed=typed)
 
     def __eq__(self, other: object) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dql.datasets.info import DatasetError, DatasetNotFoundError
+from dql.files import read_file
 
 MAIN_FILE = "main_data.hdf5"  # of a Minari dataset in its default format
 
@@ -230,7 +231,7 @@ def read_metadata(source: Source) -> dict[str, Any]:
     if not path.exists():
         raise DatasetNotFoundError(f"dataset {source.name} is only half there (no {path}): {again(source)}")
     try:
-        metadata = json.loads(path.read_text())
+        metadata = json.loads(read_file(path))
     except PermissionError as error:
         raise DatasetError(f"dataset {source.name}: {path} may not be read by this user") from error
     except (OSError, ValueError, RecursionError) as error:

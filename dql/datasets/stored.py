@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dql.datasets.info import DatasetError, broken_file
+from dql.files import check_regular
 
 _BEST_COMPRESSION = 2000  # deflate reaches 1,032
 _UNSTORED_BYTES = 1 << 20  # of fill values, that any array may claim
@@ -32,6 +33,7 @@ def open_file(path: Path, name: str, remedy: str) -> Iterator[Any]:
     import h5py
 
     try:
+        check_regular(path)
         with h5py.File(path, "r") as file:
             yield file
     except DatasetError:

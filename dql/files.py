@@ -1,0 +1,51 @@
+"""Opening what others may have put there: no link is followed into writing, and no pipe is waited for."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+
+def open_file(path: Path, flags: int) -> int:
+    """A descriptor of the regular file at `path` itself: no link is followed, and a pipe is not waited for.
+
+    Raises:
+        OSError: as `os.open`; ELOOP for a symbolic link, EINVAL for what is no file.
+    """
+    return _regular(os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644), path)
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a regular file, of a link's too.
+
+    Raises:
+        OSError: as `os.open`; EINVAL for what is no file.
+    """
+    descriptor = _regular(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), path)
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read()
+
+
+def check_regular(path: Path) -> None:
+    """For libraries that open files themselves.
+
+    Raises:
+        OSError: as `os.stat`; EINVAL for what is no file.
+    """
+    _check_mode(os.stat(path).st_mode, path)
+
+
+def _regular(descriptor: int, path: Path) -> int:
+    try:
+        _check_mode(os.fstat(descriptor).st_mode, path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _check_mode(mode: int, path: Path) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
