@@ -31,7 +31,7 @@ from dql.policy import DiffusionPolicy
 from dql.rundir import find_checkpoint
 from dql.sampler import run_chain, sample, select
 from dql.shown import shown
-from dql.tensors import plain
+from dql.tensors import plain, refuse_unseen
 from dql.values import q_values, value_and_other
 
 Tensor = torch.Tensor
@@ -367,7 +367,17 @@ class DiffusionQL(DiffusionBC):
 
     @torch.no_grad()
     def target_q(self, batch: Batch, seed: int | Tensor, backend: Backend | None = None) -> Tensor:
-        """r + mask * discount * min(Q_1', Q_2')(s', a') [B]; with max_q_backup each Q' is its best of 10 actions."""
+        """r + mask * discount * min(Q_1', Q_2')(s', a') [B]; with max_q_backup each Q' is its best of 10 actions.
+
+        Raises:
+            TypeError, ValueError: the batch does not fit the agent.
+            RuntimeError: a tracer is at work.
+        """
+        refuse_unseen("target_q", *vars(batch).values() if isinstance(batch, Batch) else ())
+        return self._target_q(checked_batch(batch, self.policy, least=0), seed, backend)
+
+    @torch.no_grad()
+    def _target_q(self, batch: Batch, seed: int | Tensor, backend: Backend | None) -> Tensor:
         c = self.config
         next_actions = run_chain(
             batch.next_states,
@@ -383,7 +393,7 @@ class DiffusionQL(DiffusionBC):
         return batch.rewards + batch.masks * c.discount * torch.minimum(q1, q2)
 
     def _update_critic(self, batch: Batch, draws: Draws, backend: Backend) -> dict[str, Tensor]:
-        target_q = self.target_q(batch, draws.target, backend)
+        target_q = self._target_q(batch, draws.target, backend)
         q1, q2 = q_values(self.critic, batch.states, batch.actions, backend, at_once=True)
         loss = F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q)
         norm = self._critic_adam.step(loss, draws.lr_scale)
@@ -451,8 +461,9 @@ def _scalars(values: dict[str, float]) -> dict[str, Tensor]:
     return dict(zip(values, tensors, strict=True))
 
 
-def checked_batch(batch: Batch, policy: DiffusionPolicy) -> Batch:
-    """The batch as plain data; refuses what does not fit, and what would broadcast (published rewards are [B, 1])."""
+def checked_batch(batch: Batch, policy: DiffusionPolicy, least: int = 1) -> Batch:
+    """The batch as plain data, of `least` rows; refuses what does not fit, and what would broadcast (published rewards
+    are [B, 1])."""
     if not isinstance(batch, Batch):
         raise TypeError(f"batch must be a dql.Batch, got {type(batch).__name__}; use dql.Batch(states, actions, ...)")
     for name, value in vars(batch).items():
@@ -461,7 +472,7 @@ def checked_batch(batch: Batch, policy: DiffusionPolicy) -> Batch:
         if value.is_nested or value.layout is not torch.strided:
             plain(f"batch.{name}", value)  # says so
     B, S, A = len(batch.states), policy.state_dim, policy.action_dim
-    if B == 0:
+    if least > B:
         raise ValueError("the batch is empty: an update needs at least one transition")
     for name, shape in (
         ("states", [B, S]),

@@ -111,19 +111,16 @@ class TransitionDataset:
             ValueError: a dtype other than float32, no rows, or shapes or devices that do not fit.
             DatasetError: NaN or infinity, actions outside of the action space, masks other than 0 and 1.
         """
+        tensors: list[torch.Tensor] = []
         for name, value in zip(FIELDS, (states, actions, rewards, next_states, masks), strict=True):
             if not isinstance(value, torch.Tensor):
                 raise TypeError(f"{name} must be a float32 tensor, got {type(value).__name__}; use torch.as_tensor")
-            plain(name, value)  # with memory of its own
+            value = plain(name, value, whole=True)  # with memory of its own
+            tensors.append(value.detach() if value.requires_grad or type(value) is not torch.Tensor else value)
         if not isinstance(info, DatasetInfo):
             raise TypeError(f"info must be a DatasetInfo, got {shown(info)}")
-        self.states, self.actions, self.rewards, self.next_states, self.masks = (
-            states,
-            actions,
-            rewards,
-            next_states,
-            masks,
-        )
+        states, actions, rewards, next_states, masks = tensors
+        self.states, self.actions, self.rewards, self.next_states, self.masks = tensors
         self.info, self.reward_tune = info, reward_tune
         if states.ndim != 2 or actions.ndim != 2 or len(states) == 0:
             raise ValueError(f"states and actions must be [N, size] with N > 0, got {_shapes(self)}")

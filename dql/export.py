@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from dql.checkpoint import write_atomically
 from dql.kernels.limits import MAX_ROWS
+from dql.networks import check_finite
 from dql.sampler import checked_table
 from dql.schedule import StepTable
 from dql.shown import shown
@@ -54,8 +55,9 @@ def chain_model(policy: "DiffusionPolicy", table: StepTable, num_candidates: int
 
     Raises:
         ModuleNotFoundError: the package onnx is missing; the sentence says what to install.
-        ValueError: num_candidates is no positive integer.
+        ValueError: num_candidates is no positive integer, or a parameter is not finite.
     """
+    check_finite(policy.denoiser, "the policy")
     try:
         import onnx
     except ImportError as error:

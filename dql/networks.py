@@ -18,7 +18,7 @@ from dql.kernels import native
 from dql.kernels.layout import ACTIVATIONS, CriticSpec, DenoiserSpec, FlatLayout
 from dql.kernels.reference import activation_bwd, activation_fwd, time_embedding
 from dql.shown import shown
-from dql.tensors import LOWEST_ADDRESS, has_memory, plain, transforming
+from dql.tensors import LOWEST_ADDRESS, has_memory, plain, transforming, unseen
 
 Tensor = torch.Tensor
 LARGEST_SIZE = 1 << 16  # of a layer, of states and actions: beyond, it is a mistake that takes gigabytes
@@ -519,7 +519,7 @@ class TwinCritic(FlatModule):
             raise ValueError(f"a critic takes states [B, {S}] and actions [B, {A}] or [B, N, {A}], got {given}")
         if actions.shape[:1] != B:
             raise ValueError(f"a critic takes as many states as actions (or groups of candidates), got {given}")
-        if torch.compiler.is_compiling() or transforming():
+        if torch.compiler.is_compiling() or transforming() or unseen():
             return  # what torch traces or transforms has no memory to look at
         for name, tensor in (("states", states), ("actions", actions), ("the critic's parameters", flat)):
             if type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta" and not has_memory(tensor):

@@ -28,6 +28,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 
 from dql.shown import said
 
@@ -123,9 +124,9 @@ def make_recorded(text: str) -> gymnasium.Env:
         if limit != "of the registration":
             raise SpecRefusedError(f"its max_episode_steps is {str(limit)[:40]}")
         limit = None
-    wrappers = _wrappers(spec)
-    counting = [name for name, _ in wrappers if name in COUNTING]
     registered = gymnasium.registry.get(env_id)
+    wrappers = _wrappers(spec | {"additional_wrappers": _beyond_registration(spec, registered)})
+    counting = [name for name, _ in wrappers if name in COUNTING]
     if counting and limit is not None and registered and limit != (registered.max_episode_steps or -1):
         raise SpecRefusedError(
             f"its limit of {limit} steps is not the registration's, and the record does not say whether it stood "
@@ -220,6 +221,19 @@ def _wrappers(spec: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
             raise SpecRefusedError(f"the arguments of its wrapper {name[:40]} are no JSON object")
         found.append((name[:80], arguments))
     return found
+
+
+def _beyond_registration(spec: Mapping[str, Any], registered: EnvSpec | None) -> Any:
+    """The recorded wrappers without the innermost that are the registration's own: Gymnasium makes those."""
+    listed, own = spec.get("additional_wrappers"), () if registered is None else registered.additional_wrappers
+    if not own or not isinstance(listed, list):
+        return listed
+    names = [wrapper.get("entry_point") if isinstance(wrapper, dict) else None for wrapper in listed[: len(own)]]
+    if names != [wrapper.entry_point for wrapper in own]:
+        raise SpecRefusedError(
+            f"its wrappers are not those of the registration here ({', '.join(wrapper.name for wrapper in own)})"
+        )
+    return listed[len(own) :]
 
 
 def _check_frames(kwargs: Mapping[str, Any], wrappers: list[tuple[str, dict[str, Any]]]) -> None:

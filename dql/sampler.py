@@ -18,6 +18,7 @@ from dql.policy import DiffusionPolicy
 from dql.schedule import StepTable, check_rows
 from dql.shown import shown
 from dql.tensors import (
+    HIDING,
     first_order,
     has_memory,
     incoming,
@@ -208,7 +209,9 @@ def _sample_prepared(
     if prepared[2] is None or type(states) is not Tensor or states.is_neg():
         return None
     B = states.size(0)
-    if B >= _MANY_ROWS and not (has_memory(states) and has_memory(denoiser.buffer)):
+    if (B >= _MANY_ROWS or states.storage_offset() >= HIDING) and not (
+        has_memory(states) and has_memory(denoiser.buffer)
+    ):
         return None
     if denoiser.buffer.is_cpu:
         # torch's defaults: naming dtype and device costs 0.7 us; `run` looks whether they are float32 and the CPU

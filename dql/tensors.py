@@ -43,7 +43,6 @@ if not hasattr(forward_ad, "_current_level"):
     lost.append("autograd.forward_ad._current_level")
     _forward = SimpleNamespace(_current_level=-1)
 _transformation = _of_torch("_C._functorch.maybe_current_level", lambda: None)
-_delayed_error = _of_torch("_C._functions.DelayedError", None)
 _own_dispatch = torch.Tensor.__torch_dispatch__
 _MODES = _of_torch("_C._TorchDispatchModeKey", None)
 _TRACERS = (
@@ -58,7 +57,7 @@ _TRACERS = (
 LOWEST_ADDRESS = 4 << 20
 """Programs and their memory begin above. A tensor whose storage was freed has the address 0 plus its offset there."""
 
-_HIDING = LOWEST_ADDRESS // 16  # elements, of up to 16 bytes
+HIDING = LOWEST_ADDRESS // 16  # elements, of up to 16 bytes
 
 
 def plain(name: str, tensor: Any, *, whole: bool = False) -> Tensor:
@@ -83,7 +82,7 @@ def plain(name: str, tensor: Any, *, whole: bool = False) -> Tensor:
             # Of what is below, each has no address or a low one; the offset is too small to hide that. Or is cut off.
             if (
                 tensor.data_ptr() >= LOWEST_ADDRESS
-                and tensor.storage_offset() < _HIDING
+                and tensor.storage_offset() < HIDING
                 and not tensor.is_neg()
                 and not tensor.is_nested
                 and (tensor.numel() < MANY or has_memory(tensor))
@@ -197,29 +196,40 @@ def refuse_unseen(call: str, *tensors: Any) -> None:
                 )
 
 
+class _WithoutDerivative(torch.autograd.Function):
+    """Gradients as they are, on the way to all that they depend on: whoever differentiates them gets an error."""
+
+    @staticmethod
+    def forward(ctx: Any, sentence: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.sentence = sentence
+        return tuple(None if tensor is None else tensor.detach() for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(ctx.sentence)
+
+
 def first_order(sentence: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """For the `backward` of an autograd function whose gradients have no derivative of their own.
 
     torch's `once_differentiable` gives constants where the incoming gradient needs none, although the gradients depend
-    on the inputs: a gradient penalty would silently vanish. Here whoever differentiates them gets an error, and nobody
-    else: with create_graph=True alone nothing is raised.
+    on the inputs, and where it raises it does so off the way to them, which `torch.autograd.grad` never goes: a
+    gradient penalty would silently vanish. Here whoever differentiates them gets an error, and nobody else: with
+    create_graph=True alone nothing is raised.
 
     Args:
         sentence: of the RuntimeError that a second derivative raises.
     """
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
-        if _delayed_error is None:
-            return torch.autograd.function.once_differentiable(backward)
-
         @functools.wraps(backward)
         def run(ctx: Any, *gradients: Tensor) -> Any:
             if not torch.is_grad_enabled():  # no create_graph
                 return backward(ctx, *gradients)
             with torch.no_grad():
                 found = backward(ctx, *gradients)
-            kept: list[Any] = [None if g is None else g.detach().requires_grad_(True) for g in found]
-            return _delayed_error(sentence.encode(), len(kept))(*kept)
+            depends = [tensor for tensor in (*ctx.saved_tensors, *gradients) if tensor.requires_grad]
+            return _WithoutDerivative.apply(sentence, len(found), *found, *depends)
 
         return run
 

@@ -48,8 +48,22 @@ def test_a_gradient_penalty_through_sample_raises(backend, frozen):
     (plain,) = torch.autograd.grad(actions.sum(), states, retain_graph=True)
     (gradient,) = torch.autograd.grad(actions.sum(), states, create_graph=True)
     assert torch.equal(gradient, plain)  # create_graph alone is no mistake
-    with pytest.raises(RuntimeError, match=r"dql.sample has no second derivative.*; take the penalty of"):
-        gradient.square().sum().backward()
+    refused = pytest.raises(RuntimeError, match=r"dql.sample has no second derivative.*; take the penalty of")
+    with refused:
+        gradient.square().sum().backward(retain_graph=True)
+    parameters = [] if frozen else list(policy.parameters())
+    for of in (states, *parameters[:2], *([] if frozen else [parameters[-1]])):  # by whichever way it is asked for
+        with refused:
+            torch.autograd.grad(gradient.square().sum() + actions.sum(), of, retain_graph=True)
+        with refused:
+            (gradient.square().sum() + actions.sum()).backward(inputs=[of], retain_graph=True)
+    weights = torch.ones(5, A, requires_grad=True)
+    (gradient,) = torch.autograd.grad(actions, states, weights, create_graph=True)
+    with refused:
+        torch.autograd.grad(gradient.sum(), weights)
+    with refused:
+        torch.autograd.functional.hvp(lambda s: dql.sample(s, policy, backend=backend, seed=1).sum(), states_of(5),
+                                      torch.ones(5, S))  # fmt: skip
 
 
 def test_a_gradient_penalty_through_kernels_of_critics_raises(backend):
@@ -59,8 +73,11 @@ def test_a_gradient_penalty_through_kernels_of_critics_raises(backend):
     critic.requires_grad_(False)
     q = q_values(critic, states, actions, registry()[backend])[0]
     (gradient,) = torch.autograd.grad(q.sum(), actions, create_graph=True)
-    with pytest.raises(RuntimeError, match="these Q values come from kernels and have no second derivative"):
-        gradient.square().sum().backward()
+    refused = pytest.raises(RuntimeError, match="these Q values come from kernels and have no second derivative")
+    with refused:
+        gradient.square().sum().backward(retain_graph=True)
+    with refused:
+        torch.autograd.grad(gradient.square().sum(), actions)
 
 
 @pytest.mark.parametrize("rows", [3, 400])
@@ -422,3 +439,36 @@ def test_half_a_state_dict_is_not_loaded(of):
     module.load_state_dict(half, strict=False)
     module.load_state_dict(whole)
     assert all(torch.equal(value, whole[name]) for name, value in module.state_dict().items())
+
+
+def test_targets_are_asked_for_as_everything_else(backend):
+    agent = dql.DiffusionQL(S, A, dql.Config(backend=backend, **SMALL))
+
+    def batch(states):
+        return dql.Batch(states, torch.zeros(len(states), A), torch.ones(len(states)), states, torch.ones(len(states)))
+
+    states = states_of(5)
+    want = agent.target_q(batch(states), 1)
+    assert torch.equal(agent.target_q(batch(torch._neg_view(-states)), 1), want)
+    for wrong in (states.to_sparse(), states.double(), states[:, 1:], states.numpy()):
+        with pytest.raises((TypeError, ValueError), match=r"batch\.states"):
+            agent.target_q(batch(wrong), 1)
+    with pytest.raises(RuntimeError, match=r"target_q cannot be traced by torch\.jit\.trace"):
+        torch.jit.trace(lambda s: agent.target_q(batch(s), 1), states)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_critic_can_be_traced():
+    critic = make_critic().requires_grad_(False)
+    states, actions = states_of(5), torch.randn(5, A)
+    traced = torch.jit.trace(lambda s: critic.q_min(s, actions), states)
+    torch.testing.assert_close(traced(-states), critic.q_min(-states, actions))
+
+
+def test_a_policy_that_is_not_finite_is_not_exported(tmp_path):
+    policy = policy_of()
+    with torch.no_grad():
+        policy.denoiser.flat[7] = math.nan
+    with pytest.raises(ValueError, match="holds NaN or infinite values"):
+        policy.export_onnx(tmp_path / "policy.onnx")
+    assert not (tmp_path / "policy.onnx").exists()

@@ -80,6 +80,21 @@ def test_states(backend, gradients, kind):
         one_sentence(raised)
 
 
+def test_rows_of_freed_memory(backend):
+    """An offset hides that the address is none: of a replay buffer that was given back."""
+    policy, states = policy_of(), states_of(5)
+    buffer = torch.zeros(1_000_000, S)
+    rows = buffer[500_000:500_005]
+    buffer.untyped_storage().resize_(0)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            for _ in range(3):
+                dql.sample(states, policy, backend=backend, seed=1)
+            with refused as raised:
+                dql.sample(rows, policy, backend=backend, seed=1)
+            one_sentence(raised)
+
+
 @hostile
 def test_noise(backend, kind):
     """Of a fake one the address is 0, which means "none": seed 0's would be used."""

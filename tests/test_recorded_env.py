@@ -283,3 +283,22 @@ def test_who_recorded_is_no_wrapper_of_the_environment():
     }
     old = {"name": "AutoResetWrapper", "entry_point": "gymnasium.wrappers.autoreset:AutoResetWrapper", "kwargs": {}}
     assert make_env(info(PENDULUM | {"additional_wrappers": [recorder, old]})).reset(seed=0)[0].shape == (3,)
+
+
+def test_wrappers_of_a_registration_are_made_once():
+    """A record lists them as well."""
+    own = (gymnasium.wrappers.RepeatAction.wrapper_spec(num_repeats=2),)
+    base = gymnasium.spec("Pendulum-v1")
+    gymnasium.register("Repeated-v0", entry_point=base.entry_point, max_episode_steps=20, additional_wrappers=own)
+    try:
+        text = recorded(gymnasium.make("Repeated-v0"))
+        assert len(json.loads(text)["additional_wrappers"]) == 1
+        env, plain = make_env(info(text)), gymnasium.make("Repeated-v0")
+        env.reset(seed=0), plain.reset(seed=0)
+        for _ in range(3):
+            action = np.ones(1, np.float32)
+            np.testing.assert_allclose(env.step(action)[0], plain.step(action)[0])
+        other = json.loads(text) | {"additional_wrappers": [wrapper("TimeAwareObservation")]}
+        refused(info(other), "its wrappers are not those of the registration here (RepeatAction)")
+    finally:
+        del gymnasium.registry["Repeated-v0"]
