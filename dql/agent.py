@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from dql import native_update, noise
 from dql.backends import Backend, check_name
 from dql.checkpoint import FILE, CheckpointError, checked_device, load_tensors, reading, save_tensors, unreadable
-from dql.config import Config
+from dql.config import Config, RunConfig
 from dql.data import Batch
 from dql.draws import Draws, UpdateSeeds
 from dql.finite import raise_if_set
@@ -28,7 +28,7 @@ from dql.kernels import native
 from dql.networks import FlatModule, TwinCritic, check_file_sizes, check_finite
 from dql.optimizer import FlatAdam
 from dql.policy import DiffusionPolicy
-from dql.rundir import find_checkpoint
+from dql.rundir import RunDir, find_checkpoint
 from dql.sampler import run_chain, sample, select
 from dql.shown import shown
 from dql.tensors import plain, refuse_unseen
@@ -535,7 +535,9 @@ def load(
         is_run = (Path(folder) / "config.json").is_file()
     except OSError as error:  # a name too long
         raise unreadable(Path(folder), error) from error
+    run = None
     if is_run:
+        run = RunConfig.from_dict(RunDir(folder).read_config()["run"])
         folder = find_checkpoint(folder, which)
         named = int(folder.name.removeprefix("step-"))
     path = Path(folder) if Path(folder).is_file() else Path(folder) / FILE  # the file itself will do
@@ -554,6 +556,8 @@ def load(
         loaded.step = about["step"]
         if named is not None and loaded.step != named:
             raise ValueError(f"it is of update {loaded.step:,}, its folder is named for {named:,}")
+        if run is not None and (differing := run.agent.differences(Config.from_dict(about["config"]))):
+            raise ValueError(f"it is another run's, of {differing[0]}")
     if device.type == "cpu":
         return loaded
     agent = make_agent(about["state_dim"], about["action_dim"], config, device=device, dtype=dtype)

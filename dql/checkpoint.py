@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dql.files import check_regular
 from dql.shown import shown
 
 FILE = "agent.safetensors"  # of an agent, in a checkpoint's folder
@@ -143,6 +144,18 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
             f"{path} was not written by dql; for the authors' .pth files use DiffusionPolicy.from_published"
         )
     return tensors, about
+
+
+def digest_in(path: Path) -> str | None:
+    """The digest that `save_tensors` wrote into the file; None of a file without one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        check_regular(path)
+        with safe_open(path, framework="pt") as file:
+            return str(json.loads((file.metadata() or {})["dql"])["digest"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _check_digest(tensors: dict[str, torch.Tensor], about: dict[str, Any], entries: list[str]) -> None:

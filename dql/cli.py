@@ -309,7 +309,7 @@ def evaluate(
     for name in names:
         path = find_checkpoint(run, name)
         if path not in done:
-            agent = load(path, device=resolve_device(device), backend=backend)
+            agent = load(run, name, device=resolve_device(device), backend=backend)
             seed_of_all = noise.derive(seed, "eval")
             limits: Any = {"episodes": episodes, "max_episode_steps": eval_max_steps}
             try:
@@ -366,7 +366,6 @@ def export(
     """
     from dql.agent import load
     from dql.policy import DiffusionPolicy
-    from dql.rundir import find_checkpoint
 
     if not source.exists():
         raise ValueError(f"{source} does not exist; give a run's or an agent's folder, or a policy's .safetensors file")
@@ -376,7 +375,7 @@ def export(
         policy = DiffusionPolicy.load(source)
         target = source.with_suffix(".onnx")
     else:
-        policy = load(find_checkpoint(source, which)).policy
+        policy = load(source, which).policy
         target = source / ("policy.onnx" if which == "last" else f"policy-{which}.onnx")
     target = target if out is None else out
     policy.export_onnx(target, sampler=sampler, num_steps=num_steps, num_candidates=num_candidates)

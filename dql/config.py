@@ -177,6 +177,13 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def differences(self, saved: "Config") -> list[str]:
+        """In what a checkpoint's config is another run's; the length may have been changed since it was saved."""
+        ours, its = self.to_dict(), saved.to_dict()
+        if self.lr_schedule == "constant":
+            its["num_updates"] = ours["num_updates"]
+        return [f"{name} {its[name]!r}, the run's is {ours[name]!r}" for name in ours if its[name] != ours[name]]
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":
         """The inverse of `to_dict`. Raises ValueError for a field that this version does not have."""

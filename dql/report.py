@@ -12,6 +12,7 @@ from dql.evaluate import confidence_interval
 from dql.policy import DiffusionPolicy
 from dql.rundir import RunDir, read_rows
 from dql.sampler import sample
+from dql.shown import shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,7 +52,13 @@ def learning_curve(runs: Mapping[str, Path | Sequence[Path]], behaviour_returns:
 
     Returns:
         the figure.
+
+    Raises:
+        ValueError: no returns, no run, a folder that is not there, or several runs without a step in common.
     """
+    path, behaviour_returns = Path(path), np.asarray(behaviour_returns, np.float64)
+    if behaviour_returns.ndim != 1 or not len(behaviour_returns) or not np.isfinite(behaviour_returns).all():
+        raise ValueError(f"behaviour_returns must be finite numbers [E], got {shown(behaviour_returns)}")
     figure, axes = _figure(1, 1, 6.4, 4.0)
     ax = axes[0, 0]
     low, high = confidence_interval(behaviour_returns)
@@ -61,7 +68,7 @@ def learning_curve(runs: Mapping[str, Path | Sequence[Path]], behaviour_returns:
     for name, color in _colors(runs).items():
         folders = runs[name]
         several = [folders] if isinstance(folders, (str, Path)) else list(folders)
-        steps, means, lows, highs = _curve(several)
+        steps, means, lows, highs = _curve(name, several)
         kind = "episodes" if len(several) == 1 else f"{len(several)} seeds"
         ax.plot(steps, means, marker="o", markersize=3, color=color, label=f"{name}, interval over {kind}")
         ax.fill_between(steps, lows, highs, color=color, alpha=0.2, linewidth=0)
@@ -82,17 +89,23 @@ def _colors(names: Iterable[str]) -> dict[str, str]:
     return {name: COLORS.get(name) or next(free) for name in names}
 
 
-def _curve(folders: Sequence[Path]) -> tuple[list[int], list[float], list[float], list[float]]:
+def _curve(name: str, folders: Sequence[str | Path]) -> tuple[list[int], list[float], list[float], list[float]]:
     """(steps, means, lower ends, upper ends) of one run over episodes, of several over runs."""
     tables = []
+    if not folders:
+        raise ValueError(f"{name!r} has no run; give a run folder, or several")
     for folder in folders:
         rows = read_rows(RunDir(folder).evaluations_path)
         tables.append({int(row["step"]): row for row in rows if np.isfinite(row["return_mean"])})
+        if not Path(folder).is_dir():
+            raise ValueError(f"{folder} of {name!r} does not exist; give a run folder")
     if len(tables) == 1:
         rows = list(tables[0].values())
         means, lows, highs = ([row[key] for row in rows] for key in ("return_mean", "return_low", "return_high"))
         return list(tables[0]), means, lows, highs
     steps = sorted(set.intersection(*map(set, tables)))
+    if not steps:
+        raise ValueError(f"the runs of {name!r} have no step in common; draw each under a name of its own")
     returns = [np.array([table[step]["return_mean"] for table in tables]) for step in steps]
     intervals = [confidence_interval(values) for values in returns]
     return steps, [float(r.mean()) for r in returns], [low for low, _ in intervals], [high for _, high in intervals]

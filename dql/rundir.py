@@ -29,6 +29,7 @@ from dql.checkpoint import (
     FILE,
     UNFINISHED,
     CheckpointError,
+    digest_in,
     explain,
     replace_folder,
     unreadable,
@@ -182,10 +183,11 @@ class RunDir:
         self._write_loop(self.checkpoint_path(step), loop)
 
     def _write_loop(self, folder: Path, loop: dict[str, Any]) -> None:
+        loop = loop | {"agent": digest_in(folder / FILE)}
         write_atomically(folder / _LOOP, json.dumps(loop | {"digest": _digest(loop)}).encode())
 
     def read_loop(self, step: int) -> dict[str, Any]:
-        """What `save_checkpoint` or `save_loop` was given.
+        """What `save_checkpoint` or `save_loop` was given, and as "agent" the digest of the agent beside it.
 
         Raises:
             RunError: it cannot be read, or is damaged.

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from dql import __version__
 from dql.agent import DiffusionBC, DiffusionQL, load, make_agent
-from dql.checkpoint import CheckpointError, checked_device
+from dql.checkpoint import FILE, CheckpointError, checked_device, digest_in
 from dql.config import RunConfig
 from dql.data import DatasetError, DatasetInfo, TransitionDataset, load_dataset
 from dql.evaluate import make_limited
@@ -250,10 +250,8 @@ def _last_checkpoint(
     loop = folder.read_loop(step)
     of = loop.pop("of", {"step": step})  # an earlier version wrote none
     sizes = (agent.policy.state_dim, agent.policy.action_dim)
-    ours, its = run.agent.to_dict(), agent.config.to_dict()
-    if run.agent.lr_schedule == "constant":  # the length may have been changed since
-        its["num_updates"] = ours["num_updates"]
-    differing = [f"{name} {its[name]!r}, the run's is {ours[name]!r}" for name in ours if its[name] != ours[name]]
+    digest = loop.pop("agent", None)  # nor that
+    differing = run.agent.differences(agent.config)
     if agent.step != step:
         differing.append(f"update {agent.step:,}, its folder is named for {step:,}")
     if sizes != (data.state_dim, data.action_dim):
@@ -267,6 +265,8 @@ def _last_checkpoint(
             for name in ("step", "seed", "fingerprint")
             if name in of and of[name] != expected[name]
         ]
+    if digest is not None and digest != digest_in(path / FILE):
+        differing.append("an agent that loop.json was not saved with")
     if differing:
         raise RunError(
             f"{path} is no checkpoint of this run: it is of {differing[0]}; restore it and config.json, or {remedy}"

@@ -164,3 +164,24 @@ def test_no_display_is_needed(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert_picture(tmp_path / "curve.png", 960, 600)
+
+
+def test_curves_that_cannot_be_drawn(tmp_path):
+    header = "step,return_mean,return_low,return_high"
+    for name, lines in (("a", "100,1,0,2"), ("b", "150,1,0,2"), ("failed", "100,,,")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "evaluations.csv").write_text(f"{header}\n{lines}\n")
+    good, picture = {"a": tmp_path / "a"}, str(tmp_path / "curve.png")
+    for runs, sentence in (
+        ({"none": tmp_path / "none"}, "does not exist"),
+        ({"both": [tmp_path / "a", tmp_path / "failed"]}, "no step in common"),
+        ({"both": [tmp_path / "a", tmp_path / "b"]}, "no step in common"),
+        ({"empty": []}, "has no run"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            learning_curve(runs, np.ones(3), picture)
+    for returns in (np.zeros(0), np.array([1.0, np.nan]), np.zeros((2, 2))):
+        with pytest.raises(ValueError, match="behaviour_returns must be finite numbers"):
+            learning_curve(good, returns, picture)
+    learning_curve(good, [1.0, 2.0], picture)
+    assert (tmp_path / "curve.png").is_file()

@@ -59,7 +59,7 @@ def test_no_flipped_bit_goes_unnoticed(run_config):
                 if path.name == "agent.safetensors":
                     load(path.parent)
                 elif path.name == "loop.json":
-                    LoopState.from_dict({k: v for k, v in folder.read_loop(40).items() if k != "of"})
+                    LoopState.from_dict({k: v for k, v in folder.read_loop(40).items() if k not in ("of", "agent")})
                 else:
                     DiffusionPolicy.load(path)
             except (CheckpointError, RunError, ValueError) as error:
@@ -90,7 +90,7 @@ def test_a_checkpoint_of_an_earlier_version_has_no_digest(run_config):
     assert "digest" not in about
     (folder / "agent.safetensors").write_bytes(save(tensors, metadata={"dql": json.dumps(about)}))
     loop = json.loads((folder / "loop.json").read_text())
-    for added in ("digest", "of", "evaluation_owed"):
+    for added in ("digest", "of", "evaluation_owed", "agent"):
         del loop[added]
     (folder / "loop.json").write_text(json.dumps(loop))
     resumed, _ = quietly(resume, run_config.run_dir, num_updates=50)
@@ -460,3 +460,25 @@ try:
 except (RunError, CheckpointError) as error:
     print(error)
 """
+
+
+def test_a_foreign_checkpoint_is_not_evaluated_either(run_config, tmp_path, dql_here):
+    """Also where only its agent is another run's, of other data but the same config and step."""
+    quietly(train, replace(run_config, eval_every=0))
+    other = replace(run_config.with_agent(seed=1), run_dir=tmp_path / "other", eval_every=0)
+    quietly(train, other)
+    mine, its = (RunDir(run.run_dir).checkpoint_path(40) for run in (run_config, other))
+    whole = (mine / "agent.safetensors").read_bytes()
+    shutil.copy(its / "agent.safetensors", mine / "agent.safetensors")
+    with pytest.raises(CheckpointError, match="another run's, of seed 1, the run's is 0"):
+        load(run_config.run_dir)
+    for command in (("eval", run_config.run_dir, "--episodes", 1), ("export", run_config.run_dir)):
+        dql_here(*command).refused("another run's, of seed 1")
+    assert load(mine).config.seed == 1  # which was asked for itself
+    (mine / "agent.safetensors").write_bytes(whole)
+    agent = load(run_config.run_dir)
+    with torch.no_grad():
+        agent.policy.denoiser.flat.add_(1.0)
+    agent.save(mine)
+    with pytest.raises(RunError, match=r"an agent that loop\.json was not saved with; restore it"):
+        quietly(resume, run_config.run_dir, num_updates=50)
