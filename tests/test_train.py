@@ -259,7 +259,8 @@ def test_a_diverging_run_stops_and_its_checkpoint_is_good(run_config):
     agent = load(path.parent)
     agent.config = replace(agent.config, critic_lr=1e30)
     agent.save(path.parent)
-    before[path] = path.read_bytes()
+    folder.save_loop(25, folder.read_loop(25))  # which says with which agent it was saved
+    before |= {p: p.read_bytes() for p in path.parent.iterdir()}
     folder.config_path.write_text(config.replace('"critic_lr": 0.0003', '"critic_lr": 1e+30'))
     with pytest.raises(TrainingDivergedError) as caught:
         resume(run_config.run_dir, num_updates=60, console=Console(file=io.StringIO()))
