@@ -548,6 +548,8 @@ def load(
         config, dtype = Config.from_dict(about["config"]), tensors["actor.final_layer.bias"].dtype
         sizes = (about["state_dim"], about["action_dim"], config.hidden_dim, config.num_hidden)
         check_file_sizes(tensors, "actor.", *sizes)
+        if run is not None and (differing := run.agent.differences(config)):
+            raise ValueError(f"it is another run's, of {differing[0]}")
         if type(about["step"]) is not int or not 0 <= about["step"] < 1 << 63:
             raise ValueError(f"step {shown(about['step'])} is no number of updates")
         config = config if backend is None else replace(config, backend=backend)
@@ -556,8 +558,6 @@ def load(
         loaded.step = about["step"]
         if named is not None and loaded.step != named:
             raise ValueError(f"it is of update {loaded.step:,}, its folder is named for {named:,}")
-        if run is not None and (differing := run.agent.differences(Config.from_dict(about["config"]))):
-            raise ValueError(f"it is another run's, of {differing[0]}")
     if device.type == "cpu":
         return loaded
     agent = make_agent(about["state_dim"], about["action_dim"], config, device=device, dtype=dtype)

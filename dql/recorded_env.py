@@ -228,12 +228,23 @@ def _beyond_registration(spec: Mapping[str, Any], registered: EnvSpec | None) ->
     listed, own = spec.get("additional_wrappers"), () if registered is None else registered.additional_wrappers
     if not own or not isinstance(listed, list):
         return listed
-    names = [wrapper.get("entry_point") if isinstance(wrapper, dict) else None for wrapper in listed[: len(own)]]
-    if names != [wrapper.entry_point for wrapper in own]:
+    recorded = [
+        (wrapper.get("entry_point"), wrapper.get("kwargs") or {}) if isinstance(wrapper, dict) else None
+        for wrapper in listed[: len(own)]
+    ]
+    if recorded != [(wrapper.entry_point, _as_json(wrapper.kwargs)) for wrapper in own]:
         raise SpecRefusedError(
             f"its wrappers are not those of the registration here ({', '.join(wrapper.name for wrapper in own)})"
         )
     return listed[len(own) :]
+
+
+def _as_json(kwargs: Any) -> Any:
+    """As a record has them: tuples are lists there. What JSON does not hold, no record is equal to."""
+    try:
+        return json.loads(json.dumps(kwargs or {}))
+    except (TypeError, ValueError):
+        return None
 
 
 def _check_frames(kwargs: Mapping[str, Any], wrappers: list[tuple[str, dict[str, Any]]]) -> None:

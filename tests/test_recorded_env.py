@@ -298,7 +298,9 @@ def test_wrappers_of_a_registration_are_made_once():
         for _ in range(3):
             action = np.ones(1, np.float32)
             np.testing.assert_allclose(env.step(action)[0], plain.step(action)[0])
-        other = json.loads(text) | {"additional_wrappers": [wrapper("TimeAwareObservation")]}
-        refused(info(other), "its wrappers are not those of the registration here (RepeatAction)")
+        repeat = json.loads(text)["additional_wrappers"][0]
+        for others in ([wrapper("TimeAwareObservation")], [], [3], [repeat | {"kwargs": {"num_repeats": 3}}]):
+            other = json.loads(text) | {"additional_wrappers": others}
+            refused(info(other), "its wrappers are not those of the registration here (RepeatAction)")
     finally:
         del gymnasium.registry["Repeated-v0"]
