@@ -41,7 +41,7 @@ BUILT = (
     "_native_build.json",
 )  # in kernels/, what a build leaves
 MOST_BYTES = 16 << 20  # of a packed file, or it does not come back
-UNPACKED = (".ttir", ".ttgir", ".llir")  # of Triton's cache, which it can do without
+UNPACKED = (".ttir", ".ttgir", ".llir", ".ptx", ".source")  # of Triton's cache, which it can do without
 GROUPS, LINE = 15, 170
 
 

@@ -1,8 +1,7 @@
 """How a problem is cut for the CUDA kernels: rows a tile, blocks a cluster, whether weights stay on the chip.
 
-A written model of time, in cycles of a multiprocessor, chooses among the tilings that fit. Its numbers are counted or
-taken from published measurements of Hopper GPUs; none was measured with these kernels yet, and the bench is to replace
-them. Per step of the chain and tile of M rows:
+A written model of time, in cycles of a multiprocessor, chooses among the tilings that fit. Its terms are counted or
+taken from published measurements of Hopper GPUs. Per step of the chain and tile of M rows:
 
     a layer's product    M NS HP multiply-adds at 1024 (bf16), 512 (tf32) or 128 (fp32) a cycle, but at least the
                          latency of a warp's chain of k-groups: 40 each; 30 where weights are resident and one m-tile
@@ -13,7 +12,14 @@ them. Per step of the chain and tile of M rows:
     streamed             the weights at 64 bytes a cycle from the L2 cache, at 24 when every multiprocessor asks
     128 rows             everything overlaps but for a third
 
-and once the resident weights at 30 bytes a cycle. Few rows want many blocks each: clusters of 8 leave a block 32 of 256
+and once the resident weights at 30 bytes a cycle. What a step takes is more, since its terms overlap less and need more
+instructions than they count: measured on an H200 (bench/results/2026-11-27-nvidia-h200-first.json, 1.9 GHz), steps of
+published sizes took 3,500 cycles and, on top, 1.95 times the model where weights are resident, 3.45 times where they
+are streamed, 1.7 times with tiles of 128 rows: within a third of each of 26 measurements, most within a tenth. How many
+clusters run at a time is asked of the device: 15 of 8 blocks there, and 30 of 4, where the multiprocessors would be
+enough for 16 and 33.
+
+Few rows want many blocks each: clusters of 8 leave a block 32 of 256
 columns. Many rows want few: what a cluster exchanges grows with its size, what a stream costs is shared by the rows.
 """
 
@@ -28,6 +34,7 @@ from .layout import CriticSpec, DenoiserSpec
 
 WIDE = 8  # m_tiles of the kernel for 128 rows
 _MULTIPLY_ADDS = {"fp32": 128, "tf32": 512, "bf16": 1024}
+_A_STEP = 3500  # cycles, whatever the tiling
 
 
 @dataclass(frozen=True)
@@ -137,16 +144,17 @@ def _possible(problem: Problem, capability: int, wide: bool) -> list[Tiling]:
 def _chosen(problem: Problem, ordinal: int, emulated: bool) -> Tiling | None:
     capability, multiprocessors, shared, wide = cuda_native.facts(ordinal, emulated)
     fitting = [t for t in _possible(problem, capability, wide) if shared_bytes(problem, t, emulated) <= shared]
-    fitting.sort(key=lambda t: (cycles(problem, t, multiprocessors), t.cluster, t.m_tiles))
-    return next((t for t in fitting if _placed(problem, t, ordinal, emulated)), None)
+    placed = {t: _at_once(problem, t, ordinal, emulated) for t in fitting}
+    found = [(cycles(problem, t, multiprocessors, n), t.cluster, t.m_tiles, t) for t, n in placed.items() if n > 0]
+    return min(found, key=lambda row: row[:3])[3] if found else None
 
 
-def _placed(problem: Problem, tiling: Tiling, ordinal: int, emulated: bool) -> bool:
-    """Whether the device, or the share of it that this process has, takes a cluster of such blocks at all."""
+def _at_once(problem: Problem, tiling: Tiling, ordinal: int, emulated: bool) -> int:
+    """Clusters of such blocks that the device, or the share of it that this process has, runs at a time; 0: none fits."""
     if tiling.cluster == 1:
-        return True
+        return int(cuda_native.facts(ordinal, emulated)[1])
     mlp = cuda_native.mlp(problem.spec, emulated)
-    return int(cuda_native.load(emulated).max_clusters(ordinal, mlp, *tiling.numbers(problem.precision), 0)) > 0
+    return int(cuda_native.load(emulated).max_clusters(ordinal, mlp, *tiling.numbers(problem.precision), 0))
 
 
 def shared_bytes(problem: Problem, tiling: Tiling, emulated: bool | None = None) -> int:
@@ -156,8 +164,12 @@ def shared_bytes(problem: Problem, tiling: Tiling, emulated: bool | None = None)
     return int(cuda_native.load(emulated).shared_bytes(mlp, *tiling.numbers(problem.precision), 0))
 
 
-def cycles(problem: Problem, tiling: Tiling, multiprocessors: int) -> float:
-    """What the model takes a forward pass to last, but for the launch and the prologue."""
+def cycles(problem: Problem, tiling: Tiling, multiprocessors: int, at_once: int | None = None) -> float:
+    """What the model takes a forward pass to last, but for the launch and the prologue.
+
+    Args:
+        at_once: clusters that run at a time; None: as many as there are multiprocessors for.
+    """
     spec, M, C = problem.spec, tiling.rows, tiling.cluster
     H, L, A = spec.hidden_dim, spec.num_hidden, spec.action_dim
     element = 2 if problem.precision == "bf16" else 4
@@ -165,14 +177,14 @@ def cycles(problem: Problem, tiling: Tiling, multiprocessors: int) -> float:
     HP = (128 if H <= 128 else 256) if tiling.m_tiles == WIDE else -(-H // unit) * unit
     NS = HP // C
     tiles = -(-problem.rows // M) * problem.networks
-    at_once = max(1, multiprocessors // C)
+    at_once = max(1, multiprocessors // C) if at_once is None else at_once
     waves = -(-tiles // at_once)
     activation = M * NS * 2 / 16
     weights = (L - 1) * HP * HP * element
     from_cache = weights / (24 if min(tiles, at_once) * C > multiprocessors / 2 else 64)
     if tiling.m_tiles == WIDE:
         arithmetic = (L - 1) * M * HP * HP / 2048, L * M * HP * 20 / 128
-        return waves * problem.steps * (1500 + 4 / 3 * max(*arithmetic, from_cache))
+        return waves * problem.steps * (_A_STEP + 1.7 * (1500 + 4 / 3 * max(*arithmetic, from_cache)))
     pairs = NS // 16
     split = max(1, 8 // pairs) if pairs < 8 else 1
     passes = -(-pairs * split // 8)
@@ -184,8 +196,6 @@ def cycles(problem: Problem, tiling: Tiling, multiprocessors: int) -> float:
     if tiling.resident:
         exchange = 60.0 if C == 1 else 500 + M * NS * element * (C - 1) / 14
         step = L * (activation + exchange) + (L - 1) * product + narrow
-        load = weights / C / 30 + 1000
-    else:
-        step = L * (activation + 60) + max((L - 1) * product, from_cache) + narrow
-        load = 0.0
-    return load + waves * problem.steps * step
+        return weights / C / 30 + 1000 + waves * problem.steps * (_A_STEP + 1.95 * step)
+    step = L * (activation + 60) + max((L - 1) * product, from_cache) + narrow
+    return waves * problem.steps * (_A_STEP + 3.45 * step)

@@ -314,7 +314,7 @@ def test_what_one_run_built_is_carried_into_the_next(tmp_path):
     (there / "_cuda.abi3.so").write_bytes(b"code")
     cache = tmp_path / "there" / "cache"
     (cache / "abc").mkdir(parents=True)
-    for name in ("k.cubin", "k.ttir", "k.json"):
+    for name in ("k.cubin", "k.ttir", "k.ptx", "k.source", "k.json"):
         (cache / "abc" / name).write_text(name)
     report = gpu_report.Report(tmp_path, tmp_path, "cpu")
     report.pack({"objects": [there / "_cuda.abi3.so", there / "absent.json"], "triton": [cache]})

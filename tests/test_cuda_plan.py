@@ -22,10 +22,14 @@ WAYS = {"saving": {"saving": True}, "critics": {"spec": CriticSpec(17, 6), "step
 
 @pytest.fixture
 def on(monkeypatch):
-    """The GPU that plans are made for from now on; its facts are all that a plan asks of it."""
+    """The GPU that plans are made for from now on: its facts, and how many clusters of a size it runs at a time."""
 
-    def set_facts(facts: tuple[int, int, int, bool]) -> None:
+    def set_facts(facts: tuple[int, int, int, bool], at_once: dict[int, int] | None = None) -> None:
+        def placed(problem: Problem, tiling: Tiling, ordinal: int, emulated: bool) -> int:
+            return facts[1] // tiling.cluster if at_once is None else at_once[tiling.cluster]
+
         monkeypatch.setattr(cuda_native, "facts", lambda ordinal, emulated: facts)
+        monkeypatch.setattr(cuda_plan, "_at_once", placed)
         cuda_plan._chosen.cache_clear()
 
     yield set_facts
@@ -45,6 +49,19 @@ def test_the_least_cycles_of_those_that_fit(on, precision, way):
         assert chosen in fitting
         rounded = replace(problem, rows=-(-rows // 16) * 16)
         assert cycles(rounded, chosen, H200[1]) == min(cycles(rounded, t, H200[1]) for t in fitting)
+
+
+def test_clusters_are_as_many_as_the_device_places(on):
+    """An H200 was seen to run 15 clusters of 8 blocks at a time, not 16: 256 rows in them take two turns, 68 us beside
+    39 us in clusters of 4 (bench/results/2026-11-27-nvidia-h200-first.json and the run after it)."""
+    on(H200, {1: 132, 2: 66, 4: 30, 8: 15})
+    for precision in cuda_native.PRECISIONS:
+        of = replace(PUBLISHED, precision=precision)
+        assert choose(replace(of, rows=1), 0) == Tiling(8, 1, True)
+        assert choose(replace(of, rows=15 * 16), 0) == Tiling(8, 1, True)
+        assert choose(replace(of, rows=15 * 16 + 1), 0) == choose(of, 0) == Tiling(4, 1, True)
+    on(H200)
+    assert choose(PUBLISHED, 0) == Tiling(8, 1, True)
 
 
 def test_before_hopper_weights_are_streamed(on):

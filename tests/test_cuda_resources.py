@@ -28,7 +28,7 @@ CHAINS = {
     for weights in ("resident", "streamed")
     for direction in ("forward", "backward")
 }
-WIDES = {"wide_chain 128", "wide_chain 256"}
+WIDES = {f"wide_chain {width}{floats}" for width in (128, 256) for floats in ("", " floats from L2")}
 OTHERS = {"prologue", "products", "finish", "choose", "noise"}
 
 
@@ -127,6 +127,15 @@ def test_no_bound_swallows_nan():
 
 
 @built
+def test_a_wait_within_a_block_leaves_its_l1_cache():
+    """An acquire of the cluster's scope empties it: twice in a kernel, where the cluster meets, and never in a loop."""
+    for arch, kernels in disassembly().items():
+        for name, count in kernels.items():
+            emptied = count["CCTL"]
+            assert emptied <= (2 if "chain_kernel" in name and arch != "80" and "wide" not in name else 0), (arch, name)
+
+
+@built
 def test_many_rows_have_hoppers_tensor_cores():
     kernels = {name: count for name, count in disassembly()["90a"].items() if "wide_chain" in name}
     assert len(kernels) == len(WIDES)
@@ -185,7 +194,8 @@ def test_what_is_chosen_fits(gpu, spec, precision):
 
 @needs_sizes
 def test_on_an_h200_few_rows_are_spread_and_many_are_not(monkeypatch):
-    """What the model says of the published sizes in bf16: an expectation, until a GPU has been asked."""
+    """What the model says of the published sizes in bf16."""
+    monkeypatch.setattr(cuda_plan, "_at_once", lambda problem, tiling, ordinal, emulated: 132 // tiling.cluster)
     monkeypatch.setattr(cuda_native, "facts", lambda ordinal, emulated: GPUS["H200"])
     cuda_plan._chosen.cache_clear()
     chosen = {rows: cuda_plan.choose(Problem(SPECS[0], "bf16", rows, 5, 1, False), 0) for rows in (1, 256, 65536)}
@@ -260,7 +270,7 @@ def test_code_that_stands_in_for_a_newer_gpus_has_no_clusters(monkeypatch):
 def test_a_device_that_places_no_cluster_gets_none(monkeypatch):
     """As a share of a GPU may (MIG, MPS)."""
     monkeypatch.setattr(cuda_native, "facts", lambda ordinal, emulated: GPUS["H200"])
-    monkeypatch.setattr(cuda_plan, "_placed", lambda problem, tiling, ordinal, emulated: tiling.cluster == 1)
+    monkeypatch.setattr(cuda_plan, "_at_once", lambda problem, tiling, *device: 132 if tiling.cluster == 1 else 0)
     cuda_plan._chosen.cache_clear()
     chosen = cuda_plan.choose(Problem(SPECS[0], "bf16", 256, 5, 1, False), 0)
     cuda_plan._chosen.cache_clear()

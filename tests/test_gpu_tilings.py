@@ -140,8 +140,11 @@ def test_128_rows(network, max_action):
             close_actions(forward(problem, "bf16"), expected(case)["actions"], "bf16", case)
 
 
-@pytest.mark.parametrize("options", [{"H": 80}, {"num_hidden": 2}, {"num_hidden": 4}, {"activation": "silu"}, {"K": 1}])
+@pytest.mark.parametrize(
+    "options", [{"H": 80}, {"A": 24}, {"num_hidden": 2}, {"num_hidden": 4}, {"activation": "silu"}, {"K": 1}]
+)
 def test_128_rows_of_other_networks(options):
+    """With 24 actions of width 256 the small layers' weights stay in device memory."""
     case = replace(Case(B=300, S=11, A=3, K=5, H=256, max_action=2.5), **options)
     problem = on_device(make_problem(case, torch.float32))
     skip_misfit(WIDE_TILING, "bf16", problem.policy.denoiser.spec)

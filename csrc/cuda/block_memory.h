@@ -60,7 +60,9 @@ struct BlockMemory {
             v = take(narrow_bytes);
             own = take(narrow_bytes);
             parts = take(narrow_bytes);
-            floats = sums = peers = 0;
+            sums = peers = 0;
+            const int small = s.floats() * 4;
+            floats = at + small <= WIDE_SHARED ? take(small) : 0;  // 0: read from device memory
             bytes = at;
             return;
         }

@@ -279,7 +279,7 @@ def readable(mangled: Sequence[str]) -> dict[str, str]:
         if chain := re.search(r"9PrecisionE(\d)ELi(\d)ELb(\d)ELb(\d)", name):
             parts = [short, _PRECISIONS[int(chain[1])], f"m{chain[2]}", "resident" if chain[3] == "1" else "streamed"]
             short = " ".join([*parts, "backward" if chain[4] == "1" else "forward"])
-        elif wide := re.search(r"ILi(\d+)E", name):
-            short = f"{short} {wide[1]}"
+        elif wide := re.search(r"ILi(\d+)ELb(\d)E", name):
+            short = f"{short} {wide[1]}" + ("" if wide[2] == "1" else " floats from L2")
         names[name] = short
     return names

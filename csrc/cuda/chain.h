@@ -172,7 +172,7 @@ private:
     DQL_DEVICE const char* receive() {
         const int buffer = turn & 1;
         if (RESIDENT && blocks > 1) {
-            barrier_wait(barriers + 1 + buffer, turn >> 1 & 1);
+            barrier_wait_for_peers(barriers + 1 + buffer, turn >> 1 & 1);
             if (thread() == 0)  // for the exchange after next
                 barrier_expect(barriers + 1 + buffer, static_cast<uint32_t>(M * a.HP * ELEMENT));
             if (a.division.split == 1 && a.division.idle) sync_block();
@@ -501,7 +501,7 @@ private:
         float bias[4] = {0, 0, 0, 0};  // of the first quad; whatever comes from device memory is asked for before the wait
         if (!BACKWARD && first_quad() < all_quads()) read_bias(bias, first_quad());
         if (exchanged && first_quad() < all_quads()) {
-            barrier_wait(barriers + 3, sums_turn & 1);
+            barrier_wait_for_peers(barriers + 3, sums_turn & 1);
             if (thread() == 0) barrier_expect(barriers + 3, static_cast<uint32_t>(blocks * M * narrow * 4));
         }
         ++sums_turn;

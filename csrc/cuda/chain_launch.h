@@ -9,7 +9,7 @@ namespace cuda {
 
 using ChainKernel = void (*)(device::ChainArguments);
 
-ChainKernel wide_chain_kernel_for(int HP);
+ChainKernel wide_chain_kernel_for(int HP, bool floats_in_shared);
 
 template <Precision P>
 ChainKernel chain_kernel_for(const Tiling& tiling, bool backward);

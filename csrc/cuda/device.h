@@ -112,15 +112,31 @@ DQL_DEVICE void barrier_arrive(Barrier* barrier) {
         asm volatile("{ .reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0]; }" ::"r"(shared_address(barrier))
                      : "memory");
 }
-// Until the phase of this parity (0 first) has ended. Whoever waits may not be two phases late.
+// Until the phase of this parity (0 first) has ended. Whoever waits may not be two phases late. What this block's threads
+// and copies wrote before is seen: an acquire of the cluster's scope would empty the L1 cache at every wait.
 DQL_DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {
     if constexpr (HAS_CLUSTERS)
         asm volatile(
             "{ .reg .pred done;\n"
-            "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+            "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
             "@!done bra again; }" ::"r"(shared_address(barrier)),
             "r"(parity)
             : "memory");
+}
+// The same, of a barrier that other blocks' stores (send8, send16) count on: these are seen, in shared memory.
+DQL_DEVICE void barrier_wait_for_peers(Barrier* barrier, uint32_t parity) {
+#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 8)
+    if constexpr (HAS_CLUSTERS)
+        asm volatile(
+            "{ .reg .pred done;\n"
+            "again: mbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64 done, [%0], %1;\n"
+            "@!done bra again;\n"
+            "fence.acquire.sync_restrict::shared::cluster.cluster; }" ::"r"(shared_address(barrier)),
+            "r"(parity)
+            : "memory");
+#else
+    barrier_wait(barrier, parity);
+#endif
 }
 
 // By one thread: contiguous bytes, a multiple of 16 at multiples of 16, counted by the barrier when they are in.

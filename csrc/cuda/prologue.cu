@@ -185,7 +185,7 @@ private:
     const Slices& s;
 };
 
-DQL_KERNEL(THREADS, 1) prologue_kernel(DQL_ARGUMENT PrologueArguments arguments) { Prologue(arguments).run(); }
+DQL_KERNEL(THREADS, 3) prologue_kernel(DQL_ARGUMENT PrologueArguments arguments) { Prologue(arguments).run(); }
 
 }  // namespace device
 

@@ -32,7 +32,8 @@ constexpr int STEP_STRIDE = 8;                     // floats a row of the step t
 
 // Tiles of 128 rows, bf16 on Hopper alone (wide_chain.h): 64 numbers of k at a time, for all columns, in rows of 128
 // bytes whose 16-byte pieces are swizzled.
-constexpr int WIDE_M_TILES = 8, WIDE_CHUNK = 64, WIDE_STAGES = 3, WIDE_THREADS = 3 * 128;
+constexpr int WIDE_M_TILES = 8, WIDE_CHUNK = 64, WIDE_STAGES = 3, WIDE_THREADS = 3 * 128,
+              WIDE_SHARED = 227 * 1024;  // bytes that a block may have
 
 enum class Precision : int { FP32 = 0, TF32 = 1, BF16 = 2 };
 

@@ -15,7 +15,8 @@
 namespace dql {
 namespace device {
 
-template <int HP>
+// FLOATS_IN_SHARED: the small layers' weights and the biases, where they fit.
+template <int HP, bool FLOATS_IN_SHARED>
 class WideChain {
     static constexpr int CHUNKS = HP / WIDE_CHUNK, CHUNK_BYTES = HP * WIDE_CHUNK * 2, PAIRS = HP / 16;
     static constexpr int ROWS = 64;                             // of a warp group
@@ -46,6 +47,9 @@ public:
             barriers_ready();
         }
         wait_for_previous();
+        if constexpr (FLOATS_IN_SHARED)
+            for (int i = 4 * thread(); i < (a.net.X + a.net.O + a.net.L - 1) * HP; i += 4 * WIDE_THREADS)
+                *reinterpret_cast<float4*>(floats_at(a.memory.floats) + i) = load_floats(global_floats() + i);
         sync_block();
         if (group == 2) {
             fewer_registers<24>();
@@ -138,7 +142,10 @@ private:
     DQL_DEVICE float* narrow_at(float* from, int row) const { return from + (w * 16 + row) * narrow; }
     // Row `row` of the packed floats, from this lane's columns on: those of pair p are 16 p further.
     DQL_DEVICE const float* small_floats(int row) const {
-        return reinterpret_cast<const float*>(a.floats + a.first_network * a.floats_apart) + row * HP + 4 * t;
+        return (FLOATS_IN_SHARED ? floats_at(a.memory.floats) : global_floats()) + row * HP + 4 * t;
+    }
+    DQL_DEVICE const float* global_floats() const {
+        return reinterpret_cast<const float*>(a.floats + a.first_network * a.floats_apart);
     }
 
     // Four pairs at a time: all at once would need more registers than there are.
@@ -151,19 +158,28 @@ private:
             const int index = static_cast<int>(row < a.R ? row : a.R - 1) / a.N;
             state[half] = a.state_part + static_cast<int64_t>(index) * HP + 4 * t;
         }
-        DQL_NO_UNROLL
-        for (int pair = 0; pair < PAIRS; pair += 4) {
-            float z[4][2][4];
+        float4 of_time[4], of_state[4][2];  // of the four pairs to come, on their way meanwhile
+        const auto load = [&](int pair) {
             DQL_UNROLL
             for (int p = 0; p < 4; ++p) {
-                const float4 of_time = load_floats(time + 16 * (pair + p));
+                of_time[p] = load_floats(time + 16 * (pair + p));
+                DQL_UNROLL
+                for (int half = 0; half < 2; ++half) of_state[p][half] = load_floats(state[half] + 16 * (pair + p));
+            }
+        };
+        if (FLOATS_IN_SHARED) load(0);
+        DQL_NO_UNROLL
+        for (int pair = 0; pair < PAIRS; pair += 4) {
+            if (!FLOATS_IN_SHARED) load(pair);
+            float z[4][2][4];
+            DQL_UNROLL
+            for (int p = 0; p < 4; ++p)
                 DQL_UNROLL
                 for (int half = 0; half < 2; ++half) {
-                    const float4 of_state = load_floats(state[half] + 16 * (pair + p));
-                    z[p][half][0] = of_state.x + of_time.x, z[p][half][1] = of_state.y + of_time.y;
-                    z[p][half][2] = of_state.z + of_time.z, z[p][half][3] = of_state.w + of_time.w;
+                    z[p][half][0] = of_state[p][half].x + of_time[p].x, z[p][half][1] = of_state[p][half].y + of_time[p].y;
+                    z[p][half][2] = of_state[p][half].z + of_time[p].z, z[p][half][3] = of_state[p][half].w + of_time[p].w;
                 }
-            }
+            if (FLOATS_IN_SHARED && pair + 4 < PAIRS) load(pair + 4);  // what is not in shared memory takes registers
             for (int i = 0; i < a.net.X; ++i) {
                 const float* w_x = small_floats(i) + 16 * pair;
                 const float x[2] = {narrow_at(v, row_of(0))[i], narrow_at(v, row_of(1))[i]};
@@ -299,10 +315,10 @@ private:
     int64_t row0 = 0;  // of the warp
 };
 
-template <int HP>
+template <int HP, bool FLOATS_IN_SHARED>
 DQL_KERNEL(WIDE_THREADS, 1) wide_chain_kernel(DQL_ARGUMENT ChainArguments arguments) {
     if constexpr (!HAS_WGMMA) return;
-    WideChain<HP>(arguments).run();
+    WideChain<HP, FLOATS_IN_SHARED>(arguments).run();
 }
 
 }  // namespace device
