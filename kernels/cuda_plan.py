@@ -150,7 +150,7 @@ def _chosen(problem: Problem, ordinal: int, emulated: bool) -> Tiling | None:
 
 
 def _at_once(problem: Problem, tiling: Tiling, ordinal: int, emulated: bool) -> int:
-    """Clusters of such blocks that the device, or the share of it that this process has, runs at a time; 0: none fits."""
+    """Clusters of such blocks that the device, or the share of it that this process has, runs at a time; 0: none."""
     if tiling.cluster == 1:
         return int(cuda_native.facts(ordinal, emulated)[1])
     mlp = cuda_native.mlp(problem.spec, emulated)
