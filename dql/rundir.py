@@ -7,6 +7,8 @@ selection.json         which checkpoint is last, best and offline
 checkpoints/step-N/    agent.safetensors (networks, optimizers) and loop.json (the loop's own state)
 policy.safetensors     the last policy alone, when the run has ended
 
+The JSON files hold a digest of the rest of them: a bit that flipped on a disk would be another run's numbers.
+
 The folder may be reached through a symbolic link; what it holds may not be one, for a run would write through it.
 """
 
@@ -39,6 +41,7 @@ from dql.config import RunConfig, plain_value
 from dql.files import open_file, read_file
 
 _FILES = ("config.json", "metrics.csv", "evaluations.csv", "selection.json", "policy.safetensors")
+_CONFIG = {"run", "dataset", "threads", "versions"}
 _LOOP = "loop.json"
 _STEP = re.compile(r"step-(\d{9})")
 _MOST_THREADS = 4096  # in a config.json that is to be believed
@@ -122,12 +125,15 @@ class RunDir:
         """
         try:
             values = _read_json(self.config_path, "restore it from a copy")
+            _check_digest(self.config_path, values, 'restore it from a copy or, if you changed it, remove its "digest"')
         except (FileNotFoundError, NotADirectoryError) as error:
             raise RunError(
                 f"{self.path} is no run: it has no config.json; give the folder that dql train named"
             ) from error
         if not isinstance(values, dict) or not {"run", "dataset", "threads"} <= values.keys():
             raise RunError(f"{self.config_path} is damaged: fields are missing; restore it from a copy")
+        if strange := sorted(values.keys() - _CONFIG):  # nobody writes such: the digest's own name may be damaged
+            raise RunError(f"{self.config_path} is damaged: it has a field {strange[0]!r:.80}; restore it from a copy")
         try:
             RunConfig.from_dict(values["run"])
             _check_dataset(values["dataset"])
@@ -184,7 +190,7 @@ class RunDir:
 
     def _write_loop(self, folder: Path, loop: dict[str, Any]) -> None:
         loop = loop | {"agent": digest_in(folder / FILE)}
-        write_atomically(folder / _LOOP, json.dumps(loop | {"digest": _digest(loop)}).encode())
+        write_atomically(folder / _LOOP, json.dumps(_with_digest(loop)).encode())
 
     def read_loop(self, step: int) -> dict[str, Any]:
         """What `save_checkpoint` or `save_loop` was given, and as "agent" the digest of the agent beside it.
@@ -200,9 +206,7 @@ class RunDir:
             raise RunError(f"{unreadable(path, error)}") from error
         if not isinstance(loop, dict):
             raise RunError(f"{path} is damaged: it holds no object; {remedy}")
-        digest = loop.pop("digest", None)  # an earlier version wrote none
-        if digest is not None and digest != _digest(loop):
-            raise RunError(f"{path} is damaged: its content is not what was written; {remedy}")
+        _check_digest(path, loop, remedy)
         return loop
 
     def prune(self, keep: int, precious: set[int]) -> None:
@@ -237,13 +241,13 @@ class RunDir:
         """Whether there is anything of a run here, whole or not."""
         return bool(self.steps()) or any((self.path / name).exists() for name in _FILES)
 
-    def write_json(self, name: str, values: Any) -> None:
-        """Writes a JSON file of the folder, atomically, if that changes it.
+    def write_json(self, name: str, values: dict[str, Any]) -> None:
+        """Writes a JSON file of the folder, and in it a digest, atomically, if that changes it.
 
         Raises:
             CheckpointError: no space, no permission; the old file, if any, is untouched.
         """
-        _write_if_changed(self.path / name, (json.dumps(values, indent=2) + "\n").encode())
+        _write_if_changed(self.path / name, (json.dumps(_with_digest(values), indent=2) + "\n").encode())
 
     def selection(self) -> dict[str, int]:
         """Step of "last", "best" and "offline", as far as there are such.
@@ -254,6 +258,7 @@ class RunDir:
         path, remedy = self.path / "selection.json", "remove it, and resume the run to have it anew"
         try:
             chosen = _read_json(path, remedy)
+            _check_digest(path, chosen, remedy)
         except (FileNotFoundError, NotADirectoryError):
             chosen = {}
         if not isinstance(chosen, dict) or not all(type(step) is int for step in chosen.values()):
@@ -320,6 +325,21 @@ def _check_dataset(values: Any) -> None:
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"dataset.info does not describe a dataset ({reason})") from error
+
+
+def _with_digest(values: dict[str, Any]) -> dict[str, Any]:
+    return values | {"digest": _digest(values)}
+
+
+def _check_digest(path: Path, values: Any, remedy: str) -> None:
+    """Takes the digest out of what a file of the run holds; those of earlier versions have none.
+
+    Raises:
+        RunError: the rest is not what was written.
+    """
+    digest = values.pop("digest", None) if isinstance(values, dict) else None
+    if digest is not None and digest != _digest(values):
+        raise RunError(f"{path} is damaged: its content is not what was written; {remedy}")
 
 
 def _digest(values: dict[str, Any]) -> str:

@@ -293,7 +293,7 @@ def ended(run_config):
 
 
 def test_a_config_of_strange_values(ended, monkeypatch):
-    written = json.loads(ended.config_path.read_text())
+    written = ended.read_config()  # without the digest, as who edits it leaves it
     cases = [
         (what, lambda values=values: ended.config_path.write_text(json.dumps(values)))
         for what, values in variants(written)
@@ -314,7 +314,7 @@ def test_reading_a_run_of_strange_values(ended):
     from dql.cli import evaluate as command
     from dql.data import DatasetInfo
 
-    written = json.loads(ended.config_path.read_text())
+    written = ended.read_config()
     info = DatasetInfo.from_json(json.dumps(written["dataset"]["info"]))
     del written["dataset"]["info"]["episode_returns"], written["dataset"]["info"]["episode_lengths"]
     written["dataset"]["info"] |= {"episode_returns": [1.0], "episode_lengths": [1]}
@@ -482,3 +482,32 @@ def test_a_foreign_checkpoint_is_not_evaluated_either(run_config, tmp_path, dql_
     agent.save(mine)
     with pytest.raises(RunError, match=r"an agent that loop\.json was not saved with; restore it"):
         quietly(resume, run_config.run_dir, num_updates=50)
+
+
+@pytest.mark.parametrize("name", ["config.json", "selection.json"])
+def test_a_flipped_bit_is_noticed(name, ended):
+    """Any that leaves JSON behind: a score is normalised by such a number, a policy chosen by one."""
+    path = ended.path / name
+    written, read = path.read_bytes(), ended.read_config if name == "config.json" else ended.selection
+    want, found = read(), []
+    for at in random.Random(3).sample(range(len(written)), min(200, len(written))):
+        flipped = bytearray(written)
+        flipped[at] ^= 1 << at % 7
+        path.write_bytes(bytes(flipped))
+        try:
+            if read() != want:
+                found.append(at)
+        except RunError:
+            pass
+    assert found == []
+
+
+def test_an_edited_config_is_used_without_its_digest(ended):
+    written = json.loads(ended.config_path.read_text())
+    written["run"]["eval_episodes"] = 2
+    ended.config_path.write_text(json.dumps(written))
+    with pytest.raises(RunError, match="not what was written; restore it from a copy or, if you changed it, remove"):
+        ended.read_config()
+    del written["digest"]
+    ended.config_path.write_text(json.dumps(written))
+    assert ended.read_config()["run"]["eval_episodes"] == 2

@@ -253,7 +253,7 @@ def test_a_diverging_run_stops_and_its_checkpoint_is_good(run_config):
     train_quietly(run_config)
     folder = RunDir(run_config.run_dir)
     before = {p: p.read_bytes() for p in folder.checkpoints_path.rglob("*") if p.is_file()}
-    config = folder.config_path.read_text()
+    written = folder.read_config()
     # An absurd rate from update 25 on: what a resumed run takes from its checkpoint.
     path = folder.checkpoint_path(25) / "agent.safetensors"
     agent = load(path.parent)
@@ -261,7 +261,8 @@ def test_a_diverging_run_stops_and_its_checkpoint_is_good(run_config):
     agent.save(path.parent)
     folder.save_loop(25, folder.read_loop(25))  # which says with which agent it was saved
     before |= {p: p.read_bytes() for p in path.parent.iterdir()}
-    folder.config_path.write_text(config.replace('"critic_lr": 0.0003', '"critic_lr": 1e+30'))
+    written["run"]["agent"]["critic_lr"] = 1e30
+    folder.write_json("config.json", written)
     with pytest.raises(TrainingDivergedError) as caught:
         resume(run_config.run_dir, num_updates=60, console=Console(file=io.StringIO()))
     text = str(caught.value)
