@@ -6,7 +6,7 @@ Imports gymnasium: import this module where environments are needed, not at the 
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gymnasium
@@ -14,6 +14,7 @@ import numpy as np
 
 from dql.datasets.info import DatasetError, DatasetInfo
 from dql.datasets.observations import WITH_GOAL, flatten_observation, observation_layout, observation_rule
+from dql.datasets.spaces import goal_columns
 from dql.recorded_env import SpecRefusedError, make_recorded, make_typed
 from dql.shown import said
 
@@ -22,7 +23,30 @@ _OTHER_SPACES = "evaluate in the environment that recorded the data, in the vers
 
 
 class FlatObservation(gymnasium.wrappers.TransformObservation):
-    """Observations as rows of the data; NaN for what a finished episode shows last, where that is no observation."""
+    """Observations as rows of the data; NaN for what a finished episode shows last, where that is no observation.
+
+    Args of the constructor:
+        differs: whether an episode's first observation has another goal than the data, which leave theirs out.
+        told: what to warn of then.
+    """
+
+    def __init__(
+        self,
+        env: gymnasium.Env,
+        func: Callable[[Any], Any],
+        space: gymnasium.Space,
+        differs: Callable[[Any], bool] | None = None,
+        told: str = "",
+    ) -> None:
+        super().__init__(env, func, space)
+        self._differs, self._told = differs, told
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begins an episode."""
+        observation, info = self.env.reset(seed=seed, options=options)
+        if self._differs is not None and self._differs(observation):
+            warnings.warn(self._told, stacklevel=2)
+        return self.func(observation), info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """One step."""
@@ -106,8 +130,26 @@ def make_env(info: DatasetInfo) -> gymnasium.Env:
             f"{str(info.observation_layout)[:200]}: {_OTHER_SPACES}"
         )
     flat_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float32)
-    env = FlatObservation(env, flatten, flat_space)
+    env = FlatObservation(env, flatten, flat_space, *_other_goal(info, space))
     return FirstSuccess(env) if info.is_antmaze else env
+
+
+def _other_goal(info: DatasetInfo, space: gymnasium.Space) -> tuple[Callable[[Any], bool], str] | tuple[()]:
+    """What notices an episode whose goal is not the one that all episodes of the data had, and what it says."""
+    goal = info.dropped_goal
+    if goal is None or goal["rule"] != WITH_GOAL.get(info.observation_rule):
+        return ()
+    flatten = functools.partial(flatten_observation, space=space, rule=goal["rule"])
+    columns, values = goal_columns(space, goal["rule"]), np.asarray(goal["values"], np.float32)
+
+    def differs(observation: Any) -> bool:
+        shown = flatten(observation)[columns]
+        return shown.shape != values.shape or not np.allclose(shown, values, rtol=1e-5, atol=1e-6)
+
+    return differs, (
+        f"environment {info.env_id} does not have the goal {goal['values']!s:.80} that all episodes of dataset "
+        f"{info.dataset_id} have: a policy does not see the goal, so these returns are those of another task"
+    )
 
 
 def _make(info: DatasetInfo) -> gymnasium.Env:

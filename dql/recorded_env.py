@@ -23,6 +23,7 @@ import inspect
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -56,13 +57,24 @@ class SpecRefusedError(ValueError):
 
 def reward_wrappers(spec_json: str | None) -> list[str]:
     """Names of the wrappers of a recorded spec that change rewards."""
+    return [name for name in _names(spec_json) if name in REWARD]
+
+
+def missing_wrappers(recorded: str | None, evaluated: str | None) -> list[str]:
+    """Names of a recorded spec's wrappers that change observations or actions and that the other spec lacks."""
+    there = Counter(_names(evaluated))
+    wanted = Counter(name for name in _names(recorded) if name not in IGNORED | {"DataCollector", "TimeLimit"})
+    return sorted(name[:80] for name in wanted - there)
+
+
+def _names(spec_json: str | None) -> list[str]:
+    """Of all wrappers, made or not; none of what is no spec."""
     try:
         listed = parse_spec(spec_json or '{"id": "none"}').get("additional_wrappers")
     except SpecRefusedError:
         return []
     wrappers = [wrapper for wrapper in listed if isinstance(wrapper, dict)] if isinstance(listed, list) else []
-    names = [str(wrapper.get("entry_point") or wrapper.get("name")).rpartition(":")[2] for wrapper in wrappers]
-    return [name for name in names if name in REWARD]
+    return [str(wrapper.get("entry_point") or wrapper.get("name")).rpartition(":")[2] for wrapper in wrappers]
 
 
 def same_evaluation(one: str | None, other: str | None) -> bool:

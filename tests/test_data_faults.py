@@ -700,6 +700,22 @@ def test_rewards_that_a_wrapper_changed_are_named():
     assert note == "its rewards were changed by ClipReward; evaluations score the environment's own reward"
 
 
+def test_wrappers_that_evaluations_lack_are_named():
+    """Data recorded through NormalizeObservation, evaluated in the bare environment that it names for that."""
+    bare = gymnasium.make("Pendulum-v1")
+    env = gymnasium.wrappers.NormalizeObservation(gymnasium.wrappers.RescaleAction(bare, -1, 1))
+    episodes = [episode(3, observations=np.zeros((4, 3), np.float32), actions=np.zeros((3, 1), np.float32))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        minari.create_dataset_from_buffers("some/seen-v0", episodes, env=env, eval_env="Pendulum-v1")
+        minari.create_dataset_from_buffers("some/plain-v0", episodes, env=bare, eval_env="Pendulum-v1")
+    assert load_dataset("some/seen-v0").info.note == (
+        "it was recorded through NormalizeObservation and RescaleAction, which its environment for evaluations lacks: "
+        "there a policy sees or does something else than in the data"
+    )
+    assert load_dataset("some/plain-v0").info.note == ""
+
+
 def test_a_d4rl_antmaze_file_is_evaluated(tmp_path):
     """Its rows are [achieved_goal, observation], as today's environment shows them by the goal rule."""
     path = tmp_path / "antmaze-umaze-v0.hdf5"

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import textwrap
+import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -105,6 +107,29 @@ def walk_info(spec_json, dataset_id="D4RL/antmaze/walk-v1"):
 def run(env, actions):
     env.reset(seed=0)
     return [env.step(np.array([a], np.float32)) for a in actions]
+
+
+@pytest.mark.parametrize("goal", [2.0, 4.0])
+def test_an_environment_with_another_goal_than_the_data_says_so(walk_spec, goal):
+    """The goal is left out of the rows, as it is the same in all: nothing else would show that the task is another."""
+    layout = "{achieved_goal: [1], desired_goal: [1], observation: [2]}"
+    dropped = {"at": 1, "values": [goal], "rule": "achieved_goal+desired_goal+observation", "layout": layout}
+    info = replace(walk_info(walk_spec(), "some/walk-v0"), dropped_goal=dropped, max_action=1.0)
+    env = make_env(DatasetInfo.from_json(info.to_json()))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert env.reset(seed=1)[0].shape == (3,)
+    told = [str(warning.message) for warning in caught]
+    assert told == [] if goal == 2.0 else "Walk-v0 does not have the goal [4.0] that all episodes of dataset" in told[0]
+
+
+@pytest.mark.parametrize(
+    "change", [{"values": 3}, {"values": ["x"]}, {"values": [float("inf")]}, {"at": 1.5}, {"rule": 1}, {"layout": None}]
+)
+def test_a_goal_that_nobody_wrote(walk_spec, change):
+    goal = {"at": 1, "values": [2.0], "rule": "achieved_goal+desired_goal+observation", "layout": ""} | change
+    with pytest.raises(ValueError, match="has the dropped_goal"):
+        DatasetInfo.from_json(replace(walk_info(walk_spec()), dropped_goal=goal).to_json())
 
 
 @pytest.mark.parametrize("with_success", [True, False], ids=["infos", "reward"])

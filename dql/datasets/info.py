@@ -137,6 +137,7 @@ class DatasetInfo:
                 isinstance(value, float) and not math.isfinite(value)
             ):
                 raise ValueError(f"a dataset's info has the {name} {value}")
+        _check_goal(values.get("dropped_goal"))
         try:
             return cls(**values)
         except (TypeError, OverflowError, ValueError) as error:
@@ -154,6 +155,16 @@ _KINDS: dict[str, tuple[tuple[type, ...], bool]] = {
     "first_success": ((bool,), True),
     "dropped_goal": ((dict,), True),
 }
+
+
+def _check_goal(goal: Any) -> None:
+    """Raises ValueError unless it is what a reader says of a goal that it left out, or nothing."""
+    if goal is None:
+        return
+    numbers = goal.get("values")
+    fine = isinstance(numbers, list) and all(type(x) in (int, float) and abs(x) < math.inf for x in numbers)
+    if not fine or type(goal.get("at")) is not int or not all(type(goal.get(key)) is str for key in ("rule", "layout")):
+        raise ValueError(f"a dataset's info has the dropped_goal {str(goal)[:60]}")
 
 
 def word(pattern: str) -> str:

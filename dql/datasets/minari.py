@@ -35,7 +35,7 @@ from dql.datasets.sources import (
 )
 from dql.datasets.spaces import action_bound, goal_columns, read_space
 from dql.datasets.stored import address, member, open_file, read_array, rows_of
-from dql.recorded_env import reward_wrappers
+from dql.recorded_env import missing_wrappers, reward_wrappers
 
 CUT_NOTE = "episodes end at their first success (a termination), as in D4RL"
 GOAL_NOTE = "desired_goal differs between rows and is no part of the state, as in D4RL's AntMaze"
@@ -110,6 +110,11 @@ def read_minari(source: Source) -> FlatData:
     if changed := reward_wrappers(metadata.get("env_spec")):  # the one that was recorded in
         note.append(
             f"its rewards were changed by {' and '.join(changed)}; evaluations score the environment's own reward"
+        )
+    if missing := missing_wrappers(metadata.get("env_spec"), spec):
+        note.append(
+            f"it was recorded through {' and '.join(missing)[:200]}, which its environment for evaluations lacks: "
+            "there a policy sees or does something else than in the data"
         )
     if dropped:
         told = ", ".join(map(str, dropped[:MOST_EPISODES_NAMED]))
