@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,20 +110,16 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
             f"{path} is a pickle; for the authors' files use from_published(torch.load({str(path)!r}))"
         )
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe is not waited for
-        kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
-        os.close(descriptor)
-        if kind == stat.S_IFDIR:
-            raise IsADirectoryError
+        check_regular(path)
     except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise CheckpointError(f"{path} is no regular file; give the path of the .safetensors file") from error
         if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
             what = "is a folder" if isinstance(error, IsADirectoryError) else "does not exist"
             raise CheckpointError(f"{path} {what}; give the path of the .safetensors file") from error
         raise unreadable(path, error) from error
     except ValueError as error:  # a zero byte
         raise CheckpointError(f"{str(path)!r} is no path ({error}); give the path of the .safetensors file") from error
-    if kind != stat.S_IFREG:
-        raise CheckpointError(f"{path} is no regular file; give the path of the .safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

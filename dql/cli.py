@@ -369,7 +369,7 @@ def export(
 
     if not source.exists():
         raise ValueError(f"{source} does not exist; give a run's or an agent's folder, or a policy's .safetensors file")
-    if source.is_file():
+    if not source.is_dir():
         if which != "last":
             raise ValueError(f"--which chooses among a run's checkpoints, but {source} is a file; leave it out")
         policy = DiffusionPolicy.load(source)

@@ -58,13 +58,13 @@ def chain_model(policy: "DiffusionPolicy", table: StepTable, num_candidates: int
         ValueError: num_candidates is no positive integer, or a parameter is not finite.
     """
     check_finite(policy.denoiser, "the policy")
+    N = _candidates(num_candidates)
     try:
         import onnx
     except ImportError as error:
         raise ModuleNotFoundError(
             f'writing ONNX files needs the package onnx ({error}); install it with: pip install "diffusion-ql[export]"'
         ) from error
-    N = _candidates(num_candidates)
     rows: list[int | str] = ["B"] if N is None else ["B", N]
     S, A, K = policy.state_dim, policy.action_dim, table.num_steps
     graph = _Graph()

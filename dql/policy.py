@@ -41,6 +41,16 @@ def checked_bound(max_action: Any) -> float:
     return float(max_action)
 
 
+def check_bound_fits(max_action: float, dtype: torch.dtype) -> None:
+    """Raises ValueError if `max_action` is no normal number of the dtype: half precision ends at 65,504."""
+    numbers_of = torch.finfo(dtype)
+    if not numbers_of.smallest_normal <= max_action <= numbers_of.max:
+        raise ValueError(
+            f"max_action = {max_action:g} is beyond what {dtype} holds, from {numbers_of.smallest_normal:g} to "
+            f"{numbers_of.max:g}; use policy.float()"
+        )
+
+
 class DiffusionPolicy(nn.Module):
     """A policy pi(a | s) given by the reverse diffusion of a conditional MLP (Diffusion-QL, arXiv 2208.06193).
 

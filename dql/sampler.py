@@ -14,7 +14,7 @@ from dql import noise as noise_stream
 from dql.backends import PRECISIONS, Backend, BackendUnavailable, Chain, pick, registry
 from dql.kernels import limits, native
 from dql.networks import Denoiser, TwinCritic, leaf_gradients
-from dql.policy import DiffusionPolicy
+from dql.policy import DiffusionPolicy, check_bound_fits
 from dql.schedule import StepTable, check_rows
 from dql.shown import shown
 from dql.tensors import (
@@ -408,6 +408,8 @@ def _chain(
         seed = _fresh_seed(policy)
     elif not isinstance(seed, Tensor):
         seed = noise_stream.check_seed(seed)
+    if states.dtype is not torch.float32:
+        check_bound_fits(policy.max_action, states.dtype)
     return Chain(
         denoiser.buffer,
         denoiser.weights,

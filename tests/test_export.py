@@ -260,3 +260,21 @@ def test_the_help_names_it(dql_here):
     assert "\n  export " in dql_here("--help").out
     told = dql_here("export", "--help").out
     assert all(flag in told for flag in ("--which", "--out", "--sampler", "--num-steps", "--num-candidates"))
+
+
+def test_a_pipe_is_no_policy(tmp_path):
+    """Nobody writes to it: it is not waited for, and it is no folder."""
+    from dql.checkpoint import CheckpointError
+    from dql.cli import export
+
+    os.mkfifo(tmp_path / "policy.safetensors")
+    with pytest.raises(CheckpointError, match=r"policy\.safetensors is no regular file"):
+        export(tmp_path / "policy.safetensors")
+
+
+def test_candidates_are_checked_before_onnx_is_asked_for(policy, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ValueError, match="num_candidates must be up to"):
+        policy.export_onnx(tmp_path / "policy.onnx", num_candidates=1 << 40)
+    with pytest.raises(ModuleNotFoundError, match="needs the package onnx"):
+        policy.export_onnx(tmp_path / "policy.onnx")

@@ -564,3 +564,12 @@ def test_a_table_for_the_other_prediction_is_refused():
     table = dql.StepTable.ddim(policy.schedule, stochasticity=0.5)
     with pytest.raises(ValueError, match="made with predict_epsilon=True, the policy has False"):
         dql.sample(torch.zeros(1, 11), policy, sampler=table)
+
+
+@pytest.mark.parametrize("bound", [1e6, 1e-9, 1e30])
+def test_a_bound_beyond_half_precision(bound):
+    policy, states = dql.DiffusionPolicy(3, 2, max_action=bound).half(), torch.zeros(4, 3).half()
+    with pytest.raises(ValueError, match=r"is beyond what torch\.float16 holds, from 6.1"):
+        dql.sample(states, policy, seed=1)
+    assert dql.sample(states.bfloat16(), policy.bfloat16(), seed=1).isfinite().all()
+    assert dql.sample(states.float(), policy.float(), seed=1).isfinite().all()
