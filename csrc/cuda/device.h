@@ -135,7 +135,13 @@ DQL_DEVICE void barrier_wait_for_peers(Barrier* barrier, uint32_t parity) {
             "r"(parity)
             : "memory");
 #else
-    barrier_wait(barrier, parity);
+    if constexpr (HAS_CLUSTERS)
+        asm volatile(
+            "{ .reg .pred done;\n"
+            "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+            "@!done bra again; }" ::"r"(shared_address(barrier)),
+            "r"(parity)
+            : "memory");
 #endif
 }
 

@@ -286,7 +286,8 @@ void barrier_arrive(Barrier* barrier) {
     if (--state.pending < 0) wrong("more arrivals at a barrier than it was made for");
     settle(state);
 }
-void barrier_wait(Barrier* barrier, uint32_t parity) {
+namespace {
+BarrierState& waited_for(Barrier* barrier, uint32_t parity) {
     if (parity > 1) wrong("barrier_wait for parity ", parity, ", which is 0 or 1");
     const int64_t at = offset_of(barrier);
     BarrierState& state = state_of(here.rank, at);
@@ -295,7 +296,14 @@ void barrier_wait(Barrier* barrier, uint32_t parity) {
         state.waiting.push_back(&me);
         sleep_in(BARRIER_WAIT, static_cast<int>(at), static_cast<int>(parity));
     }
+    return state;
 }
+}  // namespace
+void barrier_wait(Barrier* barrier, uint32_t parity) {
+    if (waited_for(barrier, parity).of_peers)
+        wrong("barrier_wait sees what this block wrote; other blocks' stores ask for barrier_wait_for_peers");
+}
+void barrier_wait_for_peers(Barrier* barrier, uint32_t parity) { waited_for(barrier, parity); }
 
 void bulk_copy(void* to, const void* from, uint32_t bytes, Barrier* barrier) {
     check_inside(offset_of(to), bytes, 16, "bulk_copy");
@@ -307,13 +315,22 @@ Peer peer(int rank) {
     if (rank < 0 || rank >= machine->cluster) wrong("there is no block ", rank, " in a cluster of ", machine->cluster);
     return {rank};
 }
+namespace {
+void counted_from_here(Peer peer, int barrier) {
+    auto& barriers = machine->blocks[peer.rank].barriers;
+    const auto found = barriers.find(barrier);
+    if (found != barriers.end() && peer.rank != here.rank) found->second.of_peers = true;
+}
+}  // namespace
 void send8(Peer peer, int to, uint2 value, int barrier) {
     check_inside(to, 8, 8, "send8");
+    counted_from_here(peer, barrier);
     char* const shared = machine->blocks[peer.rank].shared;
     deliver({shared + to, nullptr, {value.x, value.y, 0, 0}, 8, barrier, peer.rank});
 }
 void send16(Peer peer, int to, uint4 value, int barrier) {
     check_inside(to, 16, 16, "send16");
+    counted_from_here(peer, barrier);
     char* const shared = machine->blocks[peer.rank].shared;
     deliver({shared + to, nullptr, {value.x, value.y, value.z, value.w}, 16, barrier, peer.rank});
 }

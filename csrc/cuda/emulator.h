@@ -100,7 +100,7 @@ void barriers_ready();
 void barrier_expect(Barrier* barrier, uint32_t bytes);
 void barrier_arrive(Barrier* barrier);
 void barrier_wait(Barrier* barrier, uint32_t parity);
-inline void barrier_wait_for_peers(Barrier* barrier, uint32_t parity) { barrier_wait(barrier, parity); }
+void barrier_wait_for_peers(Barrier* barrier, uint32_t parity);
 void bulk_copy(void* to, const void* from, uint32_t bytes, Barrier* barrier);
 struct Peer {
     int rank;

@@ -33,6 +33,7 @@ struct BarrierState {
     int arrivals = 0, pending = 0;
     int64_t phase = 0, bytes = 0;  // announced and not in; negative: in and not announced
     bool expected = false, announced = false;  // in this phase; to others than `maker`
+    bool of_peers = false;                     // another block's stores counted on it
     const Fiber* maker = nullptr;
     std::vector<Fiber*> waiting;
 };

@@ -236,7 +236,7 @@ void blocks_exchange() {
                 for (int rank = 0; rank < BLOCKS; ++rank)
                     send16(peer(rank), start + (cluster_rank() * 64 + thread()) * 16, make_uint4(value, turn, 0, ~0u),
                            8 * buffer);
-                barrier_wait(barrier_at(8 * buffer), turn / 2 & 1);
+                barrier_wait_for_peers(barrier_at(8 * buffer), turn / 2 & 1);
                 const int from = (cluster_rank() + 1) % BLOCKS * 64 + thread();
                 const uint4 got = *shared_at<uint4>(start + 16 * from);
                 wrong += got.y != uint32_t(turn) || got.w != ~0u;
@@ -260,7 +260,7 @@ void one_buffer_is_too_few() {
             for (int turn = 0; turn < 20; ++turn) {
                 if (thread() == 0) barrier_expect(barrier_at(0), 256);
                 send8(peer(1 - cluster_rank()), 64 + 8 * thread(), make_uint2(turn, 0), 0);
-                barrier_wait(barrier_at(0), turn & 1);
+                barrier_wait_for_peers(barrier_at(0), turn & 1);
                 sync_block();
                 right = right && shared_at<uint32_t>(64)[2 * thread()] == uint32_t(turn);
             }
@@ -287,6 +287,15 @@ void sends_are_checked() {
     SAYS(with(1, 68, 0, 8), "send8 of 8 bytes at byte 68");
     SAYS(with(1, 72, 0, 16), "send16 of 16 bytes at byte 72");
     SAYS(with(1, 64, 8, 8), "the barrier at byte 8 of block 1 was never initialised");
+    // A wait that sees what its own block wrote is not enough.
+    SAYS(error_of({2, 1, 2, 32, 256}, [] {
+             make_barrier(0);
+             if (thread() == 0) barrier_expect(barrier_at(0), 8);
+             if (thread() == 0) send8(peer(1 - cluster_rank()), 64, make_uint2(1, 2), 0);
+             barrier_wait(barrier_at(0), 0);
+             sync_cluster();
+         }),
+         "other blocks' stores ask for barrier_wait_for_peers");
     // It ends before the store, or while it is under way.
     emulator::order(Order::LATE);
     for (uint64_t seed = 0; seed < 20; ++seed) {
