@@ -30,9 +30,9 @@ def check_regular(path: Path) -> None:
     """For libraries that open files themselves.
 
     Raises:
-        OSError: as `os.stat`; EINVAL for what is no file.
+        OSError: as `os.open`; EINVAL for what is no file.
     """
-    _check_mode(os.stat(path).st_mode, path)
+    os.close(_regular(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), path))
 
 
 def _regular(descriptor: int, path: Path) -> int:
