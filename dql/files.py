@@ -32,6 +32,7 @@ def check_regular(path: Path) -> None:
     Raises:
         OSError: as `os.open`; EINVAL for what is no file.
     """
+    _check_mode(os.stat(path).st_mode, path)  # first: a pipe's writer would be woken, a socket cannot be opened
     os.close(_regular(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), path))
 
 

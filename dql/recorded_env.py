@@ -22,6 +22,7 @@ import contextlib
 import inspect
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -62,9 +63,10 @@ def reward_wrappers(spec_json: str | None) -> list[str]:
 
 def missing_wrappers(recorded: str | None, evaluated: str | None) -> list[str]:
     """Names of a recorded spec's wrappers that change observations or actions and that the other spec lacks."""
+    harmless = IGNORED | {"DataCollector", "TimeLimit"}
     there = Counter(_names(evaluated))
-    wanted = Counter(name for name in _names(recorded) if name not in IGNORED | {"DataCollector", "TimeLimit"})
-    return sorted(name[:80] for name in wanted - there)
+    wanted = Counter(name for name in _names(recorded) if re.sub(r"V\d+$", "", name) not in harmless)
+    return sorted(ascii(name[:80])[1:-1] for name in wanted - there)  # a terminal obeys what it is shown
 
 
 def _names(spec_json: str | None) -> list[str]:

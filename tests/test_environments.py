@@ -123,8 +123,30 @@ def test_an_environment_with_another_goal_than_the_data_says_so(walk_spec, goal)
     assert told == [] if goal == 2.0 else "Walk-v0 does not have the goal [4.0] that all episodes of dataset" in told[0]
 
 
+def test_a_strange_goal_ends_no_evaluation(walk_spec, monkeypatch):
+    """Rows do not have it: what an environment shows there is another goal, and no error."""
+    layout = "{achieved_goal: [1], desired_goal: [1], observation: [2]}"
+    dropped = {"at": 1, "values": [2.0], "rule": "achieved_goal+desired_goal+observation", "layout": layout}
+    env = make_env(replace(walk_info(walk_spec(), "some/walk-v0"), dropped_goal=dropped))
+    look = GoalWalk._look
+    for goal in (None, np.zeros((1, 2)), np.array(["x"])):
+        monkeypatch.setattr(GoalWalk, "_look", lambda self, goal=goal: look(self) | {"desired_goal": goal})
+        with pytest.warns(UserWarning, match="does not have the goal"):
+            assert env.reset(seed=1)[0].shape == (3,)
+
+
 @pytest.mark.parametrize(
-    "change", [{"values": 3}, {"values": ["x"]}, {"values": [float("inf")]}, {"at": 1.5}, {"rule": 1}, {"layout": None}]
+    "change",
+    [
+        {"values": 3},
+        {"values": ["x"]},
+        {"values": [float("inf")]},
+        {"values": [10**400]},
+        {"values": [1e300]},
+        {"at": 1.5},
+        {"rule": 1},
+        {"layout": None},
+    ],
 )
 def test_a_goal_that_nobody_wrote(walk_spec, change):
     goal = {"at": 1, "values": [2.0], "rule": "achieved_goal+desired_goal+observation", "layout": ""} | change

@@ -12,7 +12,7 @@ from gymnasium import spaces
 from dql.datasets.info import DatasetError, DatasetInfo
 from dql.datasets.observations import observation_layout, observation_rule
 from dql.environments import make_env
-from dql.recorded_env import PURE, reward_wrappers
+from dql.recorded_env import PURE, missing_wrappers, reward_wrappers
 
 PENDULUM = json.loads(gymnasium.spec("Pendulum-v1").to_json())
 
@@ -156,6 +156,13 @@ def test_a_score_is_of_the_raw_reward():
     for _ in range(10):
         action = np.array([1.5], np.float32)
         assert made.step(action)[1] == plain.step(action)[1]
+
+
+def test_names_that_a_terminal_would_obey():
+    names = ["mypackage:A\x1b[2J", "minari:DataCollectorV0", "gymnasium.wrappers:RecordEpisodeStatisticsV0"]
+    listed = [{"name": "x", "entry_point": name, "kwargs": {}} for name in names]
+    told = missing_wrappers(json.dumps(PENDULUM | {"additional_wrappers": listed}), json.dumps(PENDULUM))
+    assert told == ["A\\x1b[2J"]
 
 
 def test_a_foreign_wrapper_is_no_reason_not_to_read():

@@ -511,3 +511,17 @@ def test_an_edited_config_is_used_without_its_digest(ended):
     del written["digest"]
     ended.config_path.write_text(json.dumps(written))
     assert ended.read_config()["run"]["eval_episodes"] == 2
+
+
+def test_a_run_of_data_whose_goal_was_left_out(run_config):
+    """Its config.json holds the goal: it is resumed and loaded like any other."""
+    import dql
+
+    goal = {"at": 2, "values": [1.0, 1.0], "rule": "achieved_goal+desired_goal+observation", "layout": "{x}"}
+    data = dql.load_dataset(run_config.dataset)
+    data.info = replace(data.info, dropped_goal=goal)
+    run = replace(run_config.with_agent(num_updates=10), eval_every=0)
+    quietly(train, run, dataset=data)
+    assert RunDir(run.run_dir).read_config()["dataset"]["info"]["dropped_goal"] == goal
+    assert quietly(resume, run.run_dir, num_updates=20, dataset=data)[0].step == 20
+    assert dql.load(run.run_dir).step == 20

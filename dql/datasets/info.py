@@ -157,12 +157,15 @@ _KINDS: dict[str, tuple[tuple[type, ...], bool]] = {
 }
 
 
+_LARGEST = float(np.finfo(np.float32).max)
+
+
 def _check_goal(goal: Any) -> None:
     """Raises ValueError unless it is what a reader says of a goal that it left out, or nothing."""
     if goal is None:
         return
     numbers = goal.get("values")
-    fine = isinstance(numbers, list) and all(type(x) in (int, float) and abs(x) < math.inf for x in numbers)
+    fine = isinstance(numbers, list) and all(type(x) in (int, float) and abs(x) <= _LARGEST for x in numbers)
     if not fine or type(goal.get("at")) is not int or not all(type(goal.get(key)) is str for key in ("rule", "layout")):
         raise ValueError(f"a dataset's info has the dropped_goal {str(goal)[:60]}")
 

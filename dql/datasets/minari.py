@@ -101,7 +101,7 @@ def read_minari(source: Source) -> FlatData:
         if varies and not antmaze:
             rule = wide
         else:
-            if not antmaze:
+            if not antmaze and np.isfinite(goal).all():  # else nothing that could be compared with
                 layout = observation_layout(observation_space, wide)
                 dropped_goal = {"at": columns.start, "values": goal.tolist(), "rule": wide, "layout": layout}
             kept = np.setdiff1d(np.arange(observations[0].shape[1]), np.arange(columns.start, columns.stop))
@@ -111,7 +111,7 @@ def read_minari(source: Source) -> FlatData:
         note.append(
             f"its rewards were changed by {' and '.join(changed)}; evaluations score the environment's own reward"
         )
-    if missing := missing_wrappers(metadata.get("env_spec"), spec):
+    if spec is not None and (missing := missing_wrappers(metadata.get("env_spec"), spec)):
         note.append(
             f"it was recorded through {' and '.join(missing)[:200]}, which its environment for evaluations lacks: "
             "there a policy sees or does something else than in the data"
