@@ -33,6 +33,7 @@ struct BlockMemory {
     int weights;   // resident: operands, then floats; streamed: the rings of 8 warps
     int floats;
     int sums;      // [8 warps][m_tiles][2][32 lanes][4] floats: results on their way between lanes or warps, if any are
+    int sums_apart;  // to those of every other layer, in a cluster whose pairs are split; else 0
     int v;         // [M][narrow]: the input of the first layer
     int own;       // [3][M][narrow]: of the thread that updates a quad of the chain, between its steps
     int parts;     // [min(pairs, 8)][M][narrow]: narrow results of n-pairs; -1: they fit into the h that is not in use
@@ -60,7 +61,7 @@ struct BlockMemory {
             v = take(narrow_bytes);
             own = take(narrow_bytes);
             parts = take(narrow_bytes);
-            sums = peers = 0;
+            sums = sums_apart = peers = 0;
             const int small = s.floats() * 4;
             floats = at + small <= WIDE_SHARED ? take(small) : 0;  // 0: read from device memory
             bytes = at;
@@ -70,8 +71,12 @@ struct BlockMemory {
         h[1] = take(static_cast<int64_t>(M) * row_bytes);
         weights = take(tiling.resident ? s.operand_bytes() : WARPS * RING_STAGES * STAGE_BYTES);
         floats = take(tiling.resident ? s.floats() * 4 : 0);
-        const bool moved = tiling.precision == Precision::FP32 || Division(s.pairs(), s.groups).split > 1;
-        sums = take(moved ? WARPS * tiling.m_tiles * 1024 : 0);
+        // With one buffer, what keeps a warp from writing sums that another still reads would be the exchange alone,
+        // through other blocks. With two it is the barrier of the layer between, which compute-sanitizer sees.
+        const bool split = Division(s.pairs(), s.groups).split > 1;
+        const int sums_bytes = split || tiling.precision == Precision::FP32 ? WARPS * tiling.m_tiles * 1024 : 0;
+        sums_apart = split && tiling.cluster > 1 ? sums_bytes : 0;
+        sums = take(sums_bytes + sums_apart);
         v = take(narrow_bytes);
         own = take(3 * narrow_bytes);
         parts = slots * narrow * 4 <= row_bytes ? -1 : take(slots * narrow_bytes);

@@ -347,7 +347,8 @@ private:
                 ResidentWeights weights = {
                     memory + a.memory.weights + (matrix * a.division.pairs + pair) * 2 * tile_bytes + lane() * 16,
                     tile_bytes};
-                product<P, MT>(z, floats_at(a.memory.sums), h, a.memory.row_bytes, weights, share, w, nothing);
+                float* sums = floats_at(a.memory.sums + (turn & 1) * a.memory.sums_apart);
+                product<P, MT>(z, sums, h, a.memory.row_bytes, weights, share, w, nothing);
             } else {
                 product<P, MT>(z, floats_at(a.memory.sums), h, a.memory.row_bytes, stream, share, w, nothing);
             }

@@ -158,8 +158,11 @@ void shared_memory_is_divided() {
                     CHECK(memory.h[1] - memory.h[0] >= M * memory.row_bytes);
                     CHECK(memory.weights - memory.h[1] >= M * memory.row_bytes);
                     if (tiling.resident) CHECK(memory.floats - memory.weights >= s.operand_bytes());
-                    if (tiling.precision == Precision::FP32 || Division(s.pairs(), s.groups).split > 1)
-                        CHECK(memory.v - memory.sums >= WARPS * tiling.m_tiles * 1024);
+                    const bool split = Division(s.pairs(), s.groups).split > 1;
+                    const int sums = WARPS * tiling.m_tiles * 1024;
+                    if (split || tiling.precision == Precision::FP32)
+                        CHECK(memory.v - memory.sums >= memory.sums_apart + sums);
+                    CHECK_EQ(memory.sums_apart, split && tiling.cluster > 1 ? sums : 0);  // warps' barriers alone order them
                     const int after_own = memory.parts >= 0 ? memory.parts : memory.peers;
                     CHECK(after_own - memory.own >= 3 * M * memory.narrow * 4);
                     if (memory.parts >= 0)
