@@ -51,8 +51,8 @@ def _loaded(name: str, path: Path) -> ModuleType:
     return module
 
 
-native_build = _loaded("native_build", ROOT / "kernels" / "native_build.py")
-NATIVE, CUDA = native_build.NATIVE, native_build.CUDA
+build_record = _loaded("build_record", ROOT / "kernels" / "build_record.py")
+NATIVE, CUDA = build_record.NATIVE, build_record.CUDA
 
 # fmt: off
 COMMON = [
@@ -68,7 +68,7 @@ VARIANTS: dict[str, list[str]] = {  # the flags of each variant, chosen among at
     "avx2": ["-mavx2", "-mfma"],
     "generic": [],
 }
-assert tuple(VARIANTS) == native_build.VARIANTS
+assert tuple(VARIANTS) == build_record.VARIANTS
 # one instruction of each: an old assembler may lack what the compiler knows
 _PROBES = {
     "avx512bf16": "__m512 f(__m512 a, __m512bh b) { return _mm512_dpbf16_ps(a, b, b); }",
@@ -151,7 +151,7 @@ class Job:
     def object(self, compiler: Compiler, folder: Path) -> Path:
         """Where its object belongs, named for all that goes into it: an object that is there is up to date."""
         digest = hashlib.sha256(f"{compiler.version}\0{shlex.join(self.command(compiler))}".encode())
-        headers = [path for path in native_build.compiled_files(Path("csrc")) if path.suffix != ".cpp"]
+        headers = [path for path in build_record.compiled_files(Path("csrc")) if path.suffix != ".cpp"]
         for path in [self.source, *headers]:
             digest.update(f"{path}\0".encode() + path.read_bytes())
         stem = f"{self.source.stem}-{self.variant}" if self.variant else self.source.stem
@@ -214,7 +214,7 @@ class BuildNative(build_ext):
         started = time.perf_counter()
         facts: dict[str, Any] = {"built": False, "reason": None, "compiler": None} | more
         # before: an edit during the build makes it outdated
-        facts["sources"] = native_build.fingerprint(ROOT / "csrc", extension)
+        facts["sources"] = build_record.fingerprint(ROOT / "csrc", extension)
         in_place, log, name = bool(self.inplace), "", f"the extension dql.kernels.{extension.name}"
         required, refused = _is_set(f"DQL_REQUIRE_{variable}"), _is_set(f"DQL_NO_{variable}")
         if required and refused:
@@ -227,10 +227,10 @@ class BuildNative(build_ext):
             build(target, facts)
             facts["built"] = True
         except NotBuilt as error:
-            facts["reason"] = f"it was not built: {error.cause}; {error.remedy} and {native_build.remedy(in_place)}"
+            facts["reason"] = f"it was not built: {error.cause}; {error.remedy} and {build_record.remedy(in_place)}"
             log = error.log
         except OSError as error:
-            facts["reason"] = f"it was not built: {error}; mend that and {native_build.remedy(in_place)}"
+            facts["reason"] = f"it was not built: {error}; mend that and {build_record.remedy(in_place)}"
         facts["seconds"] = round(time.perf_counter() - started, 1)
         for folder in [target.parent] + ([ROOT / "kernels"] if in_place else []):
             self._leave(extension, target, folder, facts, log)
@@ -434,7 +434,7 @@ class BuildCudaEmulator(Command):
         Raises:
             CompileError: it could not be built.
         """
-        extension = native_build.Extension("_cuda_emulated")
+        extension = build_record.Extension("_cuda_emulated")
         temp = Path(f"build/emulator.{sys.implementation.cache_tag}")
         try:
             builder = _cuda_builder()
@@ -461,9 +461,13 @@ assert version is not None, "dql/__init__.py states no __version__"
 # one wheel for CPython 3.11 and later; free-threaded ones have no limited API
 limited = {} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"bdist_wheel": {"py_limited_api": "cp311"}}
 
+# those of the folder kernels/ are dql.kernels
+PACKAGES = ["dql", *(f"dql.{name}" for name in ("backend", "behaviours", "collect", "datasets", "kernels"))]
+PACKAGES += [f"dql.kernels.{name}" for name in ("cpp", "cuda", "triton")]
+
 setup(
     version=version[1],
-    packages=["dql", "dql.datasets", "dql.kernels", "dql.behaviours"],
+    packages=PACKAGES,
     package_dir={"dql": "dql", "dql.kernels": "kernels"},
     package_data={"dql": ["py.typed"], "dql.behaviours": ["*.npz", "*.md"]},
     ext_modules=[

@@ -26,9 +26,9 @@ import torch
 from parts import NOTHING_TO_DO
 
 import dql
-from dql.backends import registry
-from dql.kernels import cuda_native
-from dql.kernels.cuda_plan import WIDE, Problem, Tiling, forced, shared_bytes
+from dql.backend.registry import registry
+from dql.kernels.cuda import binding
+from dql.kernels.cuda.plan import WIDE, Problem, Tiling, forced, shared_bytes
 from dql.values import q_values
 
 Tensor = torch.Tensor
@@ -227,15 +227,15 @@ class Checks:
 
     def clusters(self) -> None:
         """How many clusters of 2, 4 and 8 blocks the device places at a time: for the paper's network, not saving."""
-        emulated = cuda_native.emulating()
-        mlp = cuda_native.mlp(dql.Denoiser(17, 6, 256).spec, emulated)
+        emulated = binding.emulating()
+        mlp = binding.mlp(dql.Denoiser(17, 6, 256).spec, emulated)
         for blocks in (2, 4, 8):
-            most = cuda_native.load(emulated).max_clusters(0, mlp, *Tiling(blocks, 1, True).numbers("bf16"), 0)
+            most = binding.load(emulated).max_clusters(0, mlp, *Tiling(blocks, 1, True).numbers("bf16"), 0)
             tell(f"{most} of {blocks}")
 
     def tiling(self, name: str) -> None:
         tiling, wide = TILINGS[name], TILINGS[name].m_tiles == WIDE
-        capability, _, shared, can_run_wide = cuda_native.facts(0, cuda_native.emulating())
+        capability, _, shared, can_run_wide = binding.facts(0, binding.emulating())
         if (tiling.resident and capability < 90) or (wide and not can_run_wide):
             nothing_to_do(f"compute capability {capability / 10} has no such kernels")
         spec = dql.Denoiser(rivals.S, rivals.A, rivals.H).spec

@@ -40,7 +40,7 @@ import outcomes
 from gpu_report import BUILT
 from parts import SAID, NothingToDoError, Outcome, OutOfTimeError, Part, Task, run_stages, say
 
-from dql.kernels import native_build
+from dql.kernels import build_record
 
 ROOT = Path(__file__).parents[1]
 CHECKS = [sys.executable, str(ROOT / "bench" / "gpu_checks.py")]
@@ -171,7 +171,7 @@ class Run:
             return None
         if self.device == "cpu":
             return _failure(task, task.run([sys.executable, "setup.py", "-q", "build_cuda_emulator"]))
-        for stale in (native_build.CUDA.file, native_build.CUDA.record):  # a build that is cut off leaves none to run
+        for stale in (build_record.CUDA.file, build_record.CUDA.record):  # a build that is cut off leaves none to run
             (ROOT / "kernels" / stale).unlink(missing_ok=True)
         task.environment |= {"DQL_REQUIRE_CUDA": "1", "DQL_CUDA_ARCHS": os.environ.get("DQL_CUDA_ARCHS") or capability}
         return _failure(task, task.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"]))

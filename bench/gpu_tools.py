@@ -12,7 +12,7 @@ import torch
 from json_files import read_json
 from parts import NothingToDoError
 
-from dql.kernels import native_build
+from dql.kernels import build_record
 
 ROOT = Path(__file__).parents[1]
 # Clocks are not ours to set, and a policy's weights stay in L2; rules are advice, in many lines.
@@ -55,12 +55,12 @@ def is_built(wanted: str) -> str | None:
 
     Both extensions: the GPU backends prepare their calls by the CPU's, and take a slower way without it.
     """
-    for extension in (native_build.NATIVE, native_build.CUDA):
-        record = native_build.record(extension)
+    for extension in (build_record.NATIVE, build_record.CUDA):
+        record = build_record.record(extension)
         there = (ROOT / "kernels" / extension.file).exists()
         if not there or not record or not record["built"]:
             return None
-        if record.get("sources") != native_build.fingerprint(ROOT / "csrc", extension):
+        if record.get("sources") != build_record.fingerprint(ROOT / "csrc", extension):
             return None
     if record is None or wanted not in record["architectures"]:
         return None

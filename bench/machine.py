@@ -104,12 +104,13 @@ def sources_sha256() -> str:
 def _extensions() -> dict[str, Any]:
     """The CPU kernels' variant, what compiled the CUDA kernels and for which GPUs; nothing where dql is not there."""
     try:
-        from dql.kernels import native, native_build
+        from dql.kernels import build_record
+        from dql.kernels.cpp import binding
     except ImportError:
         return {}
-    facts = native_build.record(native_build.CUDA)
+    facts = build_record.record(build_record.CUDA)
     return {
-        "native_variant": None if native.unavailable() else native.in_use(),
+        "native_variant": None if binding.unavailable() else binding.in_use(),
         "cuda_extension": {key: facts[key] for key in ("compiler", "architectures")}
         if facts and facts["built"]
         else None,

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import dql
-from dql.kernels import native
+from dql.kernels.cpp import binding
 
 S, A, H, T = 17, 6, 256, 5  # a MuJoCo walker with the paper's network
 COMPILED = ("compile-published", "compile-lean")
@@ -159,7 +159,7 @@ def contenders() -> list[str]:
     for backend in ("cuda", "triton"):
         if dql.backends()[backend] is None:
             names += [f"dql-{backend}-tf32", f"dql-{backend}-bf16"]
-    return names + (["dql-cpp-bf16"] if native.unavailable() is None and native.has_bf16() else [])
+    return names + (["dql-cpp-bf16"] if binding.unavailable() is None and binding.has_bf16() else [])
 
 
 def problem(B: int, device: torch.device, margin: float = CLAMP_MARGIN) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from rivals import precision_of
 
-from dql.kernels import native
+from dql.kernels.cpp import binding
 
 CEILING_SECONDS = 0.05  # several hundred times the loop it takes the best of
 
@@ -71,9 +71,9 @@ def fma_ceiling(bf16: bool) -> float | None:
 
     None without the native extension, or in bf16 on a CPU that cannot multiply it.
     """
-    if native.unavailable() is not None:
+    if binding.unavailable() is not None:
         return None
-    return native.fma_ceiling(CEILING_SECONDS, bf16) * torch.get_num_threads() or None
+    return binding.fma_ceiling(CEILING_SECONDS, bf16) * torch.get_num_threads() or None
 
 
 def _problems(rows: list[Row]) -> dict[str, list[Row]]:

@@ -1,6 +1,6 @@
 // The Python module dql.kernels._native: the limited C API, addresses of tensors as integers, no torch.
 //
-// kernels/native.py is its only caller and checks each tensor's size, dtype and contiguity; here the arguments' counts and
+// kernels/cpp/binding.py is its only caller and checks each tensor's size, dtype and contiguity; here the arguments' counts and
 // kinds are, that addresses are some, and that networks, tables and saved chains belong together. Networks, tables and saved chains are capsules. The GIL is released while kernels run, and held while
 // weights are packed, which makes the packed weights' bookkeeping safe.
 #include "binding.h"
@@ -415,7 +415,7 @@ PyMethodDef methods[] = {
 };
 
 PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "_native", "The native CPU kernels; see kernels/native.py.", 0, methods, nullptr, nullptr,
+    PyModuleDef_HEAD_INIT, "_native", "The native CPU kernels; see kernels/cpp/binding.py.", 0, methods, nullptr, nullptr,
     nullptr, nullptr};
 
 }  // namespace

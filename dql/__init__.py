@@ -2,17 +2,18 @@
 
 from dql import noise
 from dql.agent import DiffusionBC, DiffusionQL, load
-from dql.backends import BackendUnavailable, backends
+from dql.backend.base import BackendUnavailable
+from dql.backend.registry import backends
 from dql.checkpoint import CheckpointError
 from dql.config import TUNED, Config
 from dql.data import Batch, TransitionDataset, load_dataset
 from dql.finite import check_states
 from dql.graphed import GraphedSampler
-from dql.graphed_update import GraphedUpdate
 from dql.networks import Denoiser, TwinCritic
 from dql.policy import DiffusionPolicy
 from dql.sampler import sample, select, set_policy
 from dql.schedule import NoiseSchedule, StepTable
+from dql.update_graphed import GraphedUpdate
 
 __version__ = "0.1.0"
 

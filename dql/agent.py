@@ -17,14 +17,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dql import native_update, noise
-from dql.backends import Backend, check_name
+from dql import noise, update_native
+from dql.backend.base import Backend
+from dql.backend.registry import check_name
 from dql.checkpoint import FILE, CheckpointError, checked_device, load_tensors, reading, save_tensors, unreadable
 from dql.config import Config, RunConfig
 from dql.data import Batch
 from dql.draws import Draws, UpdateSeeds
 from dql.finite import raise_if_set
-from dql.kernels import native
+from dql.kernels.cpp import binding
 from dql.networks import FlatModule, TwinCritic, check_file_sizes, check_finite
 from dql.optimizer import FlatAdam
 from dql.policy import DiffusionPolicy
@@ -139,8 +140,8 @@ class DiffusionBC:
         """
         batch = checked_batch(batch, self.policy)
         seeds = UpdateSeeds.of(self.config.seed, self.step)
-        backend = native_update.backend_of(self, batch)
-        if native_update.runs_natively(self, backend):
+        backend = update_native.backend_of(self, batch)
+        if update_native.runs_natively(self, backend):
             metrics = self._update_natively(batch, seeds)
         else:
             metrics = self._compute(batch, self.draws(len(batch.states)), backend)
@@ -167,7 +168,7 @@ class DiffusionBC:
         return {"actor/bc_loss": loss.detach(), "actor/grad_norm": self._actor_adam.step(loss, draws.lr_scale)}
 
     def _update_natively(self, batch: Batch, seeds: UpdateSeeds) -> dict[str, Tensor]:
-        loss = native_update.bc_gradient(self.policy, batch, seeds)
+        loss = update_native.bc_gradient(self.policy, batch, seeds)
         return _scalars({"actor/bc_loss": loss, "actor/grad_norm": self._actor_adam.step_natively(self.lr_scale())})
 
     def _bc_loss(self, batch: Batch, draws: Draws, backend: Backend) -> Tensor:
@@ -343,8 +344,8 @@ class DiffusionQL(DiffusionBC):
         """
         batch = checked_batch(batch, self.policy)
         seeds = UpdateSeeds.of(self.config.seed, self.step)
-        backend = native_update.backend_of(self, batch)
-        if native_update.runs_natively(self, backend):
+        backend = update_native.backend_of(self, batch)
+        if update_native.runs_natively(self, backend):
             metrics = self._update_natively(batch, seeds)
         else:
             metrics = self._compute(batch, self.draws(len(batch.states)), backend)
@@ -358,11 +359,11 @@ class DiffusionQL(DiffusionBC):
         return metrics
 
     def _update_natively(self, batch: Batch, seeds: UpdateSeeds) -> dict[str, Tensor]:
-        metrics = native_update.critic_gradient(self, batch, seeds)
+        metrics = update_native.critic_gradient(self, batch, seeds)
         metrics["critic/grad_norm"] = self._critic_adam.step_natively(self.lr_scale())
-        metrics |= native_update.actor_gradient(self, batch, seeds)
+        metrics |= update_native.actor_gradient(self, batch, seeds)
         metrics["actor/grad_norm"] = self._actor_adam.step_natively(self.lr_scale())
-        self._update_averages(native.lerp, self._ema_weight(self.step))
+        self._update_averages(binding.lerp, self._ema_weight(self.step))
         return _scalars(metrics)
 
     @torch.no_grad()
@@ -386,7 +387,7 @@ class DiffusionQL(DiffusionBC):
             num_candidates=c.backup_candidates if c.max_q_backup else None,
             seed=seed,
         )
-        backend = backend or native_update.backend_of(self, batch)
+        backend = backend or update_native.backend_of(self, batch)
         q1, q2 = q_values(self.critic_target, batch.next_states, next_actions, backend)
         if c.max_q_backup:
             q1, q2 = q1.amax(dim=1), q2.amax(dim=1)

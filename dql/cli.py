@@ -49,8 +49,8 @@ def data_list(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> i
     Args:
         as_json: Print JSON.
     """
+    from dql.collect.recipes import RECIPES
     from dql.datasets.sources import datasets_root, list_datasets
-    from dql.recipes import RECIPES
 
     found = list_datasets()
     if as_json:
@@ -545,7 +545,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     One that was not foreseen leaves its traceback in a file of its own, which the sentence names.
     """
-    from dql.backends import BackendUnavailable
+    from dql.backend.base import BackendUnavailable
     from dql.checkpoint import CheckpointError
     from dql.rundir import RunError
 

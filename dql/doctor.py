@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from dql import __version__
-from dql.backends import backends
-from dql.kernels import native_build
+from dql.backend.registry import backends
+from dql.kernels import build_record
 
 _PACKAGES = ("torch", "numpy", "gymnasium", "minari", "h5py", "safetensors", "mujoco", "gymnasium-robotics", "triton")
 _CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16")
@@ -92,15 +92,15 @@ def _compiler(name: str) -> str | None:
 
 def _extension() -> dict[str, Any]:
     """How `dql.kernels._native` was built, why it cannot be used (or None), and which of its variants this CPU runs."""
-    record = native_build.record() or {}
+    record = build_record.record() or {}
     keys = ("compiler", "seconds", "variants", "left_out")
     facts = {key: record.get(key) for key in keys} | {"built": False, "reason": None, "outdated": None, "runs": {}}
     try:
         importlib.import_module("dql.kernels._native")
-        native = importlib.import_module("dql.kernels.native")
+        native = importlib.import_module("dql.kernels.cpp.binding")
     except ImportError as error:
-        return facts | {"reason": native_build.reason(error)}
-    return facts | {"built": True, "outdated": native_build.outdated(), "runs": dict(native.variants())}
+        return facts | {"reason": build_record.reason(error)}
+    return facts | {"built": True, "outdated": build_record.outdated(), "runs": dict(native.variants())}
 
 
 def extension_rows(facts: dict[str, Any]) -> dict[str, str]:
@@ -108,8 +108,8 @@ def extension_rows(facts: dict[str, Any]) -> dict[str, str]:
     if not facts["built"]:
         return {"extension": facts["reason"]}
     rows = {"extension": _built_by(facts) + _but(facts)}
-    used = next((name for name in native_build.VARIANTS if facts["runs"].get(name, "absent") is None), None)
-    for name in native_build.VARIANTS:
+    used = next((name for name in build_record.VARIANTS if facts["runs"].get(name, "absent") is None), None)
+    for name in build_record.VARIANTS:
         left_out = (facts["left_out"] or {}).get(name)
         reason = f"it was not built: {left_out}" if left_out else facts["runs"].get(name, "it was not built")
         rows[f"variant {name}"] = "used" if name == used else "available" if reason is None else reason
@@ -118,14 +118,14 @@ def extension_rows(facts: dict[str, Any]) -> dict[str, str]:
 
 def _cuda_extension() -> dict[str, Any]:
     """How `dql.kernels._cuda` was built, and why it cannot be loaded (or None); the backend tells of GPUs."""
-    record = native_build.record(native_build.CUDA) or {}
+    record = build_record.record(build_record.CUDA) or {}
     keys = ("compiler", "seconds", "architectures", "because")
     facts = {key: record.get(key) for key in keys} | {"built": False, "reason": None, "outdated": None}
     try:
         importlib.import_module("dql.kernels._cuda")
     except ImportError as error:
-        return facts | {"reason": native_build.reason(error, native_build.CUDA)}
-    return facts | {"built": True, "outdated": native_build.outdated(native_build.CUDA)}
+        return facts | {"reason": build_record.reason(error, build_record.CUDA)}
+    return facts | {"built": True, "outdated": build_record.outdated(build_record.CUDA)}
 
 
 def cuda_extension_rows(facts: dict[str, Any]) -> dict[str, str]:

@@ -10,8 +10,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from dql.kernels import native_build
-from dql.kernels.aot import ARCHITECTURES, Examined, architecture, examine_all, fits, matches
+from dql.kernels import build_record
+from dql.kernels.triton.aot import ARCHITECTURES, Examined, architecture, examine_all, fits, matches
 from dql.terminal import make_console
 
 _COLUMNS = (
@@ -79,9 +79,9 @@ def cuda_kernels(*, only: str = "*", as_json: bool = False) -> int:
         ImportError: the extension was not built.
         ValueError: no such kernel.
     """
-    record = native_build.record(native_build.CUDA) or {}
+    record = build_record.record(build_record.CUDA) or {}
     if not record.get("built"):
-        raise ImportError(f"the CUDA extension cannot be used: {native_build.reason(of=native_build.CUDA)}")
+        raise ImportError(f"the CUDA extension cannot be used: {build_record.reason(of=build_record.CUDA)}")
     rows = [row for row in record["resources"] if matches(row["kernel"], only)]
     if not rows:
         known = sorted({row["kernel"] for row in record["resources"]})

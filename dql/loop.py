@@ -24,10 +24,10 @@ from dql.checkpoint import CheckpointError
 from dql.config import RunConfig
 from dql.data import DatasetInfo, TransitionDataset
 from dql.evaluate import Evaluation, EvaluationStopped, Scored, evaluate, select_checkpoints, worth_keeping
-from dql.graphed_update import GraphedUpdate
 from dql.progress import progress
 from dql.rundir import RunDir, RunError, append_row
 from dql.shown import said
+from dql.update_graphed import GraphedUpdate
 
 # What evaluations.csv has for an evaluation that failed, beside its step and bc_loss.
 _NO_RESULT: dict[str, Any] = dict.fromkeys(Evaluation(np.zeros(1), np.zeros(1, np.int64), None).to_dict())

@@ -13,8 +13,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from dql.kept import Kept
-from dql.kernels import native
+from dql.backend.kept import Kept
+from dql.kernels.cpp import binding
 from dql.kernels.layout import ACTIVATIONS, CriticSpec, DenoiserSpec, FlatLayout
 from dql.kernels.reference import activation_bwd, activation_fwd, time_embedding
 from dql.shown import shown
@@ -22,7 +22,7 @@ from dql.tensors import LOWEST_ADDRESS, has_memory, plain, transforming, unseen
 
 Tensor = torch.Tensor
 LARGEST_SIZE = 1 << 16  # of a layer, of states and actions: beyond, it is a mistake that takes gigabytes
-_intact = native.intact if native.unavailable() is None else None
+_intact = binding.intact if binding.unavailable() is None else None
 
 
 class _ActivationFunction(torch.autograd.Function):
@@ -225,7 +225,7 @@ class FlatModule(nn.Module):
             self.flat_parameters()
 
     def places(self, held: list[tuple[dict[str, Any], str, Any]]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """What `dql.kernels.native.intact` compares: where the parameters are, and the submodules together with
+        """What `dql.kernels.cpp.binding.intact` compares: where the parameters are, and the submodules together with
         `held`."""
         return self._places, (*self._tree, *held)
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from dql.kernels import native
+from dql.kernels.cpp import binding
 from dql.networks import FlatModule
 from dql.tensors import plain
 
@@ -49,7 +49,7 @@ class FlatAdam:
             zeros = torch.zeros_like(self.module.buffer)
             state.update(step=zeros.new_zeros(()), exp_avg=zeros, exp_avg_sq=zeros.clone())
         state["step"] += 1
-        return native.adam(
+        return binding.adam(
             self.module.buffer,
             flat.grad,
             state["exp_avg"],

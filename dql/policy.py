@@ -9,8 +9,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from dql.backend.kept import Kept
 from dql.checkpoint import CheckpointError, checked_device, load_tensors, reading, save_tensors
-from dql.kept import Kept
 from dql.networks import (
     Denoiser,
     check_file_sizes,

@@ -11,8 +11,10 @@ import torch
 
 from dql import finite
 from dql import noise as noise_stream
-from dql.backends import PRECISIONS, Backend, BackendUnavailable, Chain, pick, registry
-from dql.kernels import limits, native
+from dql.backend.base import PRECISIONS, Backend, BackendUnavailable, Chain
+from dql.backend.registry import pick, registry
+from dql.kernels import limits
+from dql.kernels.cpp import binding
 from dql.networks import Denoiser, TwinCritic, leaf_gradients
 from dql.policy import DiffusionPolicy, check_bound_fits
 from dql.schedule import StepTable, check_rows
@@ -32,7 +34,7 @@ from dql.tensors import (
 
 Tensor = torch.Tensor
 
-_all_finite = native.all_finite if native.unavailable() is None else None
+_all_finite = binding.all_finite if binding.unavailable() is None else None
 _default_policy: DiffusionPolicy | None = None
 
 

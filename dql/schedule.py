@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dql.kept import Kept
+from dql.backend.kept import Kept
 from dql.shown import shown
 
 BETA_SCHEDULES = ("vp", "linear", "cosine")

@@ -1,4 +1,4 @@
-"""`dql bench tune`: measures the tiles of `dql.kernels.tiles` on the GPU at hand, and keeps the best ones on disk.
+"""`dql bench tune`: measures the tiles of `dql.kernels.triton.tiles` on the GPU here, and keeps the best on disk.
 
 For each kind of pass, precision and number of rows:
 1. every candidate is compiled, in several processes, for chain and critics; what does not fit the GPU or spills is out;
@@ -22,13 +22,14 @@ from typing import Any
 
 import torch
 
-from dql.backends import BackendUnavailable, Chain
-from dql.kernels import aot, limits, packing, tiles
+from dql.backend.base import BackendUnavailable, Chain
+from dql.backend.triton import TritonBackend, interpreted
+from dql.kernels import limits
 from dql.kernels.capture import recorded
 from dql.kernels.layout import DenoiserSpec
-from dql.kernels.tiles import Candidate, Shape, Tile, Wanted
+from dql.kernels.triton import aot, packing, tiles
+from dql.kernels.triton.tiles import Candidate, Shape, Tile, Wanted
 from dql.policy import DiffusionPolicy
-from dql.triton_backend import TritonBackend, interpreted
 
 Tensor = torch.Tensor
 KINDS = ("forward", "saving", "backward")  # in this order: a backward pass needs the tile of "saving"

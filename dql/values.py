@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from dql.backends import Backend
-from dql.gpu_backend import on_device_of
+from dql.backend.base import Backend
+from dql.backend.gpu import on_device_of
 from dql.kernels import limits
 from dql.networks import TwinCritic, leaf_gradients
 from dql.tensors import first_order, incoming, plain

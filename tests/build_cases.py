@@ -82,9 +82,9 @@ class Project:
         """The objects with their times."""
         return {path.name: path.stat().st_mtime_ns for path in self.folder.glob(f"build/temp.*/{folder}/*.o")}
 
-    def native_build(self) -> ModuleType:
-        """The copy's kernels/native_build.py."""
-        return load(self.kernels / "native_build.py", "native_build")
+    def build_record(self) -> ModuleType:
+        """The copy's kernels/build_record.py."""
+        return load(self.kernels / "build_record.py", "build_record")
 
 
 def load(path: Path, name: str) -> ModuleType:

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 import transcription
 
 import dql
+from dql.backend.triton import interpreted
 from dql.kernels.layout import hidden_names
 from dql.kernels.reference import time_embedding
-from dql.triton_backend import interpreted
 
 Tensor = torch.Tensor
 RELU_MARGIN = 1e-5  # of a pre-activation, some 50 times float32's error

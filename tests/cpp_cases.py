@@ -4,18 +4,18 @@ import pytest
 import torch
 
 import dql
-from dql.kernels import native
+from dql.kernels.cpp import binding
 
 Tensor = torch.Tensor
 S, A, H = 11, 3, 48
 
-needs_cpp = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+needs_cpp = pytest.mark.skipif(binding.unavailable() is not None, reason=str(binding.unavailable()))
 needs_bf16 = pytest.mark.skipif(
-    native.unavailable() is not None or not native.has_bf16(), reason="this CPU has no AVX512_BF16"
+    binding.unavailable() is not None or not binding.has_bf16(), reason="this CPU has no AVX512_BF16"
 )
 VARIANTS = [
     pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
-    for name, reason in native.variants().items()
+    for name, reason in binding.variants().items()
 ]
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from cases import not_interpreted
 
-from dql.backends import registry
-from dql.kernels import cuda_native
-from dql.kernels.cuda_plan import Tiling
+from dql.backend.registry import registry
+from dql.kernels.cuda import binding
+from dql.kernels.cuda.plan import Tiling
 
 ROOT = Path(__file__).parent.parent
 HEIGHTS = {"fp32": (1, 2), "tf32": (1, 2, 4), "bf16": (1, 2, 4)}  # m_tiles that there are kernels for
@@ -22,7 +22,7 @@ HEIGHTS = {"fp32": (1, 2), "tf32": (1, 2, 4), "bf16": (1, 2, 4)}  # m_tiles that
 @cache
 def not_emulated() -> str | None:
     """Why the emulator does not run the kernels here, or None if it does. Compiles it first where that is not done."""
-    if not cuda_native.emulating():
+    if not binding.emulating():
         if torch.cuda.is_available():
             return "a CUDA device is there, for the tests of a GPU; set DQL_CUDA_EMULATE=1 to emulate these"
         return "DQL_CUDA_EMULATE=1 was not set before the tests began"
@@ -34,7 +34,7 @@ def not_emulated() -> str | None:
     if done.returncode != 0:
         return f"the emulated kernels cannot be compiled: {(done.stderr or done.stdout).strip().splitlines()[-1]}"
     importlib.invalidate_caches()  # somebody may have looked for it in this process before it was there
-    return cuda_native.unavailable()
+    return binding.unavailable()
 
 
 def cannot_run(backend: str) -> str | None:

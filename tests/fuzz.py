@@ -368,7 +368,7 @@ def _mutate(written: Any, random_: random.Random) -> str:
 def tensors(random_: random.Random) -> Iterator[Case]:
     from hostile_tensors import HOSTILE
 
-    from dql.backends import registry
+    from dql.backend.registry import registry
     from dql.values import q_values
 
     policy = dql.DiffusionPolicy(S, A, hidden_dim=16, num_hidden=2)

@@ -13,7 +13,7 @@ from cpp_cases import A, S, make_policy, same_bits, states_of
 
 import dql
 from dql import noise
-from dql.gpu_backend import GpuBackend
+from dql.backend.gpu import GpuBackend
 from dql.sampler import run_chain
 
 Tensor = torch.Tensor

@@ -11,7 +11,8 @@ from cpp_cases import A, S, make_policy, same_bits, states_of
 from kernel_calls import SMALL, sample
 
 import dql
-from dql.backends import Chain, registry
+from dql.backend.base import Chain
+from dql.backend.registry import registry
 from dql.sampler import run_chain
 
 Tensor = torch.Tensor

@@ -13,7 +13,7 @@ from cases import TOLERANCES, assert_close
 import dql
 from dql import noise
 from dql.agent import UpdateSeeds
-from dql.backends import EagerBackend
+from dql.backend.eager import EagerBackend
 
 S, A, B, H = 5, 3, 16, 24
 CONFIG = dql.Config(hidden_dim=H, batch_size=B, eta=0.7, grad_norm=0.5, ema_start=3, ema_every=2, lr=1e-3, seed=5)

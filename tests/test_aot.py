@@ -1,4 +1,4 @@
-"""Kernels compiled for real architectures without a GPU: what `dql.kernels.aot` reads, and what our kernels must be.
+"""Kernels compiled for real architectures without a GPU: what `aot` reads, and what our kernels must be.
 
 Nothing is compiled under TRITON_INTERPRET=1, which the other tests may set here: this happens in other processes.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from dql import kernel_table
-from dql.kernels import aot
+from dql.kernels.triton import aot
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed: pip install triton (Linux only)", allow_module_level=True)
@@ -119,7 +119,7 @@ def assert_tf32_is_rounded(products: dict[str, dict]) -> None:
 ODD_KERNELS = """
 import triton
 import triton.language as tl
-from dql.kernels.launch import Kernel
+from dql.kernels.triton.launch import Kernel
 
 @triton.jit
 def _product(a: "*op", b: "*op", out: "*fp32", BF16: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HOW: tl.constexpr):
@@ -283,7 +283,7 @@ def test_without_triton_is_one_sentence(dql_here, monkeypatch):
 
 
 def test_the_module_imports_no_triton():
-    code = "import sys, dql.kernels.aot, dql.kernel_table; print('triton' in sys.modules)"
+    code = "import sys, dql.kernels.triton.aot, dql.kernel_table; print('triton' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "False"
 

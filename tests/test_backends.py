@@ -9,9 +9,10 @@ from cuda_cases import not_emulated
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dql
-from dql.backends import Backend, Chain, EagerBackend
+from dql.backend.base import Backend, Chain
+from dql.backend.eager import EagerBackend
 
-registry = importlib.import_module("dql.backends")  # the attribute dql.backends is the function
+registry = importlib.import_module("dql.backend.registry")
 
 
 class Never(Backend):

@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dql
 from dql import finite
-from dql.backends import registry
-from dql.kernels import cuda_plan
-from dql.kernels.cuda_plan import Tiling
+from dql.backend.registry import registry
+from dql.kernels.cuda import plan as cuda_plan
+from dql.kernels.cuda.plan import Tiling
 from dql.sampler import run_chain
 
 Tensor = torch.Tensor

@@ -18,7 +18,7 @@ import torch
 from cuda_cases import cannot_run
 from parts import OutOfTimeError, Task
 
-from dql.kernels import native_build
+from dql.kernels import build_record
 
 BENCH = Path(gpu_run.__file__).parent
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -202,13 +202,13 @@ def test_an_update_is_timed_though_the_rest_hangs(run, monkeypatch):
 def test_kernels_that_were_built_before(tmp_path, monkeypatch):
     """Of this GPU and these sources, and the CPU's with them: without it a GPU call takes a slower way."""
     monkeypatch.setattr(gpu_tools, "ROOT", tmp_path)
-    monkeypatch.setattr(native_build, "_HERE", tmp_path / "kernels")
+    monkeypatch.setattr(build_record, "_HERE", tmp_path / "kernels")
     (tmp_path / "kernels").mkdir()
-    for extension in (native_build.CUDA, native_build.NATIVE):
+    for extension in (build_record.CUDA, build_record.NATIVE):
         assert gpu_tools.is_built("90") is None
         (tmp_path / "kernels" / extension.file).write_bytes(b"code")
-        facts = {"built": True, "sources": native_build.fingerprint(tmp_path / "csrc", extension)}
-        facts |= {"architectures": ["90"]} if extension == native_build.CUDA else {}
+        facts = {"built": True, "sources": build_record.fingerprint(tmp_path / "csrc", extension)}
+        facts |= {"architectures": ["90"]} if extension == build_record.CUDA else {}
         (tmp_path / "kernels" / extension.record).write_text(json.dumps(facts))
     assert gpu_tools.is_built("90") == "the kernels are there, for sm_90, of these sources"
     assert gpu_tools.is_built("100") is None

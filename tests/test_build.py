@@ -76,7 +76,7 @@ def names(project: Project) -> str:
 
 
 def reason(project: Project, *error: ImportError) -> str:
-    return project.native_build().reason(*error)
+    return project.build_record().reason(*error)
 
 
 # Where dql is also installed editable, its finder would supply the extension that this install lacks.
@@ -256,12 +256,12 @@ def test_only_what_changed_is_compiled_again(project):
     assert not project.objects().keys() & third.keys()
 
 
-# The sentences of kernels/native_build.py.
+# The sentences of kernels/build_record.py.
 @needs_compiler
 def test_the_reasons(project):
     assert "holds no record of a build; run pip install -e . again" in reason(project)
     project.build()
-    module = project.native_build()
+    module = project.build_record()
     assert module.outdated() is None
     said = module.reason(ImportError("libstdc++.so.6: version `GLIBCXX_9' not found\n(required by …)"))
     assert said == (

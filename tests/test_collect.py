@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dql import collect, recipes
+from dql.collect import make as collect
+from dql.collect import recipes
 
 h5py = pytest.importorskip("h5py")
 minari = pytest.importorskip("minari")

@@ -25,8 +25,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dql
-from dql.cpp import step_table
-from dql.kernels import native
+from dql.backend.cpp import step_table
+from dql.kernels.cpp import binding
 
 Tensor = torch.Tensor
 SEEDS = [0, 1, 2**63, 2**64 - 1]
@@ -44,8 +44,8 @@ def _poisoned():
 
 @pytest.fixture(params=VARIANTS)
 def variant(request):
-    with native.forced(request.param):
-        assert native.in_use() == request.param
+    with binding.forced(request.param):
+        assert binding.in_use() == request.param
         yield request.param
 
 
@@ -93,12 +93,12 @@ def test_gaps_between_parameters_are_left_alone(variant):
     """The gradient's buffer is written where parameters lie and nowhere else: NaN stays NaN in the gaps."""
     problem = make_problem(Case(B=5, S=S, A=A, K=5, H=H), torch.float32)
     spec, flat = problem.policy.denoiser.spec, problem.policy.denoiser.buffer
-    network, table = native.Network(spec), step_table(problem.table, spec.time_dim)
-    actions, saved = native.chain(
+    network, table = binding.Network(spec), step_table(problem.table, spec.time_dim)
+    actions, saved = binding.chain(
         network, flat, table, problem.states, 1, problem.noise, 0, problem.policy.max_action, False, save=True
     )
     d_flat, d_states = torch.full_like(flat, math.nan), torch.full_like(problem.states, math.nan)
-    assert native.chain_backward(network, saved, table, problem.states, problem.weights, d_flat, d_states)
+    assert binding.chain_backward(network, saved, table, problem.states, problem.weights, d_flat, d_states)
     assert actions.isfinite().all() and d_states.isfinite().all()
     inside = torch.zeros_like(d_flat, dtype=torch.bool)
     for view in spec.layout.views(inside).values():
@@ -106,7 +106,7 @@ def test_gaps_between_parameters_are_left_alone(variant):
     assert d_flat[inside].isfinite().all()
     assert d_flat[~inside].isnan().all()
     before = d_flat.clone()
-    assert not native.chain_backward(network, saved, table, problem.states, problem.weights, d_flat, d_states)
+    assert not binding.chain_backward(network, saved, table, problem.states, problem.weights, d_flat, d_states)
     assert torch.equal(d_flat[inside], before[inside])  # used up: nothing was written
 
 

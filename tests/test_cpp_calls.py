@@ -8,7 +8,7 @@ import torch
 from cpp_cases import VARIANTS, A, S, make_critic, make_policy, needs_bf16, needs_cpp, same_bits, states_of
 
 import dql
-from dql.kernels import native
+from dql.kernels.cpp import binding
 from dql.sampler import run_chain
 
 Tensor = torch.Tensor
@@ -17,7 +17,7 @@ pytestmark = needs_cpp
 
 @pytest.fixture(params=VARIANTS)
 def variant(request):
-    with native.forced(request.param):
+    with binding.forced(request.param):
         yield request.param
 
 
@@ -39,10 +39,10 @@ def test_actions_are_the_same_with_and_without_gradients(activation, precision):
     def run_it() -> Tensor:
         return dql.sample(states, policy, seed=8, backend="cpp", precision=precision)
 
-    for name, reason in native.variants().items():
+    for name, reason in binding.variants().items():
         if reason is not None or (precision == "bf16" and name != "avx512bf16"):
             continue
-        with native.forced(name):
+        with binding.forced(name):
             want = run_it()
             with torch.no_grad():
                 assert torch.equal(run_it(), want), name

@@ -9,11 +9,12 @@ import torch
 from cpp_cases import A, S, make_critic, make_policy, needs_bf16, needs_cpp, states_of
 
 import dql
-from dql.backends import EagerBackend, register
-from dql.cpp import network
-from dql.kernels import native
+from dql.backend.cpp import network
+from dql.backend.eager import EagerBackend
+from dql.backend.registry import register
+from dql.kernels.cpp import binding
 
-registry = importlib.import_module("dql.backends")  # the attribute dql.backends is the function
+registry = importlib.import_module("dql.backend.registry")
 pytestmark = needs_cpp
 
 
@@ -81,7 +82,7 @@ def test_a_critics_nan_is_not_hidden_by_the_best_of_some(place):
     critic, states = make_critic(), states_of(1)
     actions = torch.zeros(3, A)
     actions[place] = math.nan
-    target, _ = native.target_q(
+    target, _ = binding.target_q(
         network(critic), critic.buffer, states, actions, torch.zeros(1), torch.ones(1), discount=0.9
     )
     assert target.isnan().all()
@@ -134,7 +135,7 @@ def test_bf16_is_not_run_by_a_variant_without_it():
     with torch.no_grad():
         for _ in range(3):
             dql.sample(states, policy, seed=1, backend="cpp", precision="bf16")
-        with native.forced("generic"), pytest.raises(dql.BackendUnavailable, match="AVX512_BF16"):
+        with binding.forced("generic"), pytest.raises(dql.BackendUnavailable, match="AVX512_BF16"):
             dql.sample(states, policy, seed=1, backend="cpp", precision="bf16")
 
 

@@ -9,9 +9,10 @@ import torch
 from cpp_cases import needs_cpp
 
 import dql
-from dql.backends import Chain, registry
-from dql.cpp import CppBackend
-from dql.kernels import native
+from dql.backend.base import Chain
+from dql.backend.cpp import CppBackend
+from dql.backend.registry import registry
+from dql.kernels.cpp import binding
 
 S, A = 4, 3
 
@@ -97,7 +98,7 @@ def test_dtype():
 def test_precision():
     policy = dql.DiffusionPolicy(S, A, hidden_dim=16)
     assert refused(policy, precision="tf32") == "it has no precision='tf32'; use precision='fp32'"
-    with native.forced("generic"):
+    with binding.forced("generic"):
         sentence = "precision='bf16' needs a CPU with AVX512_BF16, which this one has not; use precision='fp32'"
         assert refused(policy, precision="bf16") == sentence
     with pytest.raises(dql.BackendUnavailable) as caught:
@@ -157,7 +158,7 @@ def test_without_the_extension():
 import json, torch, dql
 from dql.kernels import native
 policy, critic, states = dql.DiffusionPolicy(4, 3, hidden_dim=16), dql.TwinCritic(4, 3, 16), torch.zeros(2, 4)
-said = {"unavailable": native.unavailable(), "listed": dql.backends()["cpp"], "variants": native.variants()}
+said = {"unavailable": binding.unavailable(), "listed": dql.backends()["cpp"], "variants": binding.variants()}
 with torch.no_grad():
     auto = [dql.sample(states, policy, seed=1) for _ in range(2)] + [dql.select(states, policy, critic, seed=1)]
     eager = [dql.sample(states, policy, seed=1, backend="eager")] * 2

@@ -16,7 +16,7 @@ from cases import TOLERANCES, assert_close
 from cpp_cases import A, H, S, make_critic, make_policy, needs_cpp
 
 import dql
-from dql.kernels import native
+from dql.kernels.cpp import binding
 
 Tensor = torch.Tensor
 pytestmark = needs_cpp
@@ -106,12 +106,12 @@ def one_of_many_elements(policy: dql.DiffusionPolicy) -> None:
 
 
 def native_lerp(policy: dql.DiffusionPolicy) -> None:
-    native.lerp(policy.denoiser.buffer, torch.ones_like(policy.denoiser.buffer), 0.1)
+    binding.lerp(policy.denoiser.buffer, torch.ones_like(policy.denoiser.buffer), 0.1)
 
 
 def native_adam(policy: dql.DiffusionPolicy) -> None:
     flat = policy.denoiser.buffer
-    native.adam(flat, torch.ones_like(flat), torch.zeros_like(flat), torch.zeros_like(flat), 0.1, 1, 0.0)
+    binding.adam(flat, torch.ones_like(flat), torch.zeros_like(flat), torch.zeros_like(flat), 0.1, 1, 0.0)
 
 
 CHANGES: dict[str, Callable[[dql.DiffusionPolicy], object]] = {

@@ -27,8 +27,9 @@ from hypothesis import strategies as st
 from kernel_checks import check_against_eager, check_bf16, random_cases, rms_error
 
 import dql
-from dql.kernels import cuda_chain, cuda_plan
-from dql.kernels.cuda_plan import Tiling
+from dql.kernels.cuda import chain as cuda_chain
+from dql.kernels.cuda import plan as cuda_plan
+from dql.kernels.cuda.plan import Tiling
 
 skip_without_emulator()
 

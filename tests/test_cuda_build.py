@@ -14,9 +14,10 @@ import pytest
 import torch
 from build_cases import ROOT, Project, clean_environment, compiler, load, needs_compiler, symbols
 
-from dql.backends import registry
+from dql.backend.registry import registry
 from dql.doctor import cuda_extension_rows
-from dql.kernels import cuda_native, native_build
+from dql.kernels import build_record
+from dql.kernels.cuda import binding
 
 NVCC = next(filter(None, (shutil.which("nvcc"), shutil.which("nvcc", path="/usr/local/cuda/bin"))), None)
 needs_nvcc = pytest.mark.skipif(
@@ -162,7 +163,7 @@ def test_without_nvcc_the_build_succeeds_and_says_why(variable, project, tmp_pat
         "sources": "",
     }
     assert not project.extension.exists()
-    module = project.native_build()
+    module = project.build_record()
     assert module.reason(of=module.CUDA) == facts["reason"]
 
 
@@ -332,7 +333,7 @@ def test_the_extension_for_the_cpu_is_built_without_it(project, tmp_path):
     (project.csrc / "module.cpp").write_text(NATIVE_MODULE)
     (project.csrc / "variant.cpp").write_text("")
     assert project.build(DQL_NO_NATIVE="0", CUDA_HOME=str(tmp_path))["built"] is False
-    native = project.native_build()
+    native = project.build_record()
     assert native.record(native.NATIVE)["built"] is True
     assert (project.kernels / native.NATIVE.file).exists()
 
@@ -347,7 +348,7 @@ def test_the_record(project, toolkit):
     assert facts["seconds"] > 0
     assert facts["resources"] == ROWS
     assert load(project.extension, "_cuda").answer() == 42
-    module = project.native_build()
+    module = project.build_record()
     assert module.record(module.CUDA) == facts
     assert module.outdated(module.CUDA) is None
     (project.csrc / "cuda" / "tests").mkdir()
@@ -471,14 +472,14 @@ def gpu(monkeypatch):
             device=lambda ordinal: (capability, 132, 232448),
             cannot_run=lambda ordinal: cannot_run,
         )
-        monkeypatch.setattr(cuda_native, "load", lambda emulated: module)
+        monkeypatch.setattr(binding, "load", lambda emulated: module)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         forget()
-        return cuda_native.unavailable()
+        return binding.unavailable()
 
     def forget():
-        for kept in (cuda_native.versions, cuda_native.cannot_run, cuda_native._not_loaded):
+        for kept in (binding.versions, binding.cannot_run, binding._not_loaded):
             kept.cache_clear()
 
     monkeypatch.delenv("DQL_CUDA_EMULATE", raising=False)
@@ -501,11 +502,11 @@ def test_a_driver_that_is_missing_or_too_old(gpu):
 
 
 def test_a_gpu_that_it_was_not_built_for(gpu, monkeypatch):
-    monkeypatch.setattr(native_build, "record", lambda of: {"architectures": ["80", "90"]})
+    monkeypatch.setattr(build_record, "record", lambda of: {"architectures": ["80", "90"]})
     told = "no kernel image is available for execution on the device"
     assert gpu(capability=120, cannot_run=told) == (
         f"the extension was built for sm_80, sm_90 and this GPU is sm_120 ({told}); "
-        f"set DQL_CUDA_ARCHS='80;90;120' and {native_build.again()}"
+        f"set DQL_CUDA_ARCHS='80;90;120' and {build_record.again()}"
     )
     assert gpu(capability=75) == ("it needs compute capability 8.0 or more, and this GPU has 7.5; use backend='eager'")
 
@@ -513,9 +514,9 @@ def test_a_gpu_that_it_was_not_built_for(gpu, monkeypatch):
 def test_the_gpu_of_the_policy_is_judged(gpu, monkeypatch):
     """Not the current one, which is whatever the caller left it to be."""
     assert gpu() is None
-    cuda_native.cannot_run.cache_clear()
+    binding.cannot_run.cache_clear()
     capabilities = {0: 90, 1: 75}
-    monkeypatch.setattr(cuda_native.load(False), "device", lambda ordinal: (capabilities[ordinal], 132, 232448))
+    monkeypatch.setattr(binding.load(False), "device", lambda ordinal: (capabilities[ordinal], 132, 232448))
     sentence = "it needs compute capability 8.0 or more, and this GPU has 7.5; use backend='eager'"
     policies = [SimpleNamespace(flat=SimpleNamespace(is_cuda=True, device=torch.device("cuda", i))) for i in (0, 1)]
     checked = []
@@ -532,7 +533,7 @@ def test_the_gpu_of_the_policy_is_judged(gpu, monkeypatch):
 def test_a_failure_that_may_pass_is_not_kept(gpu, monkeypatch):
     """As of memory, or an earlier kernel's fault; that there is no code for the GPU is kept."""
     assert gpu() is None
-    cuda_native.cannot_run.cache_clear()
+    binding.cannot_run.cache_clear()
     answers = ["cudaFuncGetAttributes: out of memory (cudaErrorMemoryAllocation)", "no kernel image", None]
     asked = iter(answers)
 
@@ -541,12 +542,12 @@ def test_a_failure_that_may_pass_is_not_kept(gpu, monkeypatch):
             raise RuntimeError(told)
         return told
 
-    monkeypatch.setattr(cuda_native.load(False), "cannot_run", cannot_run)
-    assert cuda_native.unavailable() == (
+    monkeypatch.setattr(binding.load(False), "cannot_run", cannot_run)
+    assert binding.unavailable() == (
         f"the GPU did not answer ({answers[0]}); free its memory, or start this process anew"
     )
     for _ in range(2):
-        assert "(no kernel image)" in cuda_native.unavailable()
+        assert "(no kernel image)" in binding.unavailable()
     assert next(asked) is None, "asked once"
 
 
@@ -554,9 +555,9 @@ def test_an_extension_that_is_not_there(gpu, monkeypatch):
     def no_such(emulated):
         raise ImportError("No module named 'dql.kernels._cuda'")
 
-    monkeypatch.setattr(cuda_native, "load", no_such)
-    monkeypatch.setattr(native_build, "record", lambda of: {"built": False, "reason": "it was not built: no nvcc; do"})
-    assert cuda_native.unavailable() == "the CUDA extension cannot be used: it was not built: no nvcc; do"
+    monkeypatch.setattr(binding, "load", no_such)
+    monkeypatch.setattr(build_record, "record", lambda of: {"built": False, "reason": "it was not built: no nvcc; do"})
+    assert binding.unavailable() == "the CUDA extension cannot be used: it was not built: no nvcc; do"
 
 
 def test_an_emulated_twin_that_is_not_there(gpu, monkeypatch):
@@ -564,8 +565,8 @@ def test_an_emulated_twin_that_is_not_there(gpu, monkeypatch):
         raise ImportError("No module named 'dql.kernels._cuda_emulated'")
 
     monkeypatch.setenv("DQL_CUDA_EMULATE", "1")
-    monkeypatch.setattr(cuda_native, "load", no_such)
-    assert cuda_native.unavailable() == (
+    monkeypatch.setattr(binding, "load", no_such)
+    assert binding.unavailable() == (
         "DQL_CUDA_EMULATE=1 needs the emulated kernels; run python setup.py build_cuda_emulator, or unset it"
     )
 

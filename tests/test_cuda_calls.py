@@ -9,10 +9,10 @@ from kernel_calls import *  # noqa: F403
 from kernel_calls import SMALL, sample
 
 import dql
-from dql.backends import registry
-from dql.kernels import cuda_plan
-from dql.kernels.cuda_chain import ChainRunner
-from dql.kernels.cuda_plan import Tiling
+from dql.backend.registry import registry
+from dql.kernels.cuda import plan as cuda_plan
+from dql.kernels.cuda.chain import ChainRunner
+from dql.kernels.cuda.plan import Tiling
 
 skip_without_emulator()
 

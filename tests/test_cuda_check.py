@@ -15,8 +15,9 @@ from kernel_refusals import *  # noqa: F403
 from kernel_refusals import chain_of, refused
 
 import dql
-from dql.backends import registry
-from dql.kernels import cuda_native, cuda_plan
+from dql.backend.registry import registry
+from dql.kernels.cuda import binding
+from dql.kernels.cuda import plan as cuda_plan
 
 skip_without_emulator()
 
@@ -42,7 +43,7 @@ def test_it_is_listed_and_taken_by_name_alone():
 
 def test_shared_memory(monkeypatch):
     """Of a GPU that is not here: all that a plan asks of it are these facts."""
-    monkeypatch.setattr(cuda_native, "facts", lambda ordinal, emulated: (89, 128, 99 * 1024, False))
+    monkeypatch.setattr(binding, "facts", lambda ordinal, emulated: (89, 128, 99 * 1024, False))
     cuda_plan._chosen.cache_clear()
     try:
         sentence = refused("cuda", dql.DiffusionPolicy(512, 64, hidden_dim=512, num_hidden=4))
@@ -67,8 +68,8 @@ def test_shared_memory(monkeypatch):
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_drivers(versions, sentence, monkeypatch):
-    monkeypatch.setattr(cuda_native, "versions", lambda: versions)
-    assert cuda_native._no_device() == sentence
+    monkeypatch.setattr(binding, "versions", lambda: versions)
+    assert binding._no_device() == sentence
 
 
 def alone(program: str, emulate: bool, hidden: str = "") -> dict:

@@ -10,9 +10,9 @@ from kernel_checks import rms_error
 from kernel_critic import *  # noqa: F403
 from kernel_critic import CASES, DEVICE, Case, Run, expected
 
-from dql.backends import registry
-from dql.kernels import cuda_critic
-from dql.kernels.cuda_plan import Tiling, forced
+from dql.backend.registry import registry
+from dql.kernels.cuda import critic as cuda_critic
+from dql.kernels.cuda.plan import Tiling, forced
 
 if (reason := not_emulated() if DEVICE.type == "cpu" else registry()["cuda"].check()) is not None:
     pytest.skip(reason, allow_module_level=True)

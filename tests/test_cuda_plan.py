@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 from cuda_cases import skip_without_emulator, tilings
 
-from dql.kernels import cuda_native, cuda_plan
-from dql.kernels.cuda_plan import WIDE, Problem, Tiling, choose, cycles, forced
+from dql.kernels.cuda import binding
+from dql.kernels.cuda import plan as cuda_plan
+from dql.kernels.cuda.plan import WIDE, Problem, Tiling, choose, cycles, forced
 from dql.kernels.layout import CriticSpec, DenoiserSpec
 
 skip_without_emulator()
@@ -28,7 +29,7 @@ def on(monkeypatch):
         def placed(problem: Problem, tiling: Tiling, ordinal: int, emulated: bool) -> int:
             return facts[1] // tiling.cluster if at_once is None else at_once[tiling.cluster]
 
-        monkeypatch.setattr(cuda_native, "facts", lambda ordinal, emulated: facts)
+        monkeypatch.setattr(binding, "facts", lambda ordinal, emulated: facts)
         monkeypatch.setattr(cuda_plan, "_at_once", placed)
         cuda_plan._chosen.cache_clear()
 
@@ -36,7 +37,7 @@ def on(monkeypatch):
     cuda_plan._chosen.cache_clear()
 
 
-@pytest.mark.parametrize("precision", cuda_native.PRECISIONS)
+@pytest.mark.parametrize("precision", binding.PRECISIONS)
 @pytest.mark.parametrize("way", [{}, *WAYS.values()], ids=["forward", *WAYS])
 def test_the_least_cycles_of_those_that_fit(on, precision, way):
     on(H200)
@@ -55,7 +56,7 @@ def test_clusters_are_as_many_as_the_device_places(on):
     """An H200 was seen to run 15 clusters of 8 blocks at a time, not 16: 256 rows in them take two turns, 68 us beside
     39 us in clusters of 4 (bench/results/2026-11-27-nvidia-h200-first.json and the run after it)."""
     on(H200, {1: 132, 2: 66, 4: 30, 8: 15})
-    for precision in cuda_native.PRECISIONS:
+    for precision in binding.PRECISIONS:
         of = replace(PUBLISHED, precision=precision)
         assert choose(replace(of, rows=1), 0) == Tiling(8, 1, True)
         assert choose(replace(of, rows=15 * 16), 0) == Tiling(8, 1, True)
@@ -66,7 +67,7 @@ def test_clusters_are_as_many_as_the_device_places(on):
 
 def test_before_hopper_weights_are_streamed(on):
     on(A100)
-    for precision, rows in itertools.product(cuda_native.PRECISIONS, (1, 256, 65536)):
+    for precision, rows in itertools.product(binding.PRECISIONS, (1, 256, 65536)):
         chosen = choose(replace(PUBLISHED, precision=precision, rows=rows), 0)
         assert (chosen.cluster, chosen.resident) == (1, False) and chosen.m_tiles != WIDE
 

@@ -13,11 +13,14 @@ import pytest
 from cuda_cases import HEIGHTS, not_emulated
 
 from dql.kernel_table import cuda_kernels
-from dql.kernels import aot, cuda_native, cuda_plan, native_build
-from dql.kernels.cuda_plan import WIDE, Problem, Tiling
+from dql.kernels import build_record
+from dql.kernels.cuda import binding
+from dql.kernels.cuda import plan as cuda_plan
+from dql.kernels.cuda.plan import WIDE, Problem, Tiling
 from dql.kernels.layout import CriticSpec, DenoiserSpec
+from dql.kernels.triton import aot
 
-RECORD = native_build.record(native_build.CUDA) or {}
+RECORD = build_record.record(build_record.CUDA) or {}
 built = pytest.mark.skipif(
     not RECORD.get("built"), reason=f"the CUDA extension {RECORD.get('reason') or 'was never built'}"
 )
@@ -63,7 +66,7 @@ def sass() -> str:
         pytest.skip("the disassembler comes with Triton, which is not installed: pip install triton (Linux only)")
     import triton
 
-    extension = Path(native_build.__file__).parent / native_build.CUDA.file
+    extension = Path(build_record.__file__).parent / build_record.CUDA.file
     command = [triton.knobs.nvidia.cuobjdump.path, "--dump-sass", str(extension)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
@@ -84,7 +87,7 @@ def disassembly() -> dict[str, dict[str, Counter]]:
 def mangled(name: str) -> re.Pattern:
     """Of "chain bf16 m1 resident forward"."""
     _, precision, m, weights, direction = name.split()
-    number = cuda_native.PRECISIONS.index(precision)
+    number = binding.PRECISIONS.index(precision)
     flags = f"ELb{int(weights == 'resident')}ELb{int(direction == 'backward')}E"
     return re.compile(rf"12chain_kernel.*PrecisionE{number}ELi{m[1:]}{flags}")
 
@@ -167,14 +170,14 @@ SPECS = [
 
 @pytest.fixture(params=GPUS)
 def gpu(request, monkeypatch) -> str:
-    monkeypatch.setattr(cuda_native, "facts", lambda ordinal, emulated: GPUS[request.param])
+    monkeypatch.setattr(binding, "facts", lambda ordinal, emulated: GPUS[request.param])
     cuda_plan._chosen.cache_clear()
     yield request.param
     cuda_plan._chosen.cache_clear()
 
 
 @needs_sizes
-@pytest.mark.parametrize("precision", cuda_native.PRECISIONS)
+@pytest.mark.parametrize("precision", binding.PRECISIONS)
 @pytest.mark.parametrize(
     "spec", SPECS, ids=lambda s: f"{type(s).__name__} H{s.hidden_dim}x{s.num_hidden} A{s.action_dim}"
 )
@@ -196,7 +199,7 @@ def test_what_is_chosen_fits(gpu, spec, precision):
 def test_on_an_h200_few_rows_are_spread_and_many_are_not(monkeypatch):
     """What the model says of the published sizes in bf16."""
     monkeypatch.setattr(cuda_plan, "_at_once", lambda problem, tiling, ordinal, emulated: 132 // tiling.cluster)
-    monkeypatch.setattr(cuda_native, "facts", lambda ordinal, emulated: GPUS["H200"])
+    monkeypatch.setattr(binding, "facts", lambda ordinal, emulated: GPUS["H200"])
     cuda_plan._chosen.cache_clear()
     chosen = {rows: cuda_plan.choose(Problem(SPECS[0], "bf16", rows, 5, 1, False), 0) for rows in (1, 256, 65536)}
     cuda_plan._chosen.cache_clear()
@@ -239,7 +242,7 @@ def test_the_table_and_what_it_refuses(capsys):
 
 def test_the_table_without_the_extension(monkeypatch):
     sentence = "it was not built: nvcc was not found when dql was installed; install the CUDA toolkit"
-    monkeypatch.setattr(native_build, "record", lambda of: {"built": False, "reason": sentence})
+    monkeypatch.setattr(build_record, "record", lambda of: {"built": False, "reason": sentence})
     with pytest.raises(ImportError, match=sentence):
         cuda_kernels()
 
@@ -254,12 +257,12 @@ def test_code_that_stands_in_for_a_newer_gpus_has_no_clusters(monkeypatch):
         can_run_wide = staticmethod(lambda ordinal: False)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cuda_native, "load", lambda emulated: Stand)
-        cuda_native.facts.cache_clear()
-        found = cuda_native.facts(0, True)
-    cuda_native.facts.cache_clear()
+        patch.setattr(binding, "load", lambda emulated: Stand)
+        binding.facts.cache_clear()
+        found = binding.facts(0, True)
+    binding.facts.cache_clear()
     assert found == (80, 132, 227 * 1024, False)
-    monkeypatch.setattr(cuda_native, "facts", lambda ordinal, emulated: found)
+    monkeypatch.setattr(binding, "facts", lambda ordinal, emulated: found)
     cuda_plan._chosen.cache_clear()
     chosen = cuda_plan.choose(Problem(SPECS[0], "bf16", 256, 5, 1, False), 0)
     cuda_plan._chosen.cache_clear()
@@ -269,7 +272,7 @@ def test_code_that_stands_in_for_a_newer_gpus_has_no_clusters(monkeypatch):
 @needs_sizes
 def test_a_device_that_places_no_cluster_gets_none(monkeypatch):
     """As a share of a GPU may (MIG, MPS)."""
-    monkeypatch.setattr(cuda_native, "facts", lambda ordinal, emulated: GPUS["H200"])
+    monkeypatch.setattr(binding, "facts", lambda ordinal, emulated: GPUS["H200"])
     monkeypatch.setattr(cuda_plan, "_at_once", lambda problem, tiling, *device: 132 if tiling.cluster == 1 else 0)
     cuda_plan._chosen.cache_clear()
     chosen = cuda_plan.choose(Problem(SPECS[0], "bf16", 256, 5, 1, False), 0)

@@ -36,11 +36,11 @@ from gpu_cases import (
 )
 
 import dql
-from dql.backends import timestep_embedding
-from dql.kernels import cuda_native
-from dql.kernels.cuda_chain import ChainRunner
-from dql.kernels.cuda_critic import CriticRunner
-from dql.kernels.cuda_plan import WIDE, Tiling, forced
+from dql.backend.base import timestep_embedding
+from dql.kernels.cuda import binding
+from dql.kernels.cuda.chain import ChainRunner
+from dql.kernels.cuda.critic import CriticRunner
+from dql.kernels.cuda.plan import WIDE, Tiling, forced
 from dql.kernels.layout import CriticSpec, DenoiserSpec
 
 pytestmark = [needs_gpu, needs_cuda]
@@ -68,8 +68,8 @@ def name_of(tiling: Tiling) -> str:
 
 def skip_misfit(tiling: Tiling, precision: str, spec: DenoiserSpec | CriticSpec) -> None:
     """Skips where this GPU has no such kernel, or too little shared memory for it."""
-    emulated = cuda_native.emulating()
-    capability, _, shared, wide = cuda_native.facts(0, emulated)
+    emulated = binding.emulating()
+    capability, _, shared, wide = binding.facts(0, emulated)
     if tiling.resident and capability < 90:
         pytest.skip(f"weights are resident from compute capability 9.0 on, this GPU has {capability / 10}")
     if tiling.m_tiles == WIDE:
@@ -78,8 +78,8 @@ def skip_misfit(tiling: Tiling, precision: str, spec: DenoiserSpec | CriticSpec)
         return
     if precision == "fp32" and tiling.m_tiles == 4:
         pytest.skip("there are no tiles of 64 rows in fp32")
-    mlp = cuda_native.mlp(spec, emulated)
-    needed = cuda_native.load(emulated).shared_bytes(mlp, *tiling.numbers(precision), 1)
+    mlp = binding.mlp(spec, emulated)
+    needed = binding.load(emulated).shared_bytes(mlp, *tiling.numbers(precision), 1)
     if needed > shared:
         pytest.skip(f"it needs {needed} bytes of shared memory a block, this GPU has {shared}")
 

@@ -11,9 +11,9 @@ from cuda_cases import cannot_run
 from test_kernel_agent import CONFIG, DEVICE, A, S, make_batch
 
 import dql
-from dql import graphed_update, noise
+from dql import noise, update_graphed
 from dql.draws import UpdateSeeds
-from dql.graphed_update import AHEAD, GraphedUpdate
+from dql.update_graphed import AHEAD, GraphedUpdate
 
 Tensor = torch.Tensor
 B = 24
@@ -49,7 +49,7 @@ def record_update(monkeypatch):
         return replay, metrics
 
     if NO_GPU:
-        monkeypatch.setattr(graphed_update, "record", run_again)
+        monkeypatch.setattr(update_graphed, "record", run_again)
         monkeypatch.setattr(GraphedUpdate, "__init__", GraphedUpdate._prepare)
     return lambda agent: GraphedUpdate(agent, B)
 

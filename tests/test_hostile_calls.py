@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dql
-from dql.backends import registry
+from dql.backend.registry import registry
 from dql.checkpoint import CheckpointError, save_tensors
 from dql.networks import Activation
 from dql.sampler import run_chain

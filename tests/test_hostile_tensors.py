@@ -13,7 +13,7 @@ from hostile_tensors import HOSTILE
 from torch._subclasses import FakeTensorMode
 
 import dql
-from dql.backends import registry
+from dql.backend.registry import registry
 from dql.kernels.limits import MANY
 from dql.values import q_values
 

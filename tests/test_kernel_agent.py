@@ -6,7 +6,8 @@ from cases import TOLERANCES, assert_close
 from cuda_cases import cannot_run
 
 import dql
-from dql.backends import EagerBackend, registry
+from dql.backend.eager import EagerBackend
+from dql.backend.registry import registry
 from dql.sampler import run_chain
 from dql.values import q_values, value_and_other
 

@@ -12,8 +12,8 @@ from cpp_cases import VARIANTS, needs_cpp
 
 import dql
 from dql import noise as noise_stream
-from dql.cpp import network
-from dql.kernels import native
+from dql.backend.cpp import network
+from dql.kernels.cpp import binding
 
 Tensor = torch.Tensor
 
@@ -24,7 +24,7 @@ SIZES = [(17, 6, 64, 3, "mish"), (3, 1, 16, 2, "relu"), (33, 35, 50, 4, "silu"),
 
 @pytest.fixture(params=VARIANTS)
 def variant(request):
-    with native.forced(request.param):
+    with binding.forced(request.param):
         yield request.param
 
 
@@ -81,7 +81,7 @@ def sweep() -> Tensor:
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_activations(kind, variant):
     z = sweep()
-    h, slope = native.activate(kind, z)
+    h, slope = binding.activate(kind, z)
     x = z.double().requires_grad_(True)
     want = ACTIVATIONS[kind](x)
     (want_slope,) = torch.autograd.grad(want.sum(), x)
@@ -96,7 +96,7 @@ def test_activations(kind, variant):
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_activations_of_what_is_no_number(kind, variant):
     z = torch.tensor([math.nan, math.inf, -math.inf, -math.nan] * 4)
-    h, slope = native.activate(kind, z)
+    h, slope = binding.activate(kind, z)
     assert h.isnan().tolist() == [True, False, False, True] * 4
     assert h[1] == math.inf
     assert h[2] == 0  # the limit; torch's Mish and SiLU give NaN
@@ -108,13 +108,13 @@ def test_activations_of_what_is_no_number(kind, variant):
 @pytest.mark.parametrize("size", [0, 1, 7, 15, 16, 17, 31, 33, 1000, 4097])
 def test_all_finite(size, variant):
     values = normal(size + 3)[3:]  # not aligned
-    assert native.all_finite(values)
-    assert native.all_finite(torch.full((size,), 3e38))
+    assert binding.all_finite(values)
+    assert binding.all_finite(torch.full((size,), 3e38))
     for at in {0, size // 2, size - 1} if size else set():
         for bad in (math.nan, math.inf, -math.inf):
             other = values.clone()
             other[at] = bad
-            assert not native.all_finite(other)
+            assert not binding.all_finite(other)
 
 
 # The critics
@@ -129,10 +129,10 @@ def test_q_values_and_targets(size, N, variant, threads):
     masks = (normal(B, seed=4) > 0).float()
     with torch.no_grad():
         want = exact(critic)(states.double(), actions.double())
-    got = native.q_values(network(critic), critic.buffer, states, actions.view(-1, A))
+    got = binding.q_values(network(critic), critic.buffer, states, actions.view(-1, A))
     for i in range(2):
         assert_close(got[i].view(B, N), want[i], TOLERANCES["critic float32"], what=f"Q_{i + 1}", backend="cpp")
-    target, mean = native.target_q(
+    target, mean = binding.target_q(
         network(critic), critic.buffer, states, actions.view(-1, A), rewards, masks, discount
     )
     best = torch.minimum(want[0].amax(1), want[1].amax(1))
@@ -147,7 +147,7 @@ def test_gradient_of_the_critics_loss(size, variant, threads):
     critic, B = make_critic(size), 37
     states, actions, target = normal(B, S, seed=1), normal(B, A, seed=2), normal(B, seed=3)
     d_flat = torch.full_like(critic.buffer, math.nan)
-    loss, q = native.critic_gradient(network(critic), critic.buffer, states, actions, target, d_flat)
+    loss, q = binding.critic_gradient(network(critic), critic.buffer, states, actions, target, d_flat)
     module = exact(critic)
     q1, q2 = module(states.double(), actions.double())
     want = F.mse_loss(q1, target.double()) + F.mse_loss(q2, target.double())
@@ -162,7 +162,7 @@ def test_gradient_to_the_actions(size, which, variant, threads):
     S, A = size[:2]
     critic, B = make_critic(size), 37
     states, actions = normal(B, S, seed=1), normal(B, A, seed=2)
-    got, q, other = native.q_gradient(network(critic), critic.buffer, which, states, actions)
+    got, q, other = binding.q_gradient(network(critic), critic.buffer, which, states, actions)
     module, a = exact(critic), actions.double().requires_grad_(True)
     values = module.q(which, states.double(), a)
     (want,) = torch.autograd.grad(values.sum(), a)
@@ -187,10 +187,10 @@ def test_gradient_of_the_bc_loss(size, T, predict_epsilon, variant, threads):
     states, actions = normal(B, S, seed=1), normal(B, A, seed=2).clamp(-1, 1)
     embedding = policy.denoiser.time_mlp[0](torch.arange(T, dtype=torch.float32))  # [T, D]
     bar = torch.as_tensor(policy.schedule.alphas_cumprod)
-    table = native.Table(None, embedding, torch.stack([bar.sqrt(), (1 - bar).sqrt()], dim=1).float())
+    table = binding.Table(None, embedding, torch.stack([bar.sqrt(), (1 - bar).sqrt()], dim=1).float())
     denoiser = policy.denoiser
     d_flat = torch.full_like(denoiser.buffer, math.nan)
-    loss = native.bc_gradient(
+    loss = binding.bc_gradient(
         network(denoiser), denoiser.buffer, table, states, actions, t_seed, noise_seed, predict_epsilon, d_flat
     )
     module = exact(policy)
@@ -222,7 +222,7 @@ def test_adam(size, max_norm, variant):
         parameter.grad = clipped
         optimizer.step()
         kept, versions = gradient.clone(), [flat._version, exp_avg._version, exp_avg_sq._version]
-        got = native.adam(flat, gradient, exp_avg, exp_avg_sq, lr, step, max_norm)
+        got = binding.adam(flat, gradient, exp_avg, exp_avg_sq, lr, step, max_norm)
         assert got == pytest.approx(float(norm), rel=1e-6)
         assert torch.equal(gradient, kept)
         assert [flat._version, exp_avg._version, exp_avg_sq._version] == [v + 1 for v in versions]
@@ -236,7 +236,7 @@ def test_adam_of_gradients_that_are_no_numbers(variant):
     for bad in (math.nan, math.inf):
         flat, gradient = torch.zeros(40), torch.ones(40)
         gradient[7] = bad
-        norm = native.adam(flat, gradient, torch.zeros(40), torch.zeros(40), 0.1, 1, 1.0)
+        norm = binding.adam(flat, gradient, torch.zeros(40), torch.zeros(40), 0.1, 1, 1.0)
         assert norm == bad or math.isnan(norm)
         assert flat[7].isnan()  # it shows, as it would with torch
 
@@ -246,7 +246,7 @@ def test_adam_of_gradients_that_are_no_numbers(variant):
 def test_lerp(size, weight, variant):
     target, source = normal(size, seed=1), normal(size, seed=2)
     want, version = torch.lerp(target, source, weight), target._version
-    native.lerp(target, source, weight)
+    binding.lerp(target, source, weight)
     assert_close(target, want, Tolerance(2e-7, 1e-7, "one rounding more or less"), what="lerp", backend="cpp")
     assert target._version == version + 1
 
@@ -255,30 +255,30 @@ def test_lerp(size, weight, variant):
 
 
 def test_variants():
-    found = native.variants()
+    found = binding.variants()
     assert list(found)[-1] == "generic"
     assert found["generic"] is None
     best = next(name for name, reason in found.items() if reason is None)
-    assert native.in_use() == best
-    with native.forced("generic"):
-        assert native.in_use() == "generic"
-        assert not native.has_bf16()
-    with pytest.raises(KeyError), native.forced("generic"):
+    assert binding.in_use() == best
+    with binding.forced("generic"):
+        assert binding.in_use() == "generic"
+        assert not binding.has_bf16()
+    with pytest.raises(KeyError), binding.forced("generic"):
         raise KeyError
-    assert native.in_use() == best
-    with pytest.raises(ValueError, match=r"unknown variant 'avx9'; this build has: .*generic"), native.forced("avx9"):
+    assert binding.in_use() == best
+    with pytest.raises(ValueError, match=r"unknown variant 'avx9'; this build has: .*generic"), binding.forced("avx9"):
         pass
     for name, reason in found.items():
         if reason is not None:
-            with pytest.raises(ValueError, match=f"variant {name} cannot run: this CPU"), native.forced(name):
+            with pytest.raises(ValueError, match=f"variant {name} cannot run: this CPU"), binding.forced(name):
                 pass
-    assert native.in_use() == best
+    assert binding.in_use() == best
 
 
 def test_the_ceiling_is_a_rate():
-    with native.forced("generic"):
-        assert 1e8 < native.fma_ceiling(0.01) < 1e13
-        assert native.fma_ceiling(0.01, bf16=True) == 0
+    with binding.forced("generic"):
+        assert 1e8 < binding.fma_ceiling(0.01) < 1e13
+        assert binding.fma_ceiling(0.01, bf16=True) == 0
 
 
 # An agent's update, which is made of these

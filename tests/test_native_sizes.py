@@ -7,10 +7,10 @@ import torch
 from cpp_cases import A, S, make_critic, make_policy, needs_cpp, states_of
 
 import dql
-from dql.cpp import network, step_table
-from dql.kernels import native
-from dql.native_update import _loss_table
+from dql.backend.cpp import network, step_table
+from dql.kernels.cpp import binding
 from dql.optimizer import FlatAdam
+from dql.update_native import _loss_table
 
 Tensor = torch.Tensor
 pytestmark = needs_cpp
@@ -41,16 +41,16 @@ def everything() -> dict[str, tuple]:
     qs = network(critic)
 
     def backward(states: Tensor, d_actions: Tensor, d_flat: Tensor, d_states: Tensor) -> object:
-        saved = native.chain(net, flat, table, states_of(B), 1, None, 1, 1.0, False, save=True)[1]
-        return native.chain_backward(net, saved, table, states, d_actions, d_flat, d_states)
+        saved = binding.chain(net, flat, table, states_of(B), 1, None, 1, 1.0, False, save=True)[1]
+        return binding.chain_backward(net, saved, table, states, d_actions, d_flat, d_states)
 
     return {
         "chain": (
-            lambda flat, states, noise: native.chain(net, flat, table, states, 1, noise, 0, 1.0, False),
+            lambda flat, states, noise: binding.chain(net, flat, table, states, 1, noise, 0, 1.0, False),
             {"flat": flat, "states": states, "noise": noise},
         ),
         "chain, saving": (
-            lambda flat, states, noise: native.chain(net, flat, table, states, 1, noise, 0, 1.0, False, True),
+            lambda flat, states, noise: binding.chain(net, flat, table, states, 1, noise, 0, 1.0, False, True),
             {"flat": flat, "states": states, "noise": noise},
         ),
         "chain_backward": (
@@ -58,43 +58,43 @@ def everything() -> dict[str, tuple]:
             {"states": states, "d_actions": actions, "d_flat": d_flat, "d_states": torch.zeros_like(states)},
         ),
         "select": (
-            lambda flat, critic_flat, states, noise: native.select(
+            lambda flat, critic_flat, states, noise: binding.select(
                 net, flat, table, qs, critic_flat, states, 1, noise, 0, 1, 1.0, False
             ),
             {"flat": flat, "critic_flat": q_flat, "states": states, "noise": noise},
         ),
         "q_values": (
-            lambda flat, states, actions: native.q_values(qs, flat, states, actions),
+            lambda flat, states, actions: binding.q_values(qs, flat, states, actions),
             {"flat": q_flat, "states": states, "actions": actions},
         ),
         "target_q": (
-            lambda flat, states, actions, rewards, masks: native.target_q(
+            lambda flat, states, actions, rewards, masks: binding.target_q(
                 qs, flat, states, actions, rewards, masks, 0.9
             ),
             {"flat": q_flat, "states": states, "actions": actions, "rewards": ones, "masks": ones},
         ),
         "critic_gradient": (
-            lambda flat, states, actions, target, d_flat: native.critic_gradient(
+            lambda flat, states, actions, target, d_flat: binding.critic_gradient(
                 qs, flat, states, actions, target, d_flat
             ),
             {"flat": q_flat, "states": states, "actions": actions, "target": ones, "d_flat": d_q},
         ),
         "q_gradient": (
-            lambda flat, states, actions: native.q_gradient(qs, flat, 1, states, actions),
+            lambda flat, states, actions: binding.q_gradient(qs, flat, 1, states, actions),
             {"flat": q_flat, "states": states, "actions": actions},
         ),
         "bc_gradient": (
-            lambda flat, states, actions, d_flat: native.bc_gradient(
+            lambda flat, states, actions, d_flat: binding.bc_gradient(
                 net, flat, _loss_table(policy), states, actions, 1, 2, True, d_flat
             ),
             {"flat": flat, "states": states, "actions": actions, "d_flat": d_flat},
         ),
         "adam": (
-            lambda flat, gradient, exp_avg, exp_avg_sq: native.adam(flat, gradient, exp_avg, exp_avg_sq, 0.1, 1, 0.0),
+            lambda flat, gradient, exp_avg, exp_avg_sq: binding.adam(flat, gradient, exp_avg, exp_avg_sq, 0.1, 1, 0.0),
             {name: torch.zeros(64) for name in ("flat", "gradient", "exp_avg", "exp_avg_sq")},
         ),
         "lerp": (
-            lambda target, source: native.lerp(target, source, 0.5),
+            lambda target, source: binding.lerp(target, source, 0.5),
             {"target": torch.zeros(64), "source": torch.zeros(64)},
         ),
     }
@@ -116,7 +116,7 @@ CONVERTING = ("chain", "chain, saving", "chain_backward", "select", "q_values")
 
 
 def test_addresses_that_are_none():
-    _native = native._native
+    _native = binding._native
     for address in (0, 4, 68, 1 << 16):
         with pytest.raises(ValueError, match="a tensor has no memory"):
             _native.lerp(address, address, 3, 0.5)
@@ -137,27 +137,27 @@ def test_networks_tables_and_saved_chains_belong_together():
     other = step_table(make_policy(T=3).step_table(), policy.denoiser.spec.time_dim)
     flat, q_flat = policy.denoiser.buffer, critic.buffer
     with pytest.raises(ValueError, match="a denoiser was expected"):
-        native.chain(qs, q_flat, table, states, 1, None, 0, 1.0, False)
+        binding.chain(qs, q_flat, table, states, 1, None, 0, 1.0, False)
     with pytest.raises(ValueError, match="this table has no steps"):
-        native.chain(net, flat, _loss_table(policy), states, 1, None, 0, 1.0, False)
+        binding.chain(net, flat, _loss_table(policy), states, 1, None, 0, 1.0, False)
     with pytest.raises(ValueError, match="and the table of its loss"):
-        native.bc_gradient(net, flat, table, states, torch.zeros(B, A), 1, 2, True, torch.zeros_like(flat))
+        binding.bc_gradient(net, flat, table, states, torch.zeros(B, A), 1, 2, True, torch.zeros_like(flat))
     for call in (
-        lambda: native.q_values(net, flat, states, torch.zeros(B, A)),
-        lambda: native.q_gradient(net, flat, 1, states, torch.zeros(B, A)),
-        lambda: native.select(net, flat, table, net, flat, states, 1, None, 0, 1, 1.0, False),
+        lambda: binding.q_values(net, flat, states, torch.zeros(B, A)),
+        lambda: binding.q_gradient(net, flat, 1, states, torch.zeros(B, A)),
+        lambda: binding.select(net, flat, table, net, flat, states, 1, None, 0, 1, 1.0, False),
     ):
         with pytest.raises(ValueError, match="a critic was expected"):
             call()
     with pytest.raises(ValueError, match="there are two critics"):
-        native.q_gradient(qs, q_flat, 3, states, torch.zeros(B, A))
-    saved = native.chain(net, flat, table, states, 1, None, 0, 1.0, False, save=True)[1]
+        binding.q_gradient(qs, q_flat, 3, states, torch.zeros(B, A))
+    saved = binding.chain(net, flat, table, states, 1, None, 0, 1.0, False, save=True)[1]
     small = network(make_policy(T=T, hidden_dim=16).denoiser)
     for network_, table_, rows in ((small, table, B), (net, other, B), (net, table, B + 1), (net, table, B - 1)):
         given = states_of(rows), torch.zeros(rows, A)
         with pytest.raises(ValueError, match="saved by another network, table or number of rows"):
-            native.chain_backward(network_, saved, table_, *given, None, torch.zeros(rows, S))
-    assert native.chain_backward(net, saved, table, states, torch.zeros(B, A), None, torch.zeros(B, S))
+            binding.chain_backward(network_, saved, table_, *given, None, torch.zeros(rows, S))
+    assert binding.chain_backward(net, saved, table, states, torch.zeros(B, A), None, torch.zeros(B, S))
 
 
 # Adam's state

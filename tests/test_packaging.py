@@ -167,8 +167,8 @@ try:
     import dql.kernels._native as native
     print(native.__file__)
 except ImportError as error:
-    from dql.kernels import native_build
-    print(native_build.reason(error))
+    from dql.kernels import build_record
+    print(build_record.reason(error))
 """
     output = run(sys.executable, "-c", code, cwd=elsewhere, PYTHONPATH=str(target)).splitlines()
     assert output[0] == str(target / "dql" / "__init__.py")

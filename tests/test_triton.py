@@ -2,7 +2,7 @@
 every path through the kernels. What needs a GPU is in `test_gpu`, callers' concerns are in `test_triton_calls`.
 
 The interpreter multiplies float32 exactly, whatever precision a product asks for. But tf32 and bf16 operands are
-rounded by hand there (see `dql.kernels.triton_ops`), as a GPU rounds them: those precisions are what they will be on
+rounded by hand there (see `dql.kernels.triton.ops`), as a GPU rounds them: those precisions are what they will be on
 one, but for the tensor cores' sums.
 """
 
@@ -38,10 +38,12 @@ Tensor = torch.Tensor
 if (reason := not_interpreted()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
-from dql.kernels import chain_runner, reverse_diffusion, weight_gradients  # noqa: E402
-from dql.kernels.launch import Grid, Kernel  # noqa: E402
-from dql.kernels.packing import packed_sizes  # noqa: E402
-from dql.kernels.tiles import Shape, Tile  # noqa: E402
+from dql.kernels.triton import chain as reverse_diffusion  # noqa: E402
+from dql.kernels.triton import chain_gradients  # noqa: E402
+from dql.kernels.triton import runner as chain_runner  # noqa: E402
+from dql.kernels.triton.launch import Grid, Kernel  # noqa: E402
+from dql.kernels.triton.packing import packed_sizes  # noqa: E402
+from dql.kernels.triton.tiles import Shape, Tile  # noqa: E402
 
 SMOOTH = 1e5  # an action bound that nothing reaches: rounding cuts no gradient off
 TILES = [  # rows, chunk, stages, warps: 16 rows may stay in registers, others go through memory
@@ -242,12 +244,12 @@ def rows_at_a_time(monkeypatch):
     """A function that sets how many rows the sums take at a time, and for how many multiprocessors they are split."""
 
     def set_both(rows: int, processors: int) -> None:
-        monkeypatch.setattr(weight_gradients, "_CHUNK", rows)
-        monkeypatch.setattr(weight_gradients, "multiprocessors", lambda device: processors)
-        weight_gradients.products_kernel.cache_clear()
+        monkeypatch.setattr(chain_gradients, "_CHUNK", rows)
+        monkeypatch.setattr(chain_gradients, "multiprocessors", lambda device: processors)
+        chain_gradients.products_kernel.cache_clear()
 
     yield set_both
-    weight_gradients.products_kernel.cache_clear()
+    chain_gradients.products_kernel.cache_clear()
 
 
 def run_afresh(case: Case, precision: str = "fp32") -> dict[str, Tensor]:
@@ -285,8 +287,8 @@ def test_more_parts_than_rows(rows_at_a_time, monkeypatch):
     """Parts beyond the last row have nothing to add, and say so."""
     case = TILED[0]
     rows_at_a_time(256, 10_000)
-    weight_gradients.products_kernel(make_problem(case, torch.float32).policy.denoiser.spec, "fp32", True)
-    monkeypatch.setattr(weight_gradients, "_CHUNK", 8)  # the kernel keeps its 256
+    chain_gradients.products_kernel(make_problem(case, torch.float32).policy.denoiser.spec, "fp32", True)
+    monkeypatch.setattr(chain_gradients, "_CHUNK", 8)  # the kernel keeps its 256
     seen = launches(monkeypatch)
     got = run_afresh(case)
     assert next(grid[1] for kernel, grid in seen if kernel.name == "chain_products") > case.K * 64 / 256

@@ -18,13 +18,13 @@ from kernel_refusals import *  # noqa: F403
 from kernel_refusals import refused
 
 import dql
-from dql.triton_backend import _installed
+from dql.backend.triton import _installed
 
 if (reason := not_interpreted()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
-from dql.kernels import chain_runner
-from dql.kernels.tiles import Tile
+from dql.kernels.triton import runner as chain_runner
+from dql.kernels.triton.tiles import Tile
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from rounded_chain import Round, activation, bf16, for_rows, left_alone, product
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton (Linux only)")
 
-from dql.kernels import twin_critic
+from dql.kernels.triton import critic as twin_critic
 
 pytestmark = pytest.mark.skipif(cannot_run("triton") is not None, reason=str(cannot_run("triton")))
 

@@ -11,15 +11,16 @@ import pytest
 import torch
 
 import dql
-from dql.kernels import limits, triton_internals
+from dql.kernels import limits
+from dql.kernels.triton import internals as triton_internals
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed: pip install triton (Linux only)", allow_module_level=True)
 
-from dql.kernels import launch, tiles
 from dql.kernels.layout import DenoiserSpec
-from dql.kernels.packing import packed_sizes
-from dql.kernels.reverse_diffusion import chain_bwd_kernel, chain_fwd_kernel
+from dql.kernels.triton import launch, tiles
+from dql.kernels.triton.chain import chain_bwd_kernel, chain_fwd_kernel
+from dql.kernels.triton.packing import packed_sizes
 from dql.values import q_values
 
 SPEC = DenoiserSpec(17, 6, 256)

@@ -14,8 +14,8 @@ triton = pytest.importorskip("triton", reason="triton is not installed: pip inst
 
 import triton.language as tl  # noqa: E402
 
-from dql.kernels import triton_ops as ops  # noqa: E402
-from dql.kernels.launch import INTERPRETED, Kernel  # noqa: E402
+from dql.kernels.triton import ops  # noqa: E402
+from dql.kernels.triton.launch import INTERPRETED, Kernel  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(

@@ -18,9 +18,9 @@ from gpu_cases import needs_gpu
 
 import dql as dql_package
 from dql import tune
-from dql.kernels import aot, tiles
 from dql.kernels.layout import DenoiserSpec
-from dql.kernels.tiles import Shape, Tile
+from dql.kernels.triton import aot, tiles
+from dql.kernels.triton.tiles import Shape, Tile
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed: pip install triton (Linux only)", allow_module_level=True)
@@ -217,7 +217,7 @@ def test_where_the_file_is(monkeypatch, tmp_path):
 @needs_interpreter
 def test_sample_uses_the_file_and_names_it_when_damaged(file, monkeypatch):
     """As on a GPU of compute capability 9.0 with 132 multiprocessors, though interpreted."""
-    from dql.kernels import chain_runner
+    from dql.kernels.triton import runner as chain_runner
 
     monkeypatch.setattr(chain_runner, "architecture", lambda device: 90)
     monkeypatch.setattr(chain_runner, "multiprocessors", lambda device: 132)
@@ -308,7 +308,7 @@ def test_candidates_agree(problem, kind):
 
 @pytest.mark.parametrize("kind", tune.KINDS)
 def test_a_call_runs_the_tile_alone(problem, kind, monkeypatch):
-    from dql.kernels.launch import Kernel
+    from dql.kernels.triton.launch import Kernel
 
     seen = []
     launch = Kernel.launch

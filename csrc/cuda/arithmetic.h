@@ -1,5 +1,5 @@
 // Element by element: activations and the noise stream, with the formulas and polynomials of ../activation.h, ../noise.h
-// and kernels/triton_ops.py. No branch on values and no slow path, so that all a thread needs stays in registers.
+// and kernels/triton/ops.py. No branch on values and no slow path, so that all a thread needs stays in registers.
 #pragma once
 
 #include <math.h>
@@ -16,7 +16,7 @@ struct Activated {
 
 constexpr int MISH = 0, RELU = 1, SILU = 2;  // indices into layout.ACTIVATIONS
 
-// The value is z t; see `_gate` in kernels/triton_ops.py. Below LOWEST every value and slope is 0 in float32; above
+// The value is z t; see `_gate` in kernels/triton/ops.py. Below LOWEST every value and slope is 0 in float32; above
 // HIGHEST the value is z and the slope 1: there e is 2^29, whose square does not overflow.
 struct Gate {
     float z, bounded, e, r, t;

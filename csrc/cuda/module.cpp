@@ -1,7 +1,7 @@
 // The Python module dql.kernels._cuda: host.h with addresses as integers, no torch. Compiled with the emulator it is
 // dql.kernels._cuda_emulated, whose addresses are those of the host's memory.
 //
-// kernels/cuda_native.py loads it; its callers check sizes, dtypes and contiguity, here only counts and kinds of
+// kernels/cuda/binding.py loads it; its callers check sizes, dtypes and contiguity, here only counts and kinds of
 // arguments are checked. The GIL is released while kernels are launched.
 #include "../arguments.h"
 #include "host.h"

@@ -1,0 +1,1 @@
+"""Who runs the reverse chain: the contract, the registry, and the four that ship."""

@@ -1,0 +1,124 @@
+"""The contract of backends: what they are handed, and what they do with it.
+
+A backend is `check` (None, or one sentence with the reason and the remedy), `forward` and `backward`; `select`,
+`prepare`, `critic` and `normal` are for those that can do better there than with the three.
+The same sentence serves `BackendUnavailable`, `dql.backends()`, `dql doctor` and the tests' skip reasons.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dql import noise as noise_stream
+from dql.backend.kept import Kept
+from dql.kernels import reference
+from dql.kernels.layout import DenoiserSpec
+from dql.schedule import StepTable
+
+if TYPE_CHECKING:
+    from dql.networks import TwinCritic
+
+Tensor = torch.Tensor
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend that was asked for cannot run this problem here; the message says why and what would mend it."""
+
+
+@dataclass(slots=True)
+class Chain:
+    """One reverse chain to run: what every backend is handed.
+
+    Attributes:
+        flat: the denoiser's parameters [P], detached, laid out as `spec.layout`.
+        weights: the same as named views.
+        spec: sizes of the denoiser.
+        states: [B, S].
+        candidates: N actions a state.
+        noise: [K, B * N, A], or None: then the backend draws `dql.noise.normal(seed, K, B * N, A)`.
+        seed: of the noise stream, where `noise` is None; an int64 tensor [1] on the device while a CUDA graph is
+            captured, so that each replay has its own.
+        table: the K steps.
+        max_action: the bound of actions and predicted x0.
+        precision: "fp32", "tf32" or "bf16".
+        kept: what backends derive from the denoiser and keep with it.
+        report: whether a later call is to raise if the backend finds, on the device, that states are not finite.
+    """
+
+    flat: Tensor
+    weights: dict[str, Tensor]
+    spec: DenoiserSpec
+    states: Tensor
+    candidates: int
+    noise: Tensor | None
+    seed: int | Tensor
+    table: StepTable
+    max_action: float
+    precision: str
+    kept: Kept
+    report: bool = False
+
+
+class Backend(ABC):
+    """A way to run chains. `name` is what callers say; see `register` for the order of "auto"."""
+
+    name: str
+    finds_bad_states: bool = False  # by itself, on the device, without waiting for it: see dql/finite.py
+
+    def only_by_name(self) -> str | None:
+        """Why "auto" must not take it here although it can run, or None."""
+        return None
+
+    @abstractmethod
+    def check(self, chain: Chain | None = None) -> str | None:
+        """None if this backend can run `chain` (or, without one, anything at all) here; else reason and remedy."""
+
+    @abstractmethod
+    def forward(self, chain: Chain, save: bool) -> tuple[Tensor, Any]:
+        """(actions [B * N, A], what `backward` needs or None)."""
+
+    @abstractmethod
+    def backward(
+        self, chain: Chain, saved: Any, d_actions: Tensor, need_parameters: bool, need_states: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(d_flat [P], zero where no parameter lies, d_states [B, S]), None where not needed."""
+
+    def prepare(
+        self, chain: Chain, places: tuple[Any, ...], held: tuple[Any, ...]
+    ) -> Callable[[Tensor, Tensor, int], bool] | None:
+        """`run(states, actions, seed)` for chains like this one with less ado, or None if this backend has none.
+
+        It fills the actions, or returns False with nothing written if anything is not as it was: other sizes, dtypes
+        or strides, states that are not finite, and parameters (`places`) or objects (`held`) that were replaced; see
+        `dql.kernels.cpp.binding.intact`. With `finds_bad_states` it does not look at the states, and returns False if
+        those of an earlier call were not finite.
+        """
+        return None
+
+    def normal(self, seed: int | Tensor, K: int, B: int, A: int, like: Tensor) -> Tensor:
+        """`dql.noise.normal` [K, B, A] in the dtype and on the device of `like`."""
+        return noise_stream.normal(seed, K, B, A, dtype=like.dtype, device=like.device)
+
+    def critic(self, critic: "TwinCritic") -> Any | None:
+        """What computes the Q values of such critics and their gradients, see `dql.values`. None: torch does."""
+        return None
+
+    def select(self, chain: Chain, critic: "TwinCritic", draw_seed: int | Tensor) -> Tensor | None:
+        """Of each state's N actions one, drawn from softmax(min(Q_1, Q_2)): [B, A]. None: it has no call for that."""
+        return None
+
+
+def timestep_embedding(table: StepTable, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The timesteps' embedding [K, D]: no parameter is in it, so it is made once and kept with the table, as long as
+    which a recorded graph reads it."""
+    key = ("embedding", dim, dtype, device)
+    made = table.kept.get(key)
+    if made is None:
+        # made on the CPU: there all of it is done when the copy is, whatever stream reads it later
+        timesteps = torch.tensor(table.timesteps, dtype=dtype, device="cpu")
+        made = table.kept[key] = reference.time_embedding(timesteps, dim).to(device)
+    return made

@@ -1,0 +1,205 @@
+"""What the backends that run on NVIDIA GPUs share: checks, prepared calls, critics and `select` around their runners.
+
+A runner of chains has `forward`, `backward` and `plan`, one of critics `forward` and `backward`, as in
+kernels/triton/runner.py; both are made once and kept with what they belong to.
+"""
+
+import contextlib
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dql.backend.base import Backend, Chain, timestep_embedding
+from dql.finite import alarm
+from dql.kernels import limits
+from dql.kernels.capture import refuse_while_capturing
+from dql.kernels.cpp import binding
+from dql.networks import TwinCritic
+from dql.tensors import LOWEST_ADDRESS
+
+Tensor = torch.Tensor
+_MAX_TIME_DIM = 64
+
+
+class GpuBackend(Backend):
+    """float32, tf32 or bf16 operands; sums, the chain and its update are float32. The gradient has the precision of its
+    forward pass. Where the kernels are not run by a GPU but in its place, for tests, tensors are on the CPU."""
+
+    finds_bad_states = True
+    in_place: str  # of a GPU the kernels may be "interpreted" or "emulated" ...
+    stand_in: str  # ... if this environment variable is 1
+
+    @abstractmethod
+    def stands_in(self) -> bool:
+        """Whether something runs the kernels in a GPU's place."""
+
+    @abstractmethod
+    def unavailable(self, ordinal: int | None = None) -> str | None:
+        """Why no chain at all can run on this GPU (None: the current one), or None."""
+
+    @abstractmethod
+    def make_chain_runner(self, chain: Chain, table: Tensor, embedding: Tensor) -> Any:
+        """What runs such chains; the table is [K, 8] on the chain's device."""
+
+    @abstractmethod
+    def make_critic_runner(self, critic: TwinCritic, precision: str) -> Any:
+        """What runs such critics."""
+
+    @abstractmethod
+    def run_select(self, *arguments: Any) -> Tensor:
+        """chain runner, critic runner, flat, critic's flat, states, N, noise or None, seed, draw seed, told or None ->
+        [B, A]."""
+
+    @abstractmethod
+    def run_normal(self, seed: int | Tensor, K: int, B: int, A: int, device: torch.device) -> Tensor:
+        """Standard normals [K, B, A]."""
+
+    def only_by_name(self) -> str | None:
+        return f"it is {self.in_place} ({self.stand_in}=1), for tests: name it" if self.stands_in() else None
+
+    def check(self, chain: Chain | None = None) -> str | None:
+        ordinal = chain.flat.device.index if chain is not None and chain.flat.is_cuda else None
+        if (reason := self.unavailable(ordinal)) is not None or chain is None:
+            return reason
+        flat = chain.flat
+        if self.stands_in():
+            if not flat.is_cpu:
+                return f"{self.stand_in}=1 runs it on the CPU and this policy is on {flat.device}; unset it"
+        elif not flat.is_cuda:
+            return f"it runs on a GPU and this policy is on {flat.device}; move it with policy.to('cuda')"
+        elif (capability := torch.cuda.get_device_capability(flat.device)) < (8, 0):
+            return f"it needs compute capability 8.0 or more, and this GPU has {capability}; use backend='eager'"
+        if flat.dtype is not torch.float32:
+            return (
+                f"it takes float32 parameters and this policy is {flat.dtype}; convert it with policy.to(torch.float32)"
+            )
+        if (limit := limits.too_large(chain.spec, _MAX_TIME_DIM)) is not None:
+            return f"{limit}; use backend='eager'"
+        return limits.too_many(chain.states.size(0) * chain.candidates, chain.table.num_steps)
+
+    def forward(self, chain: Chain, save: bool) -> tuple[Tensor, Any]:
+        noise = None if chain.noise is None else chain.noise.contiguous()
+        with on_device_of(chain.flat):
+            return self.chain_runner(chain).forward(
+                chain.flat, chain.states.contiguous(), chain.candidates, noise, chain.seed, save, _told(chain)
+            )
+
+    def backward(
+        self, chain: Chain, saved: Any, d_actions: Tensor, need_parameters: bool, need_states: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        with on_device_of(chain.flat):
+            return self.chain_runner(chain).backward(
+                chain.flat, saved, chain.states.contiguous(), d_actions.contiguous(), need_parameters, need_states
+            )
+
+    def prepare(
+        self, chain: Chain, places: tuple[Any, ...], held: tuple[Any, ...]
+    ) -> Callable[[Tensor, Tensor, int], bool] | None:
+        if binding.unavailable() is not None:
+            return None  # `intact` is too slow in Python to be worth it
+        return _Prepared(chain, places, held, self.chain_runner(chain)).run
+
+    def normal(self, seed: int | Tensor, K: int, B: int, A: int, like: Tensor) -> Tensor:
+        if like.dtype is not torch.float32 or A > limits.MAX_ACTION_DIM:
+            return super().normal(seed, K, B, A, like)
+        with on_device_of(like):
+            return self.run_normal(seed, K, B, A, like.device)  # one launch; in torch it is two hundred
+
+    def critic(self, critic: TwinCritic) -> Any | None:
+        buffer = critic.buffer
+        there = buffer.is_cpu if self.stands_in() else buffer.is_cuda
+        if not there or buffer.dtype is not torch.float32 or not self.takes(critic, "fp32"):
+            return None
+        return self.critic_runner(critic, "fp32")
+
+    def select(self, chain: Chain, critic: TwinCritic, draw_seed: int | Tensor) -> Tensor | None:
+        if not self.takes(critic, chain.precision):
+            return None  # the chain runs here, this critic in torch
+        noise = None if chain.noise is None else chain.noise.contiguous()
+        with on_device_of(chain.flat):
+            return self.run_select(
+                self.chain_runner(chain),
+                self.critic_runner(critic, chain.precision),
+                chain.flat,
+                critic.buffer,
+                chain.states.contiguous(),
+                chain.candidates,
+                noise,
+                chain.seed,
+                draw_seed,
+                _told(chain),
+            )
+
+    def takes(self, critic: TwinCritic, precision: str) -> bool:
+        """Whether the kernels run critics of these sizes."""
+        return limits.too_large(critic.spec) is None
+
+    def chain_runner(self, chain: Chain) -> Any:
+        """What runs such chains, kept with the step table.
+
+        Whatever GPU memory is kept is a copy of host memory: torch's blocking copy waits until it is in, so that a call
+        on another stream may read it at once. No call after the first copies, or waits.
+        """
+        key = (self.name, chain.spec, chain.precision, chain.flat.device, chain.max_action)
+        made = chain.table.kept.get(key)
+        if made is None:
+            refuse_while_capturing()
+            device = chain.flat.device
+            rows = torch.tensor([(*row, 0.0, 0.0) for row in chain.table.rows], dtype=torch.float32, device="cpu")
+            embedding = timestep_embedding(chain.table, chain.spec.time_dim, torch.float32, device)
+            made = chain.table.kept[key] = self.make_chain_runner(chain, rows.to(device), embedding)
+        return made
+
+    def critic_runner(self, critic: TwinCritic, precision: str) -> Any:
+        """What runs a critic, kept with it."""
+        key = (self.name, precision)
+        made = critic.kept.get(key)
+        if made is None:
+            refuse_while_capturing()
+            made = critic.kept[key] = self.make_critic_runner(critic, precision)
+        return made
+
+
+class _Prepared:
+    """A chain whose arguments were checked once, without gradients; see `Backend.prepare`."""
+
+    def __init__(self, chain: Chain, places: tuple[Any, ...], held: tuple[Any, ...], runner: Any) -> None:
+        self.flat, self.places, self.held, self.S = chain.flat, places, held, chain.spec.state_dim
+        self.base = chain.flat.data_ptr()
+        self.runner = runner
+        found = alarm(chain.flat.device)
+        self.told, self.found = found.word, found.cell
+        self.plans: dict[int, Any] = {}
+
+    def run(self, states: Tensor, actions: Tensor, seed: int) -> bool:
+        fits = states.dtype is actions.dtype is torch.float32 and states.device == self.flat.device
+        try:
+            fits = fits and states.is_contiguous() and states.dim() == 2 and states.shape[1] == self.S
+            if not fits or not states.size(0) or states.data_ptr() < LOWEST_ADDRESS:
+                return False
+        except RuntimeError:  # torch's, of tensors that have no shape or no address
+            return False
+        # Looking at the states would wait for them: the kernels do that. Whether an earlier call's were bad is known.
+        if self.found.value or not binding.intact(self.places, self.held, self.base):
+            return False
+        B = states.size(0)
+        plan = self.plans.get(B)
+        if plan is None:
+            if len(self.plans) > 64:
+                self.plans.clear()
+            plan = self.plans[B] = self.runner.plan(B)
+        with on_device_of(self.flat):
+            plan.run(self.flat, states, None, seed, actions, self.told)
+        return True
+
+
+def _told(chain: Chain) -> Tensor | None:
+    """Where the kernels tell of states that are not finite; None where nobody wants to know."""
+    return alarm(chain.flat.device).word if chain.report else None
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Kernels go to the current device: the tensor's, from here on."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,159 @@
+"""An update of an agent, recorded once as a CUDA graph: a replay of its many small kernels costs the host one call."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dql import draws, update_native
+from dql.agent import DiffusionBC, DiffusionQL, checked_batch
+from dql.config import Config
+from dql.data import Batch
+from dql.draws import SEEDS, Draws
+from dql.kernels.capture import prove, recorded
+from dql.shown import shown
+
+Tensor = torch.Tensor
+_WARM_UPS = 2  # load kernels and tables, and let cuBLAS choose, which a graph cannot hold
+AHEAD = 64  # updates whose numbers are drawn at once
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """The numbers of AHEAD updates from `first` on, for this config; each row as `_numbers` wants it, on the device."""
+
+    config: Config
+    first: int
+    rows: tuple[Tensor, ...]
+
+
+class GraphedUpdate:
+    """`agent.update` for batches of one size, with the same randomness: update by update the same up to rounding.
+
+    The agent stays what it is: it can be saved, act, or be updated without the graph in between, on one stream. Its
+    networks must stay where they are and its config as it is.
+
+    Args:
+        agent: on a GPU; recording leaves it unchanged.
+        batch_size: B of every batch.
+
+    Raises:
+        ValueError: the agent is not on a GPU, or batch_size is no positive integer.
+        BackendUnavailable: the backend that the agent's config names cannot run this here.
+    """
+
+    def __init__(self, agent: DiffusionBC | DiffusionQL, batch_size: int) -> None:
+        if agent.device.type != "cuda":
+            raise ValueError(
+                f"a CUDA graph needs the agent on a GPU, it is on {agent.device}; make it with device='cuda', "
+                "or call agent.update"
+            )
+        self._prepare(agent, batch_size)
+
+    def _prepare(self, agent: DiffusionBC | DiffusionQL, batch_size: int) -> None:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be a positive integer, got {shown(batch_size)}")
+        self.agent, self.batch_size = agent, batch_size
+        S, A, device, dtype = agent.policy.state_dim, agent.policy.action_dim, agent.device, agent.policy.dtype
+        with torch.inference_mode(False):
+            shapes = ((batch_size, S), (batch_size, A), (batch_size,), (batch_size, S), (batch_size,))
+            self._batch = Batch(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes))
+            # One copy to the device brings all that an update has of its own: seeds, timesteps, four numbers. A seed
+            # takes 16 bytes, as kernels want pointers to be aligned; a double has as many as the integers around it.
+            self._numbers = torch.zeros(2 * len(SEEDS) + batch_size + 4, dtype=torch.int64, device=device)
+        seeds, self._t, scalars = self._numbers.split((2 * len(SEEDS), batch_size, 4))
+        self._seeds, self._scalars = [seed[:1] for seed in seeds.split(2)], scalars.view(torch.float64)
+        self._backend = update_native.backend_of(agent, self._batch)
+        self._flats = [module.flat for module in agent._modules().values()]
+        self._drawn: _Drawn | None = None
+        self._stage()
+        self._replay, self._metrics = record(self._body, agent)
+        # What the graph reads and writes must stay its own as long as it lives: gradients, tables and their embeddings.
+        tables = [policy.step_table() for policy in (agent.policy, getattr(agent, "ema_policy", agent.policy))]
+        owners = (*tables, *agent._modules().values())
+        self._held = (
+            tables,
+            agent.policy.q_sample_table(self._batch.actions),
+            [dict(owner.kept) for owner in owners],
+            [flat.grad for flat in self._flats],
+        )
+        self._moments = agent.moments()
+
+    def _body(self) -> dict[str, Tensor]:
+        """What is recorded: everything that it reads of an update lies in `_numbers` and `_batch`."""
+        scalars = self._scalars.to(self.agent.policy.dtype)
+        target, bc_noise, actor = self._seeds
+        lr_scale = scalars[2].float()  # whatever the parameters are, a rate in device memory is float32 to torch
+        given = Draws(target, bc_noise, actor, self._t, scalars[:2], lr_scale, scalars[3])
+        return self.agent._compute(self._batch, given, self._backend)
+
+    def _stage(self) -> None:
+        """Brings the next update's numbers to the device: one row of a block that was drawn ahead, and copied at once.
+
+        They depend on step and config alone: a step that was loaded, or done without the graph, finds its own.
+        """
+        agent, drawn = self.agent, self._drawn
+        if drawn is None or drawn.config is not agent.config or not 0 <= agent.step - drawn.first < AHEAD:
+            drawn = self._drawn = self._draw()
+        self._numbers.copy_(drawn.rows[agent.step - drawn.first])
+
+    def _draw(self) -> "_Drawn":
+        agent, first = self.agent, self.agent.step
+        steps = range(first, first + AHEAD)
+        host = np.zeros((AHEAD, len(self._numbers)), np.int64)
+        seeds, host[:, 2 * len(SEEDS) : -4], coins = draws.drawn(
+            agent.config.seed, first, AHEAD, agent.policy.T, self.batch_size
+        )
+        host[:, : 2 * len(SEEDS) : 2] = seeds
+        scalars = host[:, -4:].view(np.float64)
+        scalars[:, 0], scalars[:, 1] = coins, 1 - coins
+        scalars[:, 2:] = [(agent.lr_scale(step), agent._ema_weight(step)) for step in steps]
+        block = torch.from_numpy(host)
+        if self._numbers.is_cuda:
+            block = block.pin_memory()  # the copy need not wait, and torch keeps the memory until it is done
+        return _Drawn(agent.config, first, block.to(self._numbers.device, non_blocking=True).unbind())
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """One update from a batch, as `agent.update`.
+
+        Args:
+            batch: [batch_size, ...], on the agent's device and in its dtype; it is copied.
+
+        Returns:
+            the same scalars; the next update writes over them.
+
+        Raises:
+            ValueError: a batch of another size, dtype or device.
+            RuntimeError: a network was moved or cast, or an optimizer loaded, after the recording.
+        """
+        agent = self.agent
+        batch = checked_batch(batch, agent.policy)
+        if len(batch.states) != self.batch_size:
+            raise ValueError(
+                f"the batch has {len(batch.states)} rows, this update was recorded for {self.batch_size}; make another "
+                "GraphedUpdate for another batch size"
+            )
+        if any(module.flat is not flat for module, flat in zip(agent._modules().values(), self._flats, strict=True)):
+            raise RuntimeError("a network of the agent was moved or cast after its update was recorded; record it anew")
+        moments = agent.moments()
+        if len(moments) != len(self._moments) or any(a is not b for a, b in zip(moments, self._moments, strict=True)):
+            raise RuntimeError(
+                "an optimizer of the agent was loaded or replaced after its update was recorded, and the graph has the "
+                "old one; make a new GraphedUpdate"
+            )
+        self._stage()
+        torch._foreach_copy_(list(vars(self._batch).values()), list(vars(batch).values()))
+        self._replay()
+        for flat in self._flats:  # who keeps what belongs to a version must notice
+            torch.autograd.graph.increment_version(flat)
+        agent.step += 1
+        return self._metrics
+
+
+def record(body: Callable[[], dict[str, Tensor]], agent: DiffusionBC) -> tuple[Callable[[], None], dict[str, Tensor]]:
+    """(replay, what the body returned): a CUDA graph of the body, on the agent's GPU; the agent is left as it was."""
+    with torch.cuda.device(agent.device), torch.enable_grad(), torch.inference_mode(False), agent.unchanged():
+        graph, metrics = recorded(body, warm_ups=_WARM_UPS)
+        prove(graph.replay, metrics.values())
+    return graph.replay, metrics

@@ -1,0 +1,1 @@
+"""The CPU extension, `dql.kernels._native` of csrc/cpu/: tensors in, tensors out."""

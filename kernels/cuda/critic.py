@@ -1,0 +1,200 @@
+"""Twin critics by the CUDA kernels, their gradient, and the acting rule that they serve: `select`.
+
+A critic is a chain of one step: the same kernels run it, both networks side by side. Buffers, streams and letters are
+those of `cuda_chain`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..layout import CriticSpec
+from ..limits import check_memory
+from . import binding
+from .chain import ChainRunner, Launcher, address, place_on, seed_arguments
+from .plan import Tiling
+
+Tensor = torch.Tensor
+
+
+@dataclass(eq=False)
+class CriticSaved:
+    """What `CriticRunner.backward` needs of a forward pass."""
+
+    packed: Tensor
+    saved: Tensor
+    tiling: Tiling
+    which: tuple[int, ...]
+
+
+class CriticRunner(Launcher):
+    """Twin critics of one size on one device in one precision; made once and kept, it holds no parameters.
+
+    Args:
+        spec: sizes of the critics.
+        precision: "fp32", "tf32" or "bf16"; the first and the last layer are float32 in all of them.
+        device: where the tensors are.
+    """
+
+    def __init__(self, spec: CriticSpec, precision: str, device: torch.device) -> None:
+        super().__init__(spec, precision, device)
+
+    def forward(
+        self, flat: Tensor, states: Tensor, actions: Tensor, candidates: int, which: tuple[int, ...], save: bool
+    ) -> tuple[Tensor, CriticSaved | None]:
+        """The Q values of the critics that `which` names.
+
+        Args:
+            flat: parameters of both critics [P].
+            states: [B, S], contiguous.
+            actions: [R, A], contiguous; row b * N + n is candidate n of state b.
+            candidates: N.
+            which: (0, 1), (0,) or (1,).
+            save: keep what `backward` needs.
+
+        Returns:
+            (q [len(which), R], saved or None).
+
+        Raises:
+            ValueError: `which` is none of the three.
+        """
+        if which not in ((0, 1), (0,), (1,)):
+            raise ValueError(f"which must be (0, 1), (0,) or (1,), the critics to run, got {which!r}")
+        B, n, place = states.size(0), len(which), self.place
+        R = B * candidates
+        check_memory(
+            self.device,
+            flat=(flat, self.spec.layout.size),
+            states=(states, B * self.spec.state_dim),
+            actions=(actions, R * self.spec.action_dim),
+        )
+        tiling = self.tiling(R, 1, n, save)
+        numbers = tiling.numbers(self.precision)
+        packed_bytes, saved_bytes, _, _, _ = self.module.sizes(self.mlp, *numbers, B, R, 1, int(save), n)
+        packed, q = self.bytes(packed_bytes), self.floats(n, R)
+        saved = self.bytes(saved_bytes) if save else None
+        self.module.prologue(
+            self.mlp, *numbers, int(save), flat.data_ptr(), 0, states.data_ptr(), B, 1, packed.data_ptr(), 0, *place
+        )
+        self.module.chain_forward(
+            self.mlp, *numbers, int(save), which[0], n, flat.data_ptr(), packed.data_ptr(), 0, B, candidates, 1, 0.0,
+            0, 0, 0, actions.data_ptr(), q.data_ptr(), address(saved), self.max_clusters(tiling, False), *place,
+        )  # fmt: skip
+        return q, CriticSaved(packed, saved, tiling, which) if saved is not None else None
+
+    def backward(
+        self,
+        flat: Tensor,
+        saved: CriticSaved,
+        states: Tensor,
+        actions: Tensor,
+        d_q: Tensor,
+        need_parameters: bool,
+        need_states: bool,
+        need_actions: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradient of `forward`; the same arguments give the same bits.
+
+        Args:
+            flat: parameters [P], as they were.
+            saved: what `forward` returned; it may be used again.
+            states: [B, S], contiguous, as they were.
+            actions: [R, A], contiguous, as they were.
+            d_q: [len(which), R], contiguous.
+            need_parameters: compute d_flat.
+            need_states: compute d_states.
+            need_actions: compute d_actions.
+
+        Returns:
+            (d_flat [P], d_states [B, S], d_actions [R, A]), None where not needed. Where no parameter lies, or one of
+            a critic that was not run, d_flat is zero.
+        """
+        if not (need_parameters or need_states or need_actions):
+            return None, None, None
+        (n, R), B, place = d_q.shape, states.size(0), self.place
+        check_memory(
+            self.device,
+            flat=(flat, self.spec.layout.size),
+            states=(states, B * self.spec.state_dim),
+            actions=(actions, R * self.spec.action_dim),
+            d_q=(d_q, len(saved.which) * R),
+        )
+        numbers, first = saved.tiling.numbers(self.precision), saved.which[0]
+        back = self.bytes(self.module.sizes(self.mlp, *numbers, B, R, 1, 1, n)[2])
+        each_actions = self.floats(n, R, self.spec.action_dim) if need_actions else None
+        self.module.chain_backward(
+            self.mlp, *numbers, 1, first, n, flat.data_ptr(), saved.packed.data_ptr(), 0, B, R // B, 1, 0.0,
+            d_q.data_ptr(), saved.saved.data_ptr(), back.data_ptr(), address(each_actions),
+            self.max_clusters(saved.tiling, True), *place,
+        )  # fmt: skip
+        d_flat = self.floats(self.spec.layout.size) if need_parameters else None
+        d_states = torch.empty_like(states) if need_states else None
+        if need_parameters or need_states:
+            parts = self.parts(R)
+            workspace = self.floats(
+                self.module.gradient_workspace(self.mlp, *numbers, 1, parts, int(need_parameters)),
+            )
+            self.module.gradients(
+                self.mlp, *numbers, first, n, flat.data_ptr(), 0, states.data_ptr(), B, R // B, 1,
+                saved.saved.data_ptr(), back.data_ptr(), actions.data_ptr(), d_q.data_ptr(), workspace.data_ptr(),
+                parts, address(d_flat), address(d_states), *place,
+            )  # fmt: skip
+        d_actions = None if each_actions is None else each_actions[0] if n == 1 else each_actions.sum(0)
+        return d_flat, d_states, d_actions
+
+
+def select(
+    chain: ChainRunner,
+    critic: CriticRunner,
+    flat: Tensor,
+    critic_flat: Tensor,
+    states: Tensor,
+    candidates: int,
+    noise: Tensor | None,
+    seed: int | Tensor,
+    draw_seed: int | Tensor,
+    told: Tensor | None = None,
+) -> Tensor:
+    """The published acting rule: N candidates a state, one drawn from softmax(min(Q_1, Q_2)).
+
+    Args:
+        chain: of the policy.
+        critic: of the critics, on the same device.
+        flat: parameters of the denoiser [P].
+        critic_flat: parameters of both critics.
+        states: [B, S], contiguous.
+        candidates: N.
+        noise: [K, R, A], contiguous, or None: then the seed's stream.
+        seed: of the noise, as for `ChainRunner.forward`.
+        draw_seed: of the draw, likewise.
+        told: as for `ChainRunner.forward`.
+
+    Returns:
+        actions [B, A].
+    """
+    actions, _ = chain.forward(flat, states, candidates, noise, seed, False, told)
+    q, _ = critic.forward(critic_flat, states, actions, candidates, (0, 1), save=False)
+    return choose(q, actions, candidates, draw_seed)
+
+
+def choose(q: Tensor, actions: Tensor, candidates: int, draw_seed: int | Tensor) -> Tensor:
+    """Draws a candidate a state from softmax(min(Q_1, Q_2)): the first whose cumulative probability exceeds
+    `dql.noise.uniform(draw_seed)`; of a critic that has become NaN, the first.
+
+    Args:
+        q: [2, R], contiguous, row b * N + n being candidate n of state b.
+        actions: [R, A], contiguous.
+        candidates: N.
+        draw_seed: 0 .. 2^64 - 1, or an int64 tensor [1] on the device, read when the kernel runs.
+
+    Returns:
+        [B, A].
+    """
+    R, A = actions.shape
+    B = R // candidates
+    chosen = torch.empty(B, A, dtype=torch.float32, device=actions.device)
+    binding.module().choose(
+        q.data_ptr(), actions.data_ptr(), *seed_arguments(draw_seed), B, candidates, A, chosen.data_ptr(),
+        *place_on(chosen.device),
+    )  # fmt: skip
+    return chosen

@@ -1,0 +1,1 @@
+"""The kernels in Triton, and what chooses, compiles and launches them."""

@@ -1,0 +1,327 @@
+"""The reverse-diffusion chain in one Triton kernel, and its gradient in one more: the backend "triton".
+
+    x = noise[0]                                                            # [R, A]
+    for k in 0 .. K-1:
+        eps = denoiser(x, t_k, s)
+        x0  = clamp(a_k x - b_k eps, -max, +max)
+        x   = c0_k x0 + cx_k x + cp_k x0_prev + s_k noise[k+1]              # s_{K-1} = 0
+    action = clamp(x, -max, +max)
+
+(Diffusion-QL, arXiv 2208.06193, eq. 1; `reference.chain_fwd` is the same in torch.) A program runs all K steps for a
+tile of ROWS rows. x, x0 and the activations of the last layer stay in registers; see `tile_layers` for the others.
+
+What a kernel is handed lies in two buffers, made by `chain_runner.ChainPlan` for every call:
+    floats:    packed floats | time table [K, HP] | state part [B, HP] | x [RP, AP], with a backward pass [K, RP, AP] |
+               with a backward pass: a_k x - b_k eps, and last the action, before clamping [K + 1, RP, AP]
+    operands:  packed operands | without a backward pass: two activations of each tile [tiles, 2, ROWS, HP]; with one:
+               activations [L, K, RP, HP] | slopes [L, K, RP, HP]
+
+In tf32 and bf16 the operands of every product are rounded, once each. x lies in memory as the operand that it is there,
+as do activations and d_z; slopes, which are none, have the operands' dtype alone. In registers x, d_z and d_eps go on
+exact, and so does d_eps in memory, whose sum is the gradient of the output's bias.
+
+Letters: B states, N candidates, R = B * N rows, RP those in whole tiles, A action size, AP padded, HP padded hidden
+width, L hidden layers, K steps.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from ..layout import ACTIVATIONS, DenoiserSpec
+from .launch import INTERPRETED, Kernel
+from .layers import narrow_product, narrow_product_from, product
+from .ops import activate, activate_with_slope, edge_operand, normals, rounded_operand, stored
+from .packing import PackedSizes, packed_sizes
+from .prologue import edge_precision
+from .tiles import Tile, next_smaller
+
+NARROW = tl.constexpr(8192)  # AP * HP from which on the first layer's weight does not fit into the registers
+
+
+@triton.jit
+def _chain_fwd(
+    floats: "*fp32",  # see the module
+    operands: "*op",
+    steps: "*fp32",  # [K, 8]: a, b, c0, cx, cp, s, 0, 0
+    noise: "*fp32 any",  # [K, R, A], or null without NOISE
+    seed_at: "*i64 any",  # where the seed is, if seed_in_memory: in a CUDA graph, whose replays have one each
+    actions: "*fp32",  # [R, A], written
+    seed: "i64",  # otherwise
+    max_action: "fp32",
+    R: "i32",
+    B: "i32",
+    N: "i32",
+    K: "i32",
+    seed_in_memory: "i32",
+    A: tl.constexpr,
+    AP: tl.constexpr,
+    HP: tl.constexpr,
+    L: tl.constexpr,
+    KIND: tl.constexpr,  # of activation
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HOLD: tl.constexpr,  # the states' part stays in registers
+    PRECISION: tl.constexpr,  # of float32 products in hidden layers
+    EDGE: tl.constexpr,  # ... in the first and the last
+    NOISE: tl.constexpr,
+    SAVE: tl.constexpr,
+    BF16: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    tile = tl.program_id(0).to(tl.int64)
+    tiles = tl.num_programs(0).to(tl.int64)
+    RP = tiles * ROWS
+    row = tile * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    dim, column = tl.arange(0, AP), tl.arange(0, HP)
+    live = (row < R)[:, None] & (dim < A)[None, :]  # [ROWS, AP]
+    cell = row[:, None] * A + dim[None, :]
+    corner = row[:, None] * AP + dim[None, :]
+    plane = R.to(tl.int64) * A  # of the noise
+    place = tl.arange(0, ROWS)[:, None] * HP + column[None, :]  # in a tile of activations
+
+    biases = floats
+    output_bias = biases + (L - 1) * HP
+    w_x = output_bias + AP
+    w_out = w_x + HP * AP
+    time_table = w_out + AP * HP
+    state_part = time_table + K * HP
+    xs = state_part + B.to(tl.int64) * HP
+    raws = xs + K * RP * AP
+    weights = operands
+    activations = weights + (L - 1) * HP * HP * (2 if SAVE else 1)
+    slopes = activations + L * K * RP * HP
+
+    seed = tl.load(seed_at, seed_in_memory != 0, seed)
+    at_state = state_part + (tl.minimum(row, R - 1) // N)[:, None] * HP + column[None, :]  # [ROWS, HP]
+    if HOLD:
+        of_state = tl.load(at_state)
+    if AP * HP < NARROW:
+        w_action = tl.load(w_x + column[None, :] * AP + dim[:, None])  # [AP, HP]
+        if BF16:  # otherwise packed as an operand
+            w_action = edge_operand(w_action, EDGE, EMULATE)
+    b_out = tl.load(output_bias + dim)[None, :]
+
+    if NOISE:
+        x = tl.load(noise + cell, live, 0.0)  # [ROWS, AP]
+    else:
+        x = tl.where(live, normals(seed, row, 0, 0, AP), 0.0)
+    x0_previous = tl.zeros((ROWS, AP), tl.float32)
+    turn = 0
+    hidden = activations
+    for k in range(K):
+        step = steps + k * 8
+        if not HOLD:
+            of_state = tl.load(at_state)
+        z = tl.load(time_table + k * HP + column)[None, :] + of_state
+        x_at = xs + (k if SAVE else 0) * RP * AP
+        x_operand = edge_operand(x, EDGE, EMULATE)
+        if SAVE or AP * HP >= NARROW:
+            tl.store(x_at + corner, x_operand)
+        if AP * HP < NARROW:
+            z = tl.dot(x_operand, w_action, z, input_precision=EDGE)  # [ROWS, HP]
+        else:
+            tl.debug_barrier()
+            z = product(z, x_at + tile * ROWS * AP, w_x, AP, 1, ROWS, HP, AP, 16, 2, EDGE, False, BF16, EMULATE)
+        for layer in tl.static_range(L):
+            if layer > 0:
+                bias = tl.load(biases + (layer - 1) * HP + column)[None, :]
+                z = product(bias + tl.zeros((ROWS, HP), tl.float32), hidden, weights + (layer - 1) * HP * HP,
+                            HP, 1, ROWS, HP, HP, CHUNK, STAGES, PRECISION, False, False, EMULATE)  # fmt: skip
+            at = ((layer * K + k) * RP + tile * ROWS) * HP
+            if SAVE:
+                h, slope = activate_with_slope(z, KIND)
+                tl.store(slopes + at + place, stored(slope, BF16, EMULATE))
+                hidden = activations + at
+            else:
+                h = activate(z, KIND)
+                if layer < L - 1 or GROUPS == 0:  # what is stored goes to the two places in turn
+                    hidden = activations + (tile * 2 + turn) * ROWS * HP
+                    turn = 1 - turn
+            h = rounded_operand(h, BF16, PRECISION, EMULATE)
+            if SAVE or layer < L - 1 or GROUPS == 0:
+                tl.store(hidden + place, h)
+            if layer < L - 1 or GROUPS == 0:
+                tl.debug_barrier()
+        if GROUPS > 0:
+            eps = narrow_product(h, w_out, HP, 1, ROWS, HP, AP, GROUPS, PRECISION, BF16, EMULATE)  # [ROWS, AP]
+        else:
+            eps = narrow_product_from(hidden, w_out, HP, 1, ROWS, HP, AP, CHUNK, STAGES, PRECISION, BF16, EMULATE)
+        eps += b_out
+        raw = tl.load(step) * x - tl.load(step + 1) * eps
+        x0 = tl.where(raw > max_action, max_action, tl.where(raw < -max_action, -max_action, raw))
+        if SAVE:
+            tl.store(raws + k * RP * AP + corner, raw)
+        x = tl.load(step + 2) * x0 + tl.load(step + 3) * x + tl.load(step + 4) * x0_previous
+        if k + 1 < K:  # no noise in the last step: the posterior variance is 0 there
+            if NOISE:
+                drawn = tl.load(noise + (k + 1) * plane + cell, live, 0.0)
+            else:
+                drawn = tl.where(live, normals(seed, row, k + 1, 0, AP), 0.0)
+            x += tl.load(step + 5) * drawn
+        x0_previous = x0
+    if SAVE:
+        tl.store(raws + K * RP * AP + corner, x)
+    tl.store(actions + cell, tl.where(x > max_action, max_action, tl.where(x < -max_action, -max_action, x)), live)
+
+
+@triton.jit
+def _chain_bwd(
+    floats: "*fp32",  # what _chain_fwd was handed and saved
+    operands: "*op",
+    steps: "*fp32",
+    d_actions: "*fp32 any",  # [R, A]
+    d_floats: "*fp32",  # written: d_eps [K, RP, AP] | d_z of the first layer, summed over steps [RP, HP]
+    d_operands: "*op",  # written: d_z [L, K, RP, HP]
+    max_action: "fp32",
+    R: "i32",
+    B: "i32",
+    K: "i32",
+    A: tl.constexpr,
+    AP: tl.constexpr,
+    HP: tl.constexpr,
+    L: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HOLD: tl.constexpr,  # the states' part stays in registers
+    PRECISION: tl.constexpr,
+    EDGE: tl.constexpr,
+    BF16: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    tile = tl.program_id(0).to(tl.int64)
+    RP = tl.num_programs(0).to(tl.int64) * ROWS
+    row = tile * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    dim, column = tl.arange(0, AP), tl.arange(0, HP)
+    live = (row < R)[:, None] & (dim < A)[None, :]  # [ROWS, AP]
+    corner = row[:, None] * AP + dim[None, :]
+    place = tl.arange(0, ROWS)[:, None] * HP + column[None, :]
+
+    w_x = floats + L * HP - HP + AP
+    w_out = w_x + HP * AP
+    raws = w_out + AP * HP + (K + B.to(tl.int64)) * HP + K * RP * AP
+    turned = operands + (L - 1) * HP * HP
+    slopes = turned + (L - 1) * HP * HP + L * K * RP * HP
+    if AP * HP < NARROW:
+        w_back = tl.load(w_out + dim[:, None] * HP + column[None, :])  # [AP, HP]
+        if BF16:  # otherwise packed as an operand
+            w_back = edge_operand(w_back, EDGE, EMULATE)
+
+    last = tl.load(raws + K * RP * AP + corner)
+    d_x = tl.load(d_actions + row[:, None] * A + dim[None, :], live, 0.0)  # [ROWS, AP]
+    d_x = tl.where(tl.abs(last) <= max_action, d_x, 0.0)
+    d_x0_carried = tl.zeros((ROWS, AP), tl.float32)  # from the next step's cp * x0_prev
+    sums = d_floats + K * RP * AP + (tile * ROWS) * HP + place
+    if HOLD:
+        d_state_part = tl.zeros((ROWS, HP), tl.float32)
+    for back in range(K):
+        k = K - 1 - back
+        step = steps + k * 8
+        raw = tl.load(raws + k * RP * AP + corner)
+        d_raw = tl.where(tl.abs(raw) <= max_action, tl.load(step + 2) * d_x + d_x0_carried, 0.0)
+        d_x0_carried = tl.load(step + 4) * d_x
+        d_eps = -tl.load(step + 1) * d_raw
+        tl.store(d_floats + k * RP * AP + corner, d_eps)
+        if AP * HP < NARROW:
+            d_h = tl.dot(edge_operand(d_eps, EDGE, EMULATE), w_back, input_precision=EDGE)  # [ROWS, HP]
+        else:
+            tl.debug_barrier()
+            d_h = product(tl.zeros((ROWS, HP), tl.float32), d_floats + (k * RP + tile * ROWS) * AP, w_out,
+                          1, HP, ROWS, HP, AP, 16, 2, EDGE, True, BF16, EMULATE)  # fmt: skip
+        for up in tl.static_range(L):
+            layer = L - 1 - up
+            at = ((layer * K + k) * RP + tile * ROWS) * HP
+            d_z = d_h * tl.load(slopes + at + place).to(tl.float32)
+            d_z_operand = rounded_operand(d_z, BF16, PRECISION, EMULATE)
+            tl.store(d_operands + at + place, d_z_operand)
+            if layer > 0 or GROUPS == 0:
+                tl.debug_barrier()
+            if layer > 0:
+                d_h = product(tl.zeros((ROWS, HP), tl.float32), d_operands + at, turned + (layer - 1) * HP * HP,
+                              HP, 1, ROWS, HP, HP, CHUNK, STAGES, PRECISION, False, False, EMULATE)  # fmt: skip
+        if HOLD:
+            d_state_part += d_z
+        else:  # in memory: the barriers above order this after the store of the step before
+            tl.store(sums, tl.load(sums, mask=tl.full((ROWS, HP), 0, tl.int32) + back > 0, other=0.0) + d_z)
+        # In the last turn nobody needs it; Triton 3.6 and 3.7 cannot compile this under a condition.
+        d_x = tl.load(step + 3) * d_x + tl.load(step) * d_raw
+        if GROUPS > 0:
+            d_x += narrow_product(d_z_operand, w_x, 1, AP, ROWS, HP, AP, GROUPS, PRECISION, BF16, EMULATE)
+        else:
+            d_x += narrow_product_from(
+                d_operands + at, w_x, 1, AP, ROWS, HP, AP, CHUNK, STAGES, PRECISION, BF16, EMULATE
+            )
+    if HOLD:
+        tl.store(sums, d_state_part)
+
+
+def small(tile: Tile, s: PackedSizes) -> bool:
+    """Whether registers hold more than one tile of activations: found by compiling for sm_80 to sm_120."""
+    return tile.rows <= 16 and NARROW.value > s.AP * s.HP
+
+
+def groups(tile: Tile, s: PackedSizes) -> int:
+    """Of `narrow_product`; 0 sends the last layer's inputs through memory."""
+    return min(tile.warps, s.HP // 16) if small(tile, s) else 0
+
+
+@lru_cache(maxsize=256)
+def chain_fwd_kernel(spec: DenoiserSpec, precision: str, tile: Tile, noise: bool, save: bool) -> Kernel:
+    """The forward kernel for a denoiser, a precision and a tile."""
+    kind = ACTIVATIONS.index(spec.activation)
+
+    def smaller() -> Kernel | None:
+        less = next_smaller(tile)
+        return None if less is None else chain_fwd_kernel(spec, precision, less, noise, save)
+
+    return _kernel(_chain_fwd, spec, precision, tile, smaller, KIND=kind, NOISE=noise, SAVE=save)
+
+
+@lru_cache(maxsize=256)
+def chain_bwd_kernel(spec: DenoiserSpec, precision: str, tile: Tile) -> Kernel:
+    """The backward kernel for a denoiser, a precision and a tile."""
+
+    def smaller() -> Kernel | None:
+        less = next_smaller(tile)
+        return None if less is None else chain_bwd_kernel(spec, precision, less)
+
+    return _kernel(_chain_bwd, spec, precision, tile, smaller)
+
+
+def _kernel(
+    function: Any,
+    spec: DenoiserSpec,
+    precision: str,
+    tile: Tile,
+    smaller: Callable[[], Kernel | None],
+    **constants: Any,
+) -> Kernel:
+    s = packed_sizes(spec)
+    return Kernel.of(
+        function,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        tile=tile,
+        smaller=smaller,
+        A=spec.action_dim,
+        AP=s.AP,
+        HP=s.HP,
+        L=s.L,
+        ROWS=tile.rows,
+        CHUNK=min(tile.chunk, s.HP),
+        STAGES=tile.stages,
+        GROUPS=groups(tile, s),
+        HOLD=small(tile, s),
+        PRECISION=edge_precision(precision),
+        EDGE=edge_precision(precision),
+        BF16=precision == "bf16",
+        EMULATE=INTERPRETED,
+        **constants,
+    )
