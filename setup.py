@@ -1,37 +1,26 @@
-"""The package's layout, and the build of its C++ extension `dql.kernels._native`.
+"""The package's layout, and the builds of its extensions `dql.kernels._native` (C++) and `dql.kernels._cuda`.
 
 The folder kernels/ is installed as dql.kernels, never as a top-level module. In a checkout dql/kernels is a link to it,
 so that an editable installation needs no more than the checkout on Python's path, which type checkers and editors see,
-too. The extension is optional: without a compiler the installation succeeds, and a record beside the extension says in
-one sentence what was missing.
+too. The extensions are optional: without a compiler the installation succeeds, and a record beside each says in one
+sentence what was missing. csrc/build_cpu.py and csrc/build_cuda.py tell how they are compiled, and what else is heeded.
 
-    DQL_REQUIRE_NATIVE=1    the build fails if the extension cannot be built
-    DQL_NO_NATIVE=1         it is not built
-    CXX, CXXFLAGS, LDFLAGS  another compiler, further flags
-
-The CUDA kernels are a second extension, `dql.kernels._cuda`, as optional, built where there is nvcc. csrc/cuda/build.py
-does it, and tells of DQL_CUDA_ARCHS, DQL_REQUIRE_CUDA and DQL_NO_CUDA.
+    DQL_REQUIRE_NATIVE=1, DQL_REQUIRE_CUDA=1    the build fails if that extension cannot be built
+    DQL_NO_NATIVE=1, DQL_NO_CUDA=1              it is not built
 """
 
-import hashlib
 import importlib.util
 import json
 import os
-import platform
 import re
-import shlex
 import shutil
-import subprocess
 import sys
 import sysconfig
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any, ClassVar
 
 from setuptools import Command, Extension, setup
@@ -42,157 +31,37 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 
 
-def _loaded(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
+def _loaded(path: Path) -> ModuleType:
+    """A module by its file, as whoever imports its name finds it."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look there
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-build_record = _loaded("build_record", ROOT / "kernels" / "build_record.py")
-NATIVE, CUDA = build_record.NATIVE, build_record.CUDA
-
-# fmt: off
-COMMON = [
-    "-std=c++17", "-O3", "-DNDEBUG", "-DPy_LIMITED_API=0x030B0000", "-fPIC", "-pthread", "-Wall", "-Wextra",
-    "-fvisibility=hidden", "-ffunction-sections", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
-    "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # gcc 12 warns of its own AVX-512 headers
-]
-_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"]
-# fmt: on
-VARIANTS: dict[str, list[str]] = {  # the flags of each variant, chosen among at run time
-    "avx512bf16": [*_AVX512, "-mavx512bf16"],
-    "avx512": _AVX512,
-    "avx2": ["-mavx2", "-mfma"],
-    "generic": [],
-}
-assert tuple(VARIANTS) == build_record.VARIANTS
-# one instruction of each: an old assembler may lack what the compiler knows
-_PROBES = {
-    "avx512bf16": "__m512 f(__m512 a, __m512bh b) { return _mm512_dpbf16_ps(a, b, b); }",
-    "avx512": "__m512 f(__m512 a) { return _mm512_fmadd_ps(a, a, a); }",
-    "avx2": "__m256 f(__m256 a) { return _mm256_fmadd_ps(a, a, a); }",
-}
+build_record = _loaded(ROOT / "kernels" / "build_record.py")
+NATIVE, CUDA, EMULATED, NotBuilt = (getattr(build_record, name) for name in ("NATIVE", "CUDA", "EMULATED", "NotBuilt"))
 
 
-class NotBuilt(Exception):
-    """Why there is no extension: the cause, what mends it, and the compiler's output if there is any."""
-
-    def __init__(self, cause: str, remedy: str, log: str = "") -> None:
-        super().__init__(cause)
-        self.cause, self.remedy, self.log = cause, remedy, log
+_loading = threading.Lock()
 
 
-@dataclass
-class Compiler:
-    """The C++ compiler: its command and the first line of its --version."""
+def _builder(name: str) -> ModuleType:
+    """csrc/build_NAME.py.
 
-    command: list[str]
-    version: str
-
-    @classmethod
-    def find(cls) -> "Compiler":
-        """CXX, or the first of g++, clang++ and c++.
-
-        Raises:
-            NotBuilt: there is none, or it does not run.
-        """
-        command = _flags("CXX")
-        if not command:
-            path = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
-            if path is None:
-                raise NotBuilt(
-                    "no C++ compiler was found when dql was installed",
-                    "install one (on Debian or Ubuntu: apt install g++)",
-                )
-            command = [path]
-        status, output = _call([*command, "--version"])
-        if status != 0 or not output.strip():
-            raise NotBuilt(
-                f"the C++ compiler {shlex.join(command)} did not run ({_first_error(output)})",
-                "set CXX to another or unset it" if "CXX" in os.environ else "mend or reinstall it",
-            )
-        return cls(command, output.splitlines()[0].strip())
-
-    def refuses(self, variant: str) -> str | None:
-        """None, or why this variant cannot be compiled here."""
-        if variant not in _PROBES:
-            return None
-        if platform.machine().lower() not in ("x86_64", "amd64"):
-            return f"this is not an x86-64 machine but {platform.machine()}"
-        with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder) / "probe.cpp"
-            source.write_text(f"#include <immintrin.h>\n{_PROBES[variant]}\n")
-            status, output = _call(
-                [*self.command, *VARIANTS[variant], "-c", str(source), "-o", str(source.with_suffix(".o"))]
-            )
-        return None if status == 0 else f"{self.version} refuses its flags ({_first_error(output)})"
+    Raises:
+        NotBuilt: it is not there.
+    """
+    paths = [ROOT / "csrc" / f"build_{part}.py" for part in ("tools", name)]
+    if not all(path.exists() for path in paths):
+        raise NotBuilt("the folder csrc/ with its sources is missing", "get the whole of dql")
+    with _loading:  # two threads ask
+        return [sys.modules.get(path.stem) or _loaded(path) for path in paths][-1]
 
 
-@dataclass
-class Job:
-    """One source to compile, for a variant or for all."""
-
-    source: Path
-    variant: str | None
-    flags: list[str]
-
-    @property
-    def name(self) -> str:
-        """As the sentences name it."""
-        return f"{self.source} ({self.variant})" if self.variant else str(self.source)
-
-    def command(self, compiler: Compiler) -> list[str]:
-        """What compiles it, but for the object."""
-        return [*compiler.command, *self.flags, *_flags("CXXFLAGS"), "-c", str(self.source)]
-
-    def object(self, compiler: Compiler, folder: Path) -> Path:
-        """Where its object belongs, named for all that goes into it: an object that is there is up to date."""
-        digest = hashlib.sha256(f"{compiler.version}\0{shlex.join(self.command(compiler))}".encode())
-        headers = [path for path in build_record.compiled_files(Path("csrc")) if path.suffix != ".cpp"]
-        for path in [self.source, *headers]:
-            digest.update(f"{path}\0".encode() + path.read_bytes())
-        stem = f"{self.source.stem}-{self.variant}" if self.variant else self.source.stem
-        return folder / f"{stem}-{digest.hexdigest()[:16]}.o"
-
-
-def _flags(name: str) -> list[str]:
-    try:
-        return shlex.split(os.environ.get(name, ""))
-    except ValueError as error:
-        raise NotBuilt(f"{name}={os.environ[name]!r} cannot be read ({error})", "mend it") from None
-
-
-def _call(command: Sequence[str], seconds: float | None = None) -> tuple[int, str]:
-    """(exit status, output and errors together); a command that cannot start has status 127, one that hangs 124."""
-    try:
-        result = subprocess.run(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            check=False,
-            env=os.environ | {"LC_ALL": "C"},  # the error that we quote is in English, as our sentence is
-            timeout=seconds,
-        )
-    except subprocess.TimeoutExpired:
-        return 124, f"it did not end within {seconds:g} s"
-    except OSError as error:
-        return 127, error.strerror or str(error)
-    return result.returncode, result.stdout
-
-
-def _first_error(output: str) -> str:
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    pick = next((line for line in lines if re.search(r"\berror\b|undefined reference", line, re.I)), None)
-    return (pick or (lines[-1] if lines else "it said nothing"))[:300]
-
-
-class BuildNative(build_ext):
-    """Compiles csrc/ with the compiler at hand, one object per source and variant, in parallel."""
+class BuildExtensions(build_ext):
+    """Compiles csrc/ with the compilers at hand."""
 
     def run(self) -> None:
         """Builds the extensions into build_lib, and into kernels/ for an editable installation; leaves their records.
@@ -204,13 +73,13 @@ class BuildNative(build_ext):
         cuda: dict[str, Any] = {"architectures": [], "because": None, "resources": []}
         with ThreadPoolExecutor(2) as pool:  # side by side: each has times when one core alone is busy
             done = [
-                pool.submit(self._one, NATIVE, native, "NATIVE", self._build),
-                pool.submit(self._one, CUDA, cuda, "CUDA", self._build_cuda),
+                pool.submit(self._one, NATIVE, native, "NATIVE", "cpu"),
+                pool.submit(self._one, CUDA, cuda, "CUDA", "cuda"),
             ]
         for extension in done:
             extension.result()
 
-    def _one(self, extension: Any, more: dict[str, Any], variable: str, build: Callable[..., None]) -> None:
+    def _one(self, extension: Any, more: dict[str, Any], variable: str, builder: str) -> None:
         started = time.perf_counter()
         facts: dict[str, Any] = {"built": False, "reason": None, "compiler": None} | more
         # before: an edit during the build makes it outdated
@@ -224,7 +93,9 @@ class BuildNative(build_ext):
         try:
             if refused:
                 raise NotBuilt(f"DQL_NO_{variable} was set when dql was installed", "unset it")
-            build(target, facts)
+            tools = _builder(builder)
+            shop = tools.Workshop(extension, self._objects() / builder, self._workers(), bool(self.force))
+            tools.build(shop, target, facts)
             facts["built"] = True
         except NotBuilt as error:
             facts["reason"] = f"it was not built: {error.cause}; {error.remedy} and {build_record.remedy(in_place)}"
@@ -265,90 +136,6 @@ class BuildNative(build_ext):
     def _workers(self) -> int:
         return self.parallel if isinstance(self.parallel, int) else _cores()
 
-    def _build_cuda(self, target: Path, facts: dict[str, Any]) -> None:
-        builder = _cuda_builder()
-        include = sysconfig.get_paths()["include"]
-        tools = _tools(CUDA, self._workers(), bool(self.force))
-        builder.build(tools, include, self._objects() / "cuda", target, facts)
-
-    def _build(self, target: Path, facts: dict[str, Any]) -> None:
-        """Compiles and links `target`; fills in compiler, variants and left_out on the way.
-
-        Raises:
-            NotBuilt: with what was missing or failed.
-        """
-        csrc = Path("csrc")  # relative, so that objects do not depend on where the checkout stands
-        sources = sorted(path for path in csrc.glob("*.cpp") if path.name != "variant.cpp")
-        if not sources:
-            raise NotBuilt("the folder csrc/ with its sources is missing", "get the whole of dql")
-        compiler = Compiler.find()
-        facts["compiler"] = compiler.version
-        include = sysconfig.get_paths()["include"]
-        if not Path(include, "Python.h").exists():
-            package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
-            raise NotBuilt(
-                f"Python's header Python.h is not in {include}",
-                f"install it (on Debian or Ubuntu: apt install {package})",
-            )
-        temp = self._objects()
-        temp.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(self._workers()) as pool:
-            refusals = dict(zip(VARIANTS, pool.map(compiler.refuses, VARIANTS), strict=True))
-            variants = [name for name, refusal in refusals.items() if refusal is None]
-            facts["left_out"] = {name: refusal for name, refusal in refusals.items() if refusal is not None}
-            have = [f"-DDQL_HAVE_{name.upper()}={int(name in variants)}" for name in VARIANTS if name != "generic"]
-            flags = [*COMMON, f"-I{include}", f"-I{csrc}", *have]
-            jobs = [  # the variants first: they take the longest
-                Job(csrc / "variant.cpp", name, [*flags, "-fno-exceptions", f"-DDQL_VARIANT={name}", *VARIANTS[name]])
-                for name in variants
-            ]
-            jobs += [Job(source, None, flags) for source in sources]
-            objects = [job.object(compiler, temp) for job in jobs]
-            failed = threading.Event()
-            errors = list(pool.map(lambda job, made: self._compile(compiler, job, made, failed), jobs, objects))
-        for job, output in zip(jobs, errors, strict=True):
-            if output is not None:
-                raise _failed(compiler.version, job.name, output, "\n".join(filter(None, errors)))
-        for path in {*temp.glob("*.o")} - {*objects}:
-            path.unlink(missing_ok=True)
-        self._link(compiler, objects, target, temp)
-        facts["variants"] = variants
-
-    def _compile(self, compiler: Compiler, job: Job, made: Path, failed: threading.Event) -> str | None:
-        """Makes the job's object; None, or the compiler's output if that failed."""
-        if (made.exists() and not self.force) or failed.is_set():  # one error is enough to read
-            return None
-        unfinished = made.with_suffix(f".{os.getpid()}.tmp")  # of no other build in the same folder
-        command = [*job.command(compiler), "-o", str(unfinished)]
-        status, output = _call(command)
-        if status != 0:
-            failed.set()
-            return f"+ {shlex.join(command)}\n{output}"
-        if output.strip():
-            print(output)  # warnings
-        unfinished.replace(made)
-        return None
-
-    def _link(self, compiler: Compiler, objects: list[Path], target: Path, temp: Path) -> None:
-        """Links with the C++ library inside, so that an older one in the user's environment does not matter.
-
-        Raises:
-            NotBuilt: linking failed, or what it made cannot be imported.
-        """
-        script = temp / "exports.map"
-        script.write_text("{ global: PyInit__native; local: *; };\n")  # the C++ library's own symbols stay inside too
-        new = temp / target.name
-        command = [*compiler.command, "-shared", "-pthread", *map(str, objects), "-o", str(new)]
-        command += [f"-Wl,--version-script={script}", "-Wl,--gc-sections"]
-        command += [*_flags("CXXFLAGS"), *_flags("LDFLAGS")]
-        status, output = _call([*command, "-static-libstdc++", "-static-libgcc"])
-        if status != 0:  # a system without the static libraries
-            status, output = _call(command)
-        if status != 0:
-            raise _failed(compiler.version, "the extension's link", output, f"+ {shlex.join(command)}\n{output}")
-        _check_import(new, NATIVE.name, compiler.version, NATIVE)
-        new.replace(target)
-
     def get_outputs(self) -> list[str]:
         """The files in build_lib, those that are there."""
         folder = Path(self.build_lib, "dql", "kernels")
@@ -360,49 +147,6 @@ class BuildNative(build_ext):
         if not self.inplace:
             return {}
         return {path: str(Path("kernels", Path(path).name)) for path in self.get_outputs()}
-
-
-def _failed(version: str, where: str, output: str, log: str, extension: Any = NATIVE) -> NotBuilt:
-    return NotBuilt(
-        f"{version} failed on {where} with: {_first_error(output)}",
-        f"mend that (its whole output is in {extension.log} beside {extension.record})",
-        log,
-    )
-
-
-def _check_import(path: Path, name: str, version: str, extension: Any) -> None:
-    """A symbol that nobody defines shows only when the extension is loaded.
-
-    Raises:
-        NotBuilt: Python cannot load it.
-    """
-    code = "import importlib.util as u, sys; s = u.spec_from_file_location(sys.argv[2], sys.argv[1]); "
-    code += "s.loader.exec_module(u.module_from_spec(s))"
-    status, output = _call([sys.executable, "-c", code, str(path.resolve()), name])
-    if status != 0:
-        raise _failed(version, "the extension, which Python cannot load", output, output, extension)
-
-
-def _cuda_builder() -> ModuleType:
-    path = ROOT / "csrc" / "cuda" / "build.py"
-    if not path.exists():
-        raise NotBuilt("the folder csrc/cuda with its sources is missing", "get the whole of dql")
-    return _loaded("dql_cuda_build", path)
-
-
-def _tools(extension: Any, workers: int, force: bool = False) -> SimpleNamespace:
-    """What csrc/cuda/build.py needs of this file."""
-    return SimpleNamespace(
-        NotBuilt=NotBuilt,
-        Compiler=Compiler,
-        call=_call,
-        first_error=_first_error,
-        flags=_flags,
-        workers=workers,
-        force=force,
-        failed=lambda version, where, output, log: _failed(version, where, output, log, extension),
-        check_import=lambda path, name, compiler: _check_import(path, name, compiler.version, extension),
-    )
 
 
 class EditableWheel(editable_wheel):
@@ -434,13 +178,10 @@ class BuildCudaEmulator(Command):
         Raises:
             CompileError: it could not be built.
         """
-        extension = build_record.Extension("_cuda_emulated")
         temp = Path(f"build/emulator.{sys.implementation.cache_tag}")
         try:
-            builder = _cuda_builder()
-            builder.build_emulated(
-                _tools(extension, _cores()), sysconfig.get_paths()["include"], temp, Path("kernels", extension.file)
-            )
+            builder = _builder("cuda")
+            builder.build_emulated(builder.Workshop(EMULATED, temp, _cores()), Path("kernels", EMULATED.file))
         except NotBuilt as error:
             print(error.log)
             remedy = "its whole output is above" if error.log else error.remedy
@@ -473,10 +214,10 @@ setup(
     ext_modules=[
         Extension(
             "dql.kernels._native",
-            sources=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.cpp"))],
+            sources=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))],
             py_limited_api=True,
         )
     ],
-    cmdclass={"build_ext": BuildNative, "editable_wheel": EditableWheel, "build_cuda_emulator": BuildCudaEmulator},
+    cmdclass={"build_ext": BuildExtensions, "editable_wheel": EditableWheel, "build_cuda_emulator": BuildCudaEmulator},
     options=limited,
 )

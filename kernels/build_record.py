@@ -12,6 +12,14 @@ from pathlib import Path
 from typing import Any
 
 
+class NotBuilt(Exception):
+    """Why there is no extension: the cause, what mends it, and the compiler's output if there is any."""
+
+    def __init__(self, cause: str, remedy: str, log: str = "") -> None:
+        super().__init__(cause)
+        self.cause, self.remedy, self.log = cause, remedy, log
+
+
 @dataclass(frozen=True)
 class Extension:
     """One of the two, by its module's name."""
@@ -33,7 +41,7 @@ class Extension:
         return f"{self.name}.abi3.so"
 
 
-NATIVE, CUDA = Extension("_native"), Extension("_cuda")
+NATIVE, CUDA, EMULATED = Extension("_native"), Extension("_cuda"), Extension("_cuda_emulated")
 VARIANTS = ("avx512bf16", "avx512", "avx2", "generic")  # fastest first
 
 _HERE = Path(__file__).resolve().parent  # in a checkout dql/kernels is a link to this folder
@@ -64,11 +72,10 @@ def fingerprint(csrc: Path, of: Extension = NATIVE) -> str:
 
 def compiled_files(csrc: Path, of: Extension = NATIVE) -> list[Path]:
     """The sources and headers of the extension, sorted."""
-    if of == CUDA:
-        own = (path for path in (csrc / "cuda").glob("*") if path.suffix in (".cu", ".cpp", ".h", ".py"))
-        return sorted([*own, *(path for name in ("arguments.h", "philox.h") if (path := csrc / name).exists())])
-    found = (path for path in csrc.rglob("*") if path.suffix in (".cpp", ".h", ".hpp", ".inl"))
-    return sorted(path for path in found if path.relative_to(csrc).parts[0] not in ("tests", "cuda"))
+    own, builder = (csrc / "cuda", "build_cuda.py") if of == CUDA else (csrc / "cpu", "build_cpu.py")
+    found = [path for path in own.rglob("*") if path.suffix in (".cu", ".cpp", ".h")]
+    shared = [csrc / name for name in ("arguments.h", "philox.h", "build_tools.py", builder)]
+    return sorted([*found, *(path for path in shared if path.exists())])
 
 
 def record(of: Extension = NATIVE) -> dict[str, Any] | None:

@@ -41,11 +41,11 @@ def clean_environment(folder: Path) -> dict[str, str]:
 
 
 class Project:
-    """A copy of the project in a folder of its own, without csrc/; `name` is the extension in question."""
+    """A copy of the project in a folder of its own, without sources in csrc/; `name` is the extension in question."""
 
     def __init__(self, folder: Path, tools: dict[str, str], name: str) -> None:
         self.folder, self.tools, self.name = folder, tools, name
-        self.kernels, self.csrc = folder / "kernels", folder / "csrc"
+        self.kernels, self.csrc, self.cpu = folder / "kernels", folder / "csrc", folder / "csrc" / "cpu"
         self.extension = self.kernels / f"{name}.abi3.so"
         folder.mkdir(exist_ok=True)
         ignore = shutil.ignore_patterns("_native*", "_cuda*", "__pycache__")
@@ -53,10 +53,13 @@ class Project:
             shutil.copytree(ROOT / part, folder / part, symlinks=True, ignore=ignore)
         for part in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / part, folder)
+        self.csrc.mkdir(exist_ok=True)
+        for path in (ROOT / "csrc").glob("build_*.py"):
+            shutil.copy(path, self.csrc)
 
     def with_real_sources(self) -> "Project":
         """The checkout's, and its objects as far as they are up to date."""
-        shutil.copytree(ROOT / "csrc", self.csrc)
+        shutil.copytree(ROOT / "csrc", self.csrc, dirs_exist_ok=True)
         for temp in (ROOT / "build").glob("temp.*"):
             shutil.copytree(temp, self.folder / "build" / temp.name, ignore=shutil.ignore_patterns("*.tmp", "*.so"))
         return self
@@ -78,7 +81,7 @@ class Project:
     def log(self) -> Path:
         return self.kernels / f"{self.name}_build.log"
 
-    def objects(self, folder: str = ".") -> dict[str, int]:
+    def objects(self, folder: str) -> dict[str, int]:
         """The objects with their times."""
         return {path.name: path.stat().st_mtime_ns for path in self.folder.glob(f"build/temp.*/{folder}/*.o")}
 

@@ -1,4 +1,4 @@
-"""What the tests of the backend "cuda" without a GPU share: its kernels in the emulator (csrc/cuda/emulator.h)."""
+"""What the tests of the backend "cuda" without a GPU share: its kernels in the emulator (csrc/cuda/emulator/)."""
 
 import importlib
 import os

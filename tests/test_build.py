@@ -63,10 +63,10 @@ def tools(tmp_path_factory) -> dict[str, str]:
 @pytest.fixture
 def project(tmp_path, tools) -> Project:
     project = Project(tmp_path / "project", tools, "_native")
-    project.csrc.mkdir()
-    (project.csrc / "module.cpp").write_text(MODULE)
-    (project.csrc / "names.h").write_text(HEADER)
-    (project.csrc / "variant.cpp").write_text(VARIANT)
+    project.cpu.mkdir(parents=True)
+    (project.cpu / "module.cpp").write_text(MODULE)
+    (project.cpu / "names.h").write_text(HEADER)
+    (project.cpu / "variant.cpp").write_text(VARIANT)
     return project
 
 
@@ -183,22 +183,22 @@ def test_a_failed_compile_takes_the_old_extension_away_and_quotes_the_error(proj
     assert facts["variants"] == VARIANTS
     assert set(names(project).split()) == set(VARIANTS)
 
-    (project.csrc / "module.cpp").write_text(MODULE + "int broken( {\n")
+    (project.cpu / "module.cpp").write_text(MODULE + "int broken( {\n")
     facts = project.build()
     assert facts["built"] is False
     assert not project.extension.exists()
-    assert "failed on csrc/module.cpp with: csrc/module.cpp:" in facts["reason"]
+    assert "failed on csrc/cpu/module.cpp with: csrc/cpu/module.cpp:" in facts["reason"]
     assert facts["reason"].endswith(" and run pip install -e . again")
     assert facts["reason"] == reason(project)
     assert "int broken(" in project.log().read_text()
     assert "\n" not in facts["reason"]
     assert not list(project.folder.glob("build/lib*/**/*.so"))
 
-    (project.csrc / "module.cpp").write_text(MODULE)
-    (project.csrc / "variant.cpp").write_text("#error no such thing\n")
-    assert re.search(r"failed on csrc/variant\.cpp \(\w+\) with: .*no such thing", project.build()["reason"])
+    (project.cpu / "module.cpp").write_text(MODULE)
+    (project.cpu / "variant.cpp").write_text("#error no such thing\n")
+    assert re.search(r"failed on csrc/cpu/variant\.cpp \(\w+\) with: .*no such thing", project.build()["reason"])
 
-    (project.csrc / "variant.cpp").write_text(VARIANT)
+    (project.cpu / "variant.cpp").write_text(VARIANT)
     assert project.build()["built"] is True
     assert project.extension.exists()
     assert not project.log().exists()
@@ -207,7 +207,7 @@ def test_a_failed_compile_takes_the_old_extension_away_and_quotes_the_error(proj
 @needs_compiler
 def test_a_function_that_nobody_defines_is_found_when_building(project):
     source = MODULE.replace("std::string all =", "extern int nobody(); std::string all = nobody() ? 0 :")
-    (project.csrc / "module.cpp").write_text(source)
+    (project.cpu / "module.cpp").write_text(source)
     facts = project.build()
     assert facts["built"] is False
     assert "cannot load" in facts["reason"]
@@ -235,25 +235,25 @@ def test_a_compiler_that_lacks_an_instruction_set_leaves_its_variant_out(project
 @needs_compiler
 def test_only_what_changed_is_compiled_again(project):
     project.build()
-    first = project.objects()
+    first = project.objects("cpu")
     assert len(first) == len(VARIANTS) + 1
     project.extension.unlink()
     project.build()
-    assert project.objects() == first
+    assert project.objects("cpu") == first
     assert project.extension.exists()
 
-    (project.csrc / "module.cpp").write_text(MODULE + "\n// another line\n")
+    (project.cpu / "module.cpp").write_text(MODULE + "\n// another line\n")
     project.build()
-    second = project.objects()
+    second = project.objects("cpu")
     assert {name.rpartition("-")[0] for name in second.keys() - first.keys()} == {"module"}
     assert len(second) == len(first)
 
-    (project.csrc / "names.h").write_text(HEADER + "\n// another line\n")
+    (project.cpu / "names.h").write_text(HEADER + "\n// another line\n")
     project.build()
-    assert not project.objects().keys() & second.keys()
-    third = project.objects()
+    assert not project.objects("cpu").keys() & second.keys()
+    third = project.objects("cpu")
     project.build(CXXFLAGS="-DANOTHER_FLAG")
-    assert not project.objects().keys() & third.keys()
+    assert not project.objects("cpu").keys() & third.keys()
 
 
 # The sentences of kernels/build_record.py.
@@ -273,7 +273,7 @@ def test_the_reasons(project):
     (project.csrc / "tests").mkdir()
     (project.csrc / "tests" / "test_names.cpp").write_text("int main() {}\n")
     assert module.outdated() is None
-    (project.csrc / "names.h").write_text(HEADER + "\n// another line\n")
+    (project.cpu / "names.h").write_text(HEADER + "\n// another line\n")
     assert module.outdated() == "the sources in csrc/ have changed since it was built; run pip install -e . again"
     (project.kernels / "_native_build.json").write_text("{")
     assert "holds no record" in module.reason()

@@ -1,4 +1,4 @@
-"""The build of `dql.kernels._cuda` (csrc/cuda/build.py): what a missing or failing nvcc leaves, what it is told, what a
+"""The build of `dql.kernels._cuda` (csrc/build_cuda.py): what a missing or failing nvcc leaves, what it is told, what a
 good one makes; and the sentences for a GPU that cannot be used. A small csrc/cuda of our own stands in for the real
 one, and a script for nvcc, wherever only the build's behaviour is in question."""
 
@@ -88,9 +88,11 @@ def project(tmp_path, tools) -> Project:
     project = Project(tmp_path / "project", tools, "_cuda")
     cuda = project.csrc / "cuda"
     cuda.mkdir(parents=True)
-    for name in ("arguments.h", "philox.h", "cuda/build.py"):
+    for name in ("arguments.h", "philox.h"):
         shutil.copy(ROOT / "csrc" / name, project.csrc / name)
-    for name, text in (("module.cpp", MODULE), ("kernel.cu", KERNEL), ("answer.h", HEADER), ("emulator.cpp", "")):
+    (cuda / "emulator").mkdir()
+    files = (("module.cpp", MODULE), ("kernel.cu", KERNEL), ("answer.h", HEADER), ("emulator/emulator.cpp", ""))
+    for name, text in files:
         (cuda / name).write_text(text)
     return project
 
@@ -229,15 +231,15 @@ def test_a_function_that_nobody_defines_is_found_when_building(project, toolkit)
     assert "dql_answer" in facts["reason"]
 
 
-@pytest.mark.parametrize("missing", ["cuda", "cuda/build.py", "cuda/kernel.cu"])
+@pytest.mark.parametrize("missing", ["cuda", "build_cuda.py", "cuda/kernel.cu"])
 @needs_compiler
 def test_without_sources(missing, project, toolkit):
     path = project.csrc / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     reason = build(project, toolkit)["reason"]
+    folder = "csrc/" if missing == "build_cuda.py" else "csrc/cuda"
     assert (
-        reason
-        == f"it was not built: the folder csrc/cuda with its sources is missing; get the whole of dql and {AGAIN}"
+        reason == f"it was not built: the folder {folder} with its sources is missing; get the whole of dql and {AGAIN}"
     )
 
 
@@ -280,7 +282,7 @@ def test_it_is_built_for_the_gpu_that_is_there(does, project, toolkit, tmp_path)
     smi = folder / "nvidia-smi"
     smi.write_text(f"#!/bin/sh\n{does}\n")
     smi.chmod(0o755)
-    builder = project.csrc / "cuda" / "build.py"
+    builder = project.csrc / "build_cuda.py"
     builder.write_text(builder.read_text().replace("SMI_SECONDS = 15.0", "SMI_SECONDS = 0.5"))
     path = f"{folder}:{project.tools['PATH']}"
     facts = build(project, toolkit, PATH=path)
@@ -330,8 +332,9 @@ def test_required_and_not_wanted(project, toolkit, tmp_path):
 
 @needs_compiler
 def test_the_extension_for_the_cpu_is_built_without_it(project, tmp_path):
-    (project.csrc / "module.cpp").write_text(NATIVE_MODULE)
-    (project.csrc / "variant.cpp").write_text("")
+    project.cpu.mkdir()
+    (project.cpu / "module.cpp").write_text(NATIVE_MODULE)
+    (project.cpu / "variant.cpp").write_text("")
     assert project.build(DQL_NO_NATIVE="0", CUDA_HOME=str(tmp_path))["built"] is False
     native = project.build_record()
     assert native.record(native.NATIVE)["built"] is True

@@ -136,7 +136,7 @@ def test_the_sdist_holds_all_that_building_needs(sdist):
     wanted |= sources("kernels", "*.py") | sources("dql", "*.py") | sources("dql/behaviours", "*.npz")
     wanted |= {name for name in sources("csrc", "**/*") if name.endswith((".cpp", ".h", ".cu", ".py"))}
     assert not wanted - sdist, f"missing: {sorted(wanted - sdist)}"
-    assert {"csrc/variant.cpp", "csrc/cuda/build.py", "csrc/cuda/prologue.cu"} <= sdist
+    assert {"csrc/cpu/variant.cpp", "csrc/build_cuda.py", "csrc/cuda/prologue.cu"} <= sdist
     assert any(name.startswith("csrc/tests/") for name in sdist)
     assert not [name for name in sdist if name.startswith("dql/kernels")]  # a link in a checkout; here once is enough
     assert not [name for name in sdist if "__pycache__" in name or name.endswith(LEFT_BEHIND)]

@@ -1,6 +1,6 @@
 // Everything that the kernels use of the machine, and nothing else: who a thread is, barriers, copies, stores to other
 // blocks of the cluster, tensor cores, a few instructions. Under nvcc it is PTX. Under a host compiler the same kernels
-// run on emulator.h, which has the same vocabulary: that is how the tests prove them without a GPU.
+// run on emulator/emulator.h, which has the same vocabulary: that is how the tests prove them without a GPU.
 //
 // Kernels are functions of one argument, a plain struct, marked DQL_KERNEL(threads, blocks per multiprocessor).
 #pragma once
@@ -8,7 +8,7 @@
 #include <stdint.h>
 
 #if !defined(__CUDACC__)
-#include "emulator.h"
+#include "emulator/emulator.h"
 #else
 
 #include <cuda_bf16.h>

@@ -1,11 +1,11 @@
 // What a parallel_for costs, on a machine with two cores to spare:
-//   g++ -std=c++17 -O2 -pthread -Icsrc csrc/pool.cpp csrc/tests/bench_pool.cpp -o bench_pool && ./bench_pool
+//   g++ -std=c++17 -O2 -pthread -Icsrc csrc/cpu/pool.cpp csrc/tests/bench_pool.cpp -o bench_pool && ./bench_pool
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <vector>
 
-#include "pool.h"
+#include "../cpu/pool.h"
 
 namespace {
 

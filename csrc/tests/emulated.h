@@ -5,7 +5,7 @@
 #include <string>
 
 #include "../cuda/device.h"
-#include "../cuda/emulator.cpp"
+#include "../cuda/emulator/emulator.cpp"
 #include "check.h"
 
 namespace emulated {

@@ -73,7 +73,7 @@ for name in "${tests[@]}"; do
     compile "csrc/tests/$name.cpp" "$name" "$asan"
     [[ $name == test_pool ]] || needs_kernels=1
 done
-if [[ $needs_kernels -eq 1 && -f csrc/variant.cpp ]]; then
+if [[ $needs_kernels -eq 1 && -f csrc/cpu/variant.cpp ]]; then
     # g++ 12 warns of its own intrinsics when it instruments them
     kernels="$asan -fno-exceptions -Wno-uninitialized -Wno-maybe-uninitialized"
     for variant in "${variants[@]}"; do
@@ -83,11 +83,11 @@ if [[ $needs_kernels -eq 1 && -f csrc/variant.cpp ]]; then
             avx512bf16) flags="$avx512 -mavx512bf16" ;;
             *) flags="" ;;
         esac
-        compile csrc/variant.cpp "$variant" "$kernels -DDQL_VARIANT=$variant $flags"
+        compile csrc/cpu/variant.cpp "$variant" "$kernels -DDQL_VARIANT=$variant $flags"
         asan_objects+=("$build/$variant.o")
     done
 fi
-for source in csrc/*.cpp; do
+for source in csrc/cpu/*.cpp; do
     name="$(basename "$source" .cpp)"
     [[ $name == variant ]] && continue # it is compiled above
     grep -qE '#include ("binding.h"|<Python.h>)' "$source" && continue # it needs Python
@@ -96,7 +96,7 @@ for source in csrc/*.cpp; do
     asan_objects+=("$build/$name.o")
 done
 if [[ " ${tests[*]} " == *" test_pool "* ]]; then
-    compile csrc/pool.cpp thread_pool "$tsan"
+    compile csrc/cpu/pool.cpp thread_pool "$tsan"
     compile csrc/tests/test_pool.cpp thread_test_pool "$tsan"
 fi
 

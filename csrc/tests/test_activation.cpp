@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "../engine.h"
+#include "../cpu/engine.h"
 #include "check.h"
 
 namespace {
@@ -112,7 +112,7 @@ void measure(int activation, const char* name, Reference (*reference)(double), d
     }
 }
 
-// The bounds that csrc/activation.h states.
+// The bounds that csrc/cpu/activation.h states.
 void mish_everywhere() { measure(dql::MISH, "mish", mish, 6.5, 1.2e-7, 6.5e-7); }
 void silu_everywhere() { measure(dql::SILU, "silu", silu, 6.5, 1.2e-7, 6.5e-7); }
 void relu_everywhere() { measure(dql::RELU, "relu", relu, 0.0, 0.0, 0.0); }

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../cuda/emulator.cpp"
+#include "../cuda/emulator/emulator.cpp"
 #include "../cuda/gradients.cu"
 #include "check.h"
 #include "cuda_networks.h"

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../cuda/emulator.cpp"
+#include "../cuda/emulator/emulator.cpp"
 #include "../cuda/prologue.cu"
 #include "../cuda/select.cu"
 #include "check.h"

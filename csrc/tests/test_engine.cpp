@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "check.h"
-#include "engine.h"
+#include "../cpu/engine.h"
 
 namespace {
 

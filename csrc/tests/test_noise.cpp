@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "../engine.h"
+#include "../cpu/engine.h"
 #include "../philox.h"
 #include "check.h"
 

@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "check.h"
-#include "pool.h"
+#include "../cpu/pool.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

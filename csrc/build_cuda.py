@@ -1,7 +1,5 @@
-"""How the CUDA kernels are compiled: by nvcc into `dql.kernels._cuda`; for tests by a C++ compiler, with the emulator.
-
-setup.py loads this file by its path and hands over its `tools`: it imports nothing but the standard library. Objects
-are named for all that goes into them, so one that is there is up to date.
+"""How the CUDA kernels of csrc/cuda/ are compiled: by nvcc into `dql.kernels._cuda`; for tests by a C++ compiler, with
+the emulator, into `dql.kernels._cuda_emulated`.
 
     CUDA_HOME           where nvcc is, if not on the PATH or in /usr/local/cuda
     DQL_CUDA_ARCHS      compute capabilities; by default that of the GPU here, "80;90" where there is none. PTX of the
@@ -10,23 +8,22 @@ are named for all that goes into them, so one that is there is up to date.
     DQL_NO_CUDA=1       they are not built
 """
 
-import hashlib
 import os
 import re
-import shlex
 import shutil
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import build_record
+from build_record import NotBuilt
+from build_tools import Compiler, Facts, Job, Workshop, call, first_error, flags, python_header
 
 ARCHITECTURES = ("80", "86", "87", "88", "89", "90", "100", "103", "110", "120", "121")
 DEFAULT = "80;90"
 HERE = Path("csrc/cuda")  # relative, so that objects do not depend on where the checkout stands
 HOPPER_ONLY = ("chain_wide",)  # sources whose instructions compute capability 9.0 has alone: compiled as 90a
-EMULATED = "_cuda_emulated"
 SMI_SECONDS = 15.0  # after which nvidia-smi hangs, as it does on a broken driver
 LONGEST = ("chain_tf32", "chain_bf16", "chain_fp32", "gradients")  # first, so that all cores are busy to the end
 _FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-Icsrc", "-Icsrc/cuda"]
@@ -43,7 +40,7 @@ class Nvcc:
     libraries: Path
 
     @classmethod
-    def find(cls, tools: Any) -> "Nvcc":
+    def find(cls) -> "Nvcc":
         """Of CUDA_HOME or CUDA_PATH, else of the PATH, else of /usr/local/cuda.
 
         Raises:
@@ -59,15 +56,15 @@ class Nvcc:
         path = next((str(place) for place in places if place.is_file()), None)
         if path is None:
             where = f"in {home}/bin, which {told} names," if home else ""
-            raise tools.NotBuilt(
+            raise NotBuilt(
                 " ".join(f"nvcc was not found {where} when dql was installed".split()),
                 f"install the CUDA toolkit, or set {told or 'CUDA_HOME'} to where it is,",
             )
-        status, output = tools.call([path, "--version"])
+        status, output = call([path, "--version"])
         release = re.search(r"release ([\d.]+), V([\d.]+)", output)
         if status != 0 or release is None:
-            raise tools.NotBuilt(f"{path} did not run ({tools.first_error(output)})", "mend the CUDA toolkit")
-        _, told = tools.call([path, "--dryrun", "-x", "cu", "/dev/null", "-o", "/dev/null"])
+            raise NotBuilt(f"{path} did not run ({first_error(output)})", "mend the CUDA toolkit")
+        _, told = call([path, "--dryrun", "-x", "cu", "/dev/null", "-o", "/dev/null"])
         top = next((line.partition("=")[2].strip() for line in told.splitlines() if " TOP=" in line), "")
         roots = [Path(top or Path(path).parent.parent), Path(path).resolve().parent.parent]
         folders = [
@@ -77,13 +74,13 @@ class Nvcc:
         ]
         libraries = next((folder for folder in folders if (folder / "libcudart_static.a").exists()), None)
         if libraries is None:
-            raise tools.NotBuilt(
+            raise NotBuilt(
                 f"the CUDA toolkit of {path} has no libcudart_static.a", "install the toolkit's development files"
             )
         return cls(path, f"nvcc {release[2]}", libraries)
 
 
-def architectures(tools: Any) -> tuple[list[str], str]:
+def architectures() -> tuple[list[str], str]:
     """(the compute capabilities to compile for, the lowest first; why these).
 
     Raises:
@@ -91,25 +88,25 @@ def architectures(tools: Any) -> tuple[list[str], str]:
     """
     told = os.environ.get("DQL_CUDA_ARCHS")
     if not told:
-        found = of_gpus(tools)
+        found = of_gpus()
         return (found, "for the GPU here") if found else (DEFAULT.split(";"), "no GPU was found")
     names = [name for name in re.split(r"[;,\s]+", told.strip()) if name]
     unknown = next((name for name in names if name not in ARCHITECTURES), None)
     if unknown is not None or not names:
         named = "nothing" if unknown is None else repr(unknown)
-        raise tools.NotBuilt(
+        raise NotBuilt(
             f"DQL_CUDA_ARCHS={told!r} names {named}; known are {', '.join(ARCHITECTURES)}",
             f"set it to some of these, such as {DEFAULT!r},",
         )
     return sorted(set(names), key=int), "DQL_CUDA_ARCHS"
 
 
-def of_gpus(tools: Any) -> list[str]:
+def of_gpus() -> list[str]:
     """What to compile for the GPUs of this machine, as the driver's nvidia-smi tells them; nothing where it tells none.
 
     A GPU that is newer than all that we know gets the highest that we know, whose PTX it compiles itself.
     """
-    status, output = tools.call(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], SMI_SECONDS)
+    status, output = call(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], SMI_SECONDS)
     told = re.findall(r"^\s*(\d+)\.(\d)\s*$", output, re.MULTILINE) if status == 0 else []
     capabilities = {10 * int(major) + int(minor) for major, minor in told}
     names = {max((n for n in ARCHITECTURES if int(n) <= c), key=int, default="") for c in capabilities if c >= 80}
@@ -124,56 +121,52 @@ def generate_code(source: Path, names: Sequence[str]) -> list[str]:
     return [*codes, f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}"]
 
 
-def _files(root: Path) -> list[Path]:
-    own = [path for path in (root / HERE).glob("*") if path.suffix in (".cu", ".cpp", ".h", ".py")]
-    return sorted([*own, root / "csrc" / "arguments.h", root / "csrc" / "philox.h"])
-
-
 def sources(emulated: bool) -> list[Path]:
     """What is compiled: kernels, module and, in place of a GPU, the emulator."""
-    return [*sorted(HERE.glob("*.cu")), HERE / "module.cpp", *([HERE / "emulator.cpp"] if emulated else [])]
+    emulator = [HERE / "emulator" / "emulator.cpp"] if emulated else []
+    return [*sorted(HERE.glob("*.cu")), HERE / "module.cpp", *emulator]
 
 
-def build(tools: Any, include: str, temp: Path, target: Path, facts: dict[str, Any]) -> None:
+def build(shop: Workshop, target: Path, facts: Facts) -> None:
     """Compiles and links `target` with nvcc; fills in compiler, architectures and resources.
 
     Raises:
         NotBuilt: with what was missing or failed.
     """
     if not sources(False)[:-1]:
-        raise tools.NotBuilt("the folder csrc/cuda with its sources is missing", "get the whole of dql")
-    compiler = tools.Compiler.find()
-    nvcc = Nvcc.find(tools)
+        raise NotBuilt("the folder csrc/cuda with its sources is missing", "get the whole of dql")
+    compiler, nvcc = Compiler.find(), Nvcc.find()
     facts["compiler"] = nvcc.version
-    names, facts["because"] = architectures(tools)
+    names, facts["because"] = architectures()
     facts["architectures"] = names
     host = ["-ccbin", _program(compiler.command)] if "CXX" in os.environ else []
     jobs = []
     for source in sources(False):
         if source.suffix == ".cu":
-            jobs.append((source, [nvcc.path, *_FLAGS, *_NVCC, *host, *generate_code(source, names)], nvcc.version))
+            command, version = [nvcc.path, *_FLAGS, *_NVCC, *host, *generate_code(source, names)], nvcc.version
         else:
-            jobs.append((source, _module_command(tools, compiler, include, []), compiler.version))
-    jobs.sort(key=lambda job: LONGEST.index(job[0].stem) if job[0].stem in LONGEST else len(LONGEST))
-    objects = _compile(tools, jobs, temp)
+            command, version = _module_command(compiler), compiler.version
+        jobs.append(Job(source, command, version, str(source), source.stem, shows=False))
+    jobs.sort(key=lambda job: LONGEST.index(job.stem) if job.stem in LONGEST else len(LONGEST))
+    objects = shop.compile(jobs, _headers())
     facts["resources"] = [row for made in objects for row in resources(made.with_suffix(".txt").read_text())]
-    link = [*compiler.command, "-shared", "-pthread", *map(str, objects), f"-L{nvcc.libraries}", "-lcudart_static"]
-    _link(tools, compiler, [*link, "-lrt", "-ldl"], target, temp, "_cuda")
+    shop.link(compiler, objects, [f"-L{nvcc.libraries}", "-lcudart_static", "-lrt", "-ldl"], target)
 
 
-def build_emulated(tools: Any, include: str, temp: Path, target: Path) -> None:
+def build_emulated(shop: Workshop, target: Path) -> None:
     """Compiles and links the same kernels with the C++ compiler, on the emulator.
 
     Raises:
         NotBuilt: with what was missing or failed.
     """
-    compiler = tools.Compiler.find()
-    jobs = [
-        (source, _module_command(tools, compiler, include, ["-DDQL_EMULATED", "-O2"]), compiler.version)
-        for source in sources(True)
-    ]
-    objects = _compile(tools, jobs, temp)
-    _link(tools, compiler, [*compiler.command, "-shared", "-pthread", *map(str, objects)], target, temp, EMULATED)
+    compiler = Compiler.find()
+    command = [*_module_command(compiler), "-DDQL_EMULATED", "-O2", "-x", "c++"]
+    jobs = [Job(source, command, compiler.version, str(source), source.stem, shows=False) for source in sources(True)]
+    shop.link(compiler, shop.compile(jobs, _headers()), [], target)
+
+
+def _headers() -> list[Path]:
+    return [path for path in build_record.compiled_files(Path("csrc"), build_record.CUDA) if path.suffix == ".h"]
 
 
 def _program(command: Sequence[str]) -> str:
@@ -181,68 +174,9 @@ def _program(command: Sequence[str]) -> str:
     return [word for word in command if not word.startswith("-")][-1]
 
 
-def _module_command(tools: Any, compiler: Any, include: str, more: list[str]) -> list[str]:
-    own = [*_FLAGS, *_HOST, "-DPy_LIMITED_API=0x030B0000", f"-I{include}", *more]
-    return [*compiler.command, *own, *tools.flags("CXXFLAGS")]
-
-
-def _compile(tools: Any, jobs: list[tuple[Path, list[str], str]], temp: Path) -> list[Path]:
-    """One object a source, those in parallel that are not there; what a compiler said lies beside its object as .txt.
-
-    Raises:
-        NotBuilt: a compiler failed.
-    """
-    temp.mkdir(parents=True, exist_ok=True)
-    headers = b"".join(path.read_bytes() for path in _files(Path()) if path.suffix == ".h")
-    made = []
-    for source, command, version in jobs:
-        told = f"{version}\0{shlex.join(command)}\0{source}\0".encode()
-        digest = hashlib.sha256(told + source.read_bytes() + headers).hexdigest()[:16]
-        made.append(temp / f"{source.stem}-{digest}.o")
-
-    failed = threading.Event()
-
-    def one(job: tuple[Path, list[str], str], target: Path) -> tuple[int, str]:
-        source, command, _ = job
-        there = target.exists() and target.with_suffix(".txt").exists() and not tools.force
-        if there or failed.is_set():  # one error is enough to read
-            return 0, ""
-        unfinished = target.with_suffix(f".{os.getpid()}.tmp")
-        kind = ["-x", "c++"] if "-DDQL_EMULATED" in command else []
-        command = [*command, "-c", *kind, str(source), "-o", str(unfinished)]
-        status, output = tools.call(command)
-        if status != 0:
-            failed.set()
-            return status, f"+ {shlex.join(command)}\n{output}"
-        target.with_suffix(".txt").write_text(output)
-        unfinished.replace(target)
-        return status, output
-
-    with ThreadPoolExecutor(tools.workers) as pool:
-        done = list(pool.map(one, jobs, made))
-    for (source, _, version), (status, output) in zip(jobs, done, strict=True):
-        if status != 0:
-            raise tools.failed(version, str(source), output, output)
-    for path in {*temp.glob("*.o"), *temp.glob("*.txt")} - {*made, *(path.with_suffix(".txt") for path in made)}:
-        path.unlink(missing_ok=True)
-    return made
-
-
-def _link(tools: Any, compiler: Any, command: list[str], target: Path, temp: Path, name: str) -> None:
-    script = temp / "exports.map"
-    script.write_text(f"{{ global: PyInit_{name}; local: *; }};\n")
-    new = temp / f"{os.getpid()}-{target.name}"  # tests of several processes may build at a time
-    command = [*command, "-o", str(new), f"-Wl,--version-script={script}", "-Wl,--gc-sections"]
-    command += [*tools.flags("CXXFLAGS"), *tools.flags("LDFLAGS")]
-    status, output = tools.call([*command, "-static-libstdc++", "-static-libgcc"])
-    if status != 0:  # a system without the static libraries
-        status, output = tools.call(command)
-    if status != 0:
-        log = f"+ {shlex.join(command)}\n{output}"
-        raise tools.failed(compiler.version, "the link of the CUDA kernels", output, log)
-    tools.check_import(new, name, compiler)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new.replace(target)
+def _module_command(compiler: Compiler) -> list[str]:
+    own = [*_FLAGS, *_HOST, "-DPy_LIMITED_API=0x030B0000", *python_header()]
+    return [*compiler.command, *own, *flags("CXXFLAGS")]
 
 
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")

@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "emulator.h"
-#include "emulator_fibers.h"
-#include "emulator_products.h"
+#include "fibers.h"
+#include "products.h"
 
 namespace dql {
 namespace emulator {

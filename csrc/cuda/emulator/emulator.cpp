@@ -2,7 +2,7 @@
 
 #include <stdlib.h>
 
-#include "emulator_machine.h"
+#include "machine.h"
 
 namespace dql {
 namespace emulator {
