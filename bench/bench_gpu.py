@@ -21,7 +21,7 @@ import pytest
 import rivals
 import torch
 from device_time import Call, spread
-from parts import SAID
+from gpu.parts import SAID
 from rivals import FLOPS, A, H, LeanActor, PublishedAgent, S, T
 from table import COPY_TITLE, GPU_TITLE, MATMUL_TITLE
 from torch import Tensor

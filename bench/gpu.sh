@@ -3,6 +3,7 @@
 #   bench/gpu.sh first              what works and how fast, from the first half minute on; 195 s
 #   bench/gpu.sh tests bench        those parts alone, which then have all the time (540 s) to themselves
 #   bench/gpu.sh                    everything
+#   bench/gpu.sh report REPORT      what a report says, in short
 #   bench/gpu.sh --help             the parts, --seconds for another limit, --tests-from REPORT, --sizes 256,1
 # Into $OUT (default bench/results/): <date>-<gpu>.json, the one report, and packed beside it logs, built objects, Triton's
 # cache and the training run. What fails or runs out of time stops nothing else, and is in the report.
@@ -13,7 +14,8 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$PWD:$PWD/bench${PYTHONPATH:+:$PYTHONPATH}"
+if [ "${1:-}" = report ]; then exec "$python" -m gpu.report "${@:2}"; fi
 case " $* " in
 *" --help "* | *" -h "* | *" --device cpu "*) ;;
 *)
@@ -24,4 +26,4 @@ case " $* " in
     echo "GPU, driver, memory: $gpus"
     ;;
 esac
-exec "$python" bench/gpu_run.py "$@"
+exec "$python" -m gpu.run "$@"

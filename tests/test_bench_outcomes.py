@@ -1,12 +1,12 @@
-"""`bench/outcomes.py`: what became of each test is on the disk, however the process ended."""
+"""`bench/gpu/outcomes.py`: what became of each test is on the disk, however the process ended."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import outcomes
 import pytest
+from gpu import outcomes
 
 TESTS = """
 import os, pytest
@@ -39,11 +39,11 @@ def test_breaks():
     assert False, "wrong result"
 def test_after(): pass
 """
-BENCH = str(Path(outcomes.__file__).parent)
+BENCH = str(Path(outcomes.__file__).parents[1])
 
 
 def pytest_run(folder: Path, *arguments: str) -> int:
-    command = [sys.executable, "-m", "pytest", "-p", "outcomes", "--outcomes", "out.jsonl", "-q", *arguments]
+    command = [sys.executable, "-m", "pytest", "-p", "gpu.outcomes", "--outcomes", "out.jsonl", "-q", *arguments]
     environment = os.environ | {"PYTHONPATH": BENCH, "PYTEST_ADDOPTS": ""}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True).returncode
 

@@ -1,4 +1,4 @@
-"""`bench/parts.py`: limits of time, what is said of a part, and that nothing is left running."""
+"""`bench/gpu/parts.py`: limits of time, what is said of a part, and that nothing is left running."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from parts import NOTHING_TO_DO, SAID, OutOfTimeError, Part, Task, run_stages
+from gpu.parts import NOTHING_TO_DO, SAID, OutOfTimeError, Part, Task, run_stages
 
 SECONDS = f"60.{os.getpid()}"  # nobody else's
 SLEEPER = (

@@ -4,11 +4,11 @@ import json
 import re
 import tarfile
 
-import gpu_report
 import pytest
 import table
-from gpu_tools import FOUND, fastest_backend, judge, kernels_seen, told
-from parts import Outcome
+from gpu import report as gpu_report
+from gpu.parts import Outcome
+from gpu.tools import FOUND, fastest_backend, judge, kernels_seen, told
 
 
 def test_a_run_is_packed_with_its_last_checkpoint(tmp_path):

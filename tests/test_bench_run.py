@@ -8,26 +8,26 @@ import tarfile
 import time
 from pathlib import Path
 
-import gpu_report
-import gpu_run
-import gpu_tools
 import machine
-import outcomes
 import pytest
 import torch
 from cuda_cases import cannot_run
-from parts import OutOfTimeError, Task
+from gpu import outcomes
+from gpu import report as gpu_report
+from gpu import run as gpu_run
+from gpu import tools as gpu_tools
+from gpu.parts import OutOfTimeError, Task
 
 from dql.kernels import build_record
 
-BENCH = Path(gpu_run.__file__).parent
+BENCH = Path(gpu_run.__file__).parents[1]
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 # Of every process that Python starts with this folder on its path: one kind of call hangs, one crashes its process, one
 # is wrong, the others are right at once, without torch.
 PLANTED = """
 import os, sys, time
-if sys.argv[:1] and os.path.basename(sys.orig_argv[1] if len(sys.orig_argv) > 1 else "") == "gpu_checks.py":
-    backend, precision, kind = sys.orig_argv[2:5]
+if sys.orig_argv[1:3] == ["-m", "gpu.checks"]:
+    backend, precision, kind = sys.orig_argv[3:6]
     if kind == "gradient": time.sleep(1000)
     if kind == "select": os.abort()
     if (precision, kind) == ("fp32", "forward"): print("ptxas fatal: no such register")
@@ -66,7 +66,7 @@ def test_checks_that_hang_crash_and_are_wrong(tmp_path):
     out, planted = tmp_path / "out", tmp_path / "planted"
     planted.mkdir()
     (planted / "sitecustomize.py").write_text(PLANTED)
-    code = "import sys, gpu_run; gpu_run.A_CHECK = {'triton': 3, 'cuda': 3}; sys.exit(gpu_run.main(sys.argv[1:]))"
+    code = "import sys; from gpu import run; run.A_CHECK = {'triton': 3, 'cuda': 3}; sys.exit(run.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "triton", "cuda", "--device", "cpu", "--seconds", "100"]
     path = os.pathsep.join([str(planted), str(BENCH), str(BENCH.parent)])
     environment = os.environ | {"OUT": str(out), "PYTHONPATH": path}
@@ -101,7 +101,7 @@ def test_a_kind_of_call(backend, precision, kind, lines):
     """As the part runs it, here emulated or interpreted."""
     if (reason := cannot_run(backend)) is not None:
         pytest.skip(reason)
-    command = [sys.executable, str(BENCH / "gpu_checks.py"), backend, precision, kind, "--device", "cpu", "--small"]
+    command = [sys.executable, "-m", "gpu.checks", backend, precision, kind, "--device", "cpu", "--small"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(BENCH), str(BENCH.parent)])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -256,7 +256,7 @@ def test_a_build_and_an_installation_that_fail(run, tmp_path, monkeypatch):
 FULL = """
 import resource, sys
 from pathlib import Path
-import gpu_report
+from gpu import report as gpu_report
 from parts import Outcome
 
 scratch, out = Path(sys.argv[1]), Path(sys.argv[2])

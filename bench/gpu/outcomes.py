@@ -1,6 +1,6 @@
 """A pytest plugin for runs that may end badly: what became of each test is on the disk as soon as it is known.
 
-    python -m pytest -p outcomes --outcomes PATH ...       with bench/ on PYTHONPATH; also under pytest-xdist
+    python -m pytest -p gpu.outcomes --outcomes PATH ...       with bench/ on PYTHONPATH; also under pytest-xdist
 
 A line of JSON each: {"collected": [ids]}, {"started": id}, and {"test": id, "outcome": ..., "why": ..., "seconds": ...}
 with an outcome of passed, failed, error or skipped, `why` being a failure's last lines or a skip's reason; and, by
@@ -8,7 +8,7 @@ whoever killed it, {"cut": true}.
 
 A test after which CUDA answers with nothing but errors (a kernel wrote where it must not), or a capture of a CUDA graph
 is still under way, ends its process: everything after it would fail for no fault of its own. pytest-xdist replaces such
-a worker, as it does one that pytest-timeout ended; a process without workers is started again by `gpu_run.py`.
+a worker, as it does one that pytest-timeout ended; a process without workers is started again by `run.py`.
 """
 
 import json

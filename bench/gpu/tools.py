@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from json_files import read_json
-from parts import NothingToDoError
 
 from dql.kernels import build_record
+from gpu.parts import NothingToDoError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Clocks are not ours to set, and a policy's weights stay in L2; rules are advice, in many lines.
 NCU_OPTIONS = (
     *("--csv", "--page", "details", "--print-kernel-base", "demangled", "--profile-from-start", "off"),

@@ -1,6 +1,6 @@
 """One kind of call of one GPU backend, checked and timed, in a process of its own: what `bench/gpu.sh` looks at first.
 
-    python bench/gpu_checks.py BACKEND PRECISION KIND [--small] [--device cpu]
+    python bench/gpu/checks.py BACKEND PRECISION KIND [--small] [--device cpu]
 
 A line of JSON for each thing looked at, as soon as it is known: {"what", "error", "limit", "us", "why"}. The error is
 |got - want| / |want| against eager torch in float64 on the same device, the worst of several tensors, of buffers that
@@ -23,13 +23,13 @@ from typing import Any, NoReturn
 import device_time
 import rivals
 import torch
-from parts import NOTHING_TO_DO
 
 import dql
 from dql.backend.registry import registry
 from dql.kernels.cuda import binding
 from dql.kernels.cuda.plan import WIDE, Problem, Tiling, forced, shared_bytes
 from dql.values import q_values
+from gpu.parts import NOTHING_TO_DO
 
 Tensor = torch.Tensor
 Pair = tuple[Callable[[], float], Callable[[], object]]  # the error of a call; the call, as it is timed

@@ -2,7 +2,7 @@
 
     stage       parts, side by side
     build       build: the CUDA kernels for this GPU, in the tree; nothing if they are there, of these sources
-                triton: every kind of call checked and timed, a process each (`gpu_checks.py`); nothing installed
+                triton: every kind of call checked and timed, a process each (`checks.py`); nothing installed
                 wheels: what bench/wheels/ holds, into a folder of its own, for `data` and `train` alone
     cuda        the same checks of the CUDA kernels, and each way in which they cut a problem
     quick       bench_gpu.py at B = 256, 1, 65,536, its gradient at 256, an update; without torch.compile
@@ -33,17 +33,16 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import gpu_checks
-import gpu_report
-import gpu_tools
-import outcomes
-from gpu_report import BUILT
-from parts import SAID, NothingToDoError, Outcome, OutOfTimeError, Part, Task, run_stages, say
-
 from dql.kernels import build_record
+from gpu import checks as gpu_checks
+from gpu import outcomes
+from gpu import report as gpu_report
+from gpu import tools as gpu_tools
+from gpu.parts import SAID, NothingToDoError, Outcome, OutOfTimeError, Part, Task, run_stages, say
+from gpu.report import BUILT
 
-ROOT = Path(__file__).parents[1]
-CHECKS = [sys.executable, str(ROOT / "bench" / "gpu_checks.py")]
+ROOT = Path(__file__).parents[2]
+CHECKS = [sys.executable, "-m", "gpu.checks"]
 WHEELS, CARRIED = ROOT / "bench" / "wheels", ROOT / "bench" / "carried"
 SECONDS, FIRST_SECONDS = 540.0, 195.0
 TO_FINISH = 8.0  # of them, to write and pack
@@ -352,7 +351,18 @@ class Run:
         if missing := [package for package, module in PLUGINS.items() if importlib.util.find_spec(module) is None]:
             return f"{', '.join(missing)} is not installed"
         path, round_ = self.scratch / f"{name}{'-' + times if times else ''}.jsonl", 0
-        base = [sys.executable, "-m", "pytest", "-p", "outcomes", "--outcomes", path, "-q", "-p", "no:cacheprovider"]
+        base = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "gpu.outcomes",
+            "--outcomes",
+            path,
+            "-q",
+            "-p",
+            "no:cacheprovider",
+        ]
         base += ["--timeout-method", "thread", "-s", "--tb", "short"]
         files = [word for word in arguments if ".py" in word]
         options = [word for word in arguments if word not in files]

@@ -1,6 +1,6 @@
 """The one report of `bench/gpu.sh`: what each part left, gathered into `<date>-<gpu>.json`, and packed beside it.
 
-    python bench/gpu_report.py bench/results/REPORT.json      prints it in short
+    python bench/gpu/report.py bench/results/REPORT.json      prints it in short
 
     parts       outcome, reason and seconds of each
     checks      each kind of call in each backend: errors, limits, times, or what was raised
@@ -26,14 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import machine
-import outcomes
 import torch
-from gpu_tools import kernels_seen
 from json_files import read_json, write_json
-from parts import Outcome, say
 from table import GPU_TITLE, time
 
-ROOT = Path(__file__).parents[1]
+from gpu import outcomes
+from gpu.parts import Outcome, say
+from gpu.tools import kernels_seen
+
+ROOT = Path(__file__).parents[2]
 BUILT = (
     "_cuda.abi3.so",
     "_cuda_build.json",
@@ -296,5 +297,5 @@ def _merged_tables(reports: Sequence[dict[str, Any]]) -> dict[str, list[dict[str
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_file():
-        sys.exit("usage: python bench/gpu_report.py bench/results/REPORT.json")
+        sys.exit("usage: python bench/gpu/report.py bench/results/REPORT.json")
     print(summary(json.loads(Path(sys.argv[1]).read_text())))
