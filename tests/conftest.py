@@ -17,11 +17,11 @@ import torch
 if not torch.cuda.is_available():
     # Before triton is imported (which torch leaves to others): its kernels run on NumPy. With a GPU they run there.
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    # Likewise the CUDA kernels: in an emulator, which tests/cuda_cases.py compiles.
+    # Likewise the CUDA kernels: in an emulator, which tests/support/emulator.py compiles.
     os.environ.setdefault("DQL_CUDA_EMULATE", "1")
 
 # They hold tests that several files import: a failed assertion there is to show its values too.
-pytest.register_assert_rewrite("kernel_calls", "kernel_critic")
+pytest.register_assert_rewrite("support")
 
 DATASET = "dql/pendulum/mixed-v0"
 

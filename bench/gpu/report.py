@@ -1,6 +1,6 @@
 """The one report of `bench/gpu.sh`: what each part left, gathered into `<date>-<gpu>.json`, and packed beside it.
 
-    python bench/gpu/report.py bench/results/REPORT.json      prints it in short
+    bench/gpu.sh report bench/results/REPORT.json      prints it in short
 
     parts       outcome, reason and seconds of each
     checks      each kind of call in each backend: errors, limits, times, or what was raised
@@ -172,7 +172,7 @@ def untested(scratch: Path, capability: str) -> list[str]:
         for test, record in outcomes.read(path)[1].items()
         if record["outcome"] == "passed"
     ]
-    wanted = {"triton": r"triton", "cuda": r"test_gpu_tilings|cuda"}
+    wanted = {"triton": r"triton", "cuda": r"gpu/test_tilings|cuda"}
     if int(capability) >= 90:
         wanted["a cluster of cuda"] = r"cluster[248]-"
     if int(capability) == 90:
@@ -297,5 +297,5 @@ def _merged_tables(reports: Sequence[dict[str, Any]]) -> dict[str, list[dict[str
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_file():
-        sys.exit("usage: python bench/gpu/report.py bench/results/REPORT.json")
+        sys.exit("usage: bench/gpu.sh report bench/results/REPORT.json")
     print(summary(json.loads(Path(sys.argv[1]).read_text())))

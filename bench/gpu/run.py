@@ -70,7 +70,7 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PLUGINS = {"pytest-xdist": "xdist", "pytest-timeout": "pytest_timeout", "pytest-benchmark": "pytest_benchmark"}
 NOT_REACHED = "no time was left"
 RAISED = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit)\b")
-TIER = ("test_gpu.py", "test_gpu_calls.py", "test_gpu_tilings.py", "test_device.py", "test_graphed_update.py")
+TIER = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
 DATASET = "dql/hopper/medium-expert-v0"
 
 
@@ -245,7 +245,7 @@ class Run:
     def tests(self, task: Task) -> str | None:
         """One pytest a backend, side by side; those that want the GPU for themselves, afterwards."""
         ids = self.options.chosen_tests
-        tests = [str(ROOT / "tests" / name) for name in TIER] if ids is None else ids
+        tests = [str(path) for path in TIER] if ids is None else ids
         each = ["-n", str(_cores(0.4)), "--max-worker-restart", "100000", "-m", "not alone"]
 
         def run(name: str, own: Task, *more: str) -> tuple[str | None, bool]:
@@ -351,19 +351,8 @@ class Run:
         if missing := [package for package, module in PLUGINS.items() if importlib.util.find_spec(module) is None]:
             return f"{', '.join(missing)} is not installed"
         path, round_ = self.scratch / f"{name}{'-' + times if times else ''}.jsonl", 0
-        base = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-p",
-            "gpu.outcomes",
-            "--outcomes",
-            path,
-            "-q",
-            "-p",
-            "no:cacheprovider",
-        ]
-        base += ["--timeout-method", "thread", "-s", "--tb", "short"]
+        base = [sys.executable, "-m", "pytest", "-p", "gpu.outcomes", "--outcomes", path, "-q"]
+        base += ["-p", "no:cacheprovider", "--timeout-method", "thread", "-s", "--tb", "short"]
         files = [word for word in arguments if ".py" in word]
         options = [word for word in arguments if word not in files]
         while True:

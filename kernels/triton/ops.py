@@ -1,8 +1,8 @@
 """Building blocks of the Triton kernels, element by element: activations, the noise stream, operands.
 
 The formulas and polynomials are those of csrc/cpu/activation.h and csrc/cpu/noise.h, with no branch and no slow path,
-so that all a thread needs stays in registers. Every function is for use inside kernels. A multiplication and an addition
-may become one instruction that rounds once, which the interpreter does not do: the last bits differ from it.
+so that all a thread needs stays in registers. Every function is for use inside kernels. A multiplication and an
+addition may become one instruction that rounds once, which the interpreter does not do: the last bits differ from it.
 """
 
 import triton
