@@ -11,7 +11,7 @@ import torch
 
 from dql import finite
 from dql import noise as noise_stream
-from dql.backend.base import PRECISIONS, Backend, BackendUnavailable, Chain
+from dql.backend.base import PRECISIONS, Backend, BackendUnavailable, Chain, Run
 from dql.backend.registry import pick, registry
 from dql.kernels import limits
 from dql.kernels.cpp import binding
@@ -228,9 +228,7 @@ def _sample_prepared(
     return None
 
 
-def _prepare(
-    states: Tensor, policy: DiffusionPolicy, backend: str, sampler: str, precision: str
-) -> Callable[[Tensor, Tensor, int], bool] | None:
+def _prepare(states: Tensor, policy: DiffusionPolicy, backend: str, sampler: str, precision: str) -> Run | None:
     denoiser: Denoiser = policy._modules["denoiser"]  # type: ignore[assignment]
     try:
         chain = _chain(states, policy, denoiser, None, None, 0, sampler, None, precision)

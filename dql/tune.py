@@ -23,12 +23,13 @@ from typing import Any
 import torch
 
 from dql.backend.base import BackendUnavailable, Chain
-from dql.backend.triton import TritonBackend, interpreted
+from dql.backend.gpu import TRITON
 from dql.kernels import limits
 from dql.kernels.capture import recorded
 from dql.kernels.layout import DenoiserSpec
-from dql.kernels.triton import aot, packing, tiles
-from dql.kernels.triton.tiles import Candidate, Shape, Tile, Wanted
+from dql.kernels.triton import aot, candidates, packing, tiles
+from dql.kernels.triton.candidates import Candidate, Wanted
+from dql.kernels.triton.tiles import Shape, Tile
 from dql.policy import DiffusionPolicy
 
 Tensor = torch.Tensor
@@ -65,12 +66,16 @@ class Problem:
         self.states = torch.randn(rows, spec.state_dim, generator=own).to(device)  # [R, S]
         self.d_actions = torch.randn(rows, spec.action_dim, generator=own).to(device)  # [R, A]
         self.rows, self.precision, self.flat = rows, precision, policy.denoiser.buffer.detach()
-        self.runner = TritonBackend().chain_runner(
+        runner = TRITON.chain_runner(
             Chain(
                 self.flat, policy.denoiser.weights, spec, self.states, 1, None, SEED, policy.step_table(), NO_BOUND,
                 precision, policy.denoiser.kept,
             )
         )  # fmt: skip
+        from dql.kernels.triton.runner import ChainRunner
+
+        assert isinstance(runner, ChainRunner)
+        self.runner = runner
 
     def shape(self, kind: str) -> Shape:
         sizes = self.runner.sizes
@@ -287,18 +292,18 @@ def tune(
             for kind in passes:
                 shape = Shape(kind, HP, p == "bf16", R, AP)
                 first = [] if dry_run else [tiles.heuristic(number, processors, shape)]
-                of_shape[kind, p, R] = list(dict.fromkeys(first + tiles.candidates(number, shape)))
+                of_shape[kind, p, R] = list(dict.fromkeys(first + candidates.for_shape(number, shape)))
     wanted: list[Wanted] = list(dict.fromkeys((kind, p, t) for (kind, p, _), some in of_shape.items() for t in some))
     if dry_run:
         with _Progress() as progress:
-            found = tiles.examine_candidates(number, spec, wanted, jobs, progress=progress.compiled)
+            found = candidates.compiled(number, spec, wanted, jobs, progress=progress.compiled)
         _print_candidates(number, found, as_json)
         return 0
 
     outcomes, device = [], torch.device("cuda", torch.cuda.current_device())
     about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": version("triton")}
     with _Progress() as progress, torch.no_grad():
-        found = tiles.examine_candidates(number, spec, wanted, jobs, keep=True, progress=progress.compiled)
+        found = candidates.compiled(number, spec, wanted, jobs, keep=True, progress=progress.compiled)
         kept = {(c.kind, c.precision, c.tile) for c in found if c.refused is None}
         for p in precisions:
             for R in numbers:
@@ -339,7 +344,7 @@ def _architecture_here() -> int:
             "no CUDA device: tiles are measured on the GPU that will use them; --dry-run --arch sm_90 lists the "
             "candidates without one"
         )
-    if interpreted():
+    if TRITON.stands_in():
         raise BackendUnavailable("TRITON_INTERPRET=1 runs kernels on the CPU; unset it to measure them on the GPU")
     major, minor = torch.cuda.get_device_capability()
     return 10 * major + minor

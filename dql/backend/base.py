@@ -8,7 +8,7 @@ The same sentence serves `BackendUnavailable`, `dql.backends()`, `dql doctor` an
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -63,6 +63,32 @@ class Chain:
     report: bool = False
 
 
+class CriticRunner(Protocol):
+    """Kernels for twin critics of one size, in one precision, on one device; see `dql.values`."""
+
+    def forward(
+        self, flat: Tensor, states: Tensor, actions: Tensor, candidates: int, which: tuple[int, ...], save: bool
+    ) -> tuple[Tensor, Any]:
+        """(q [len(which), R] of states [B, S] and actions [R, A], what `backward` wants of it or None)."""
+
+    def backward(
+        self,
+        flat: Tensor,
+        saved: Any,
+        states: Tensor,
+        actions: Tensor,
+        d_q: Tensor,
+        need_parameters: bool,
+        need_states: bool,
+        need_actions: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(d_flat [P], d_states [B, S], d_actions [R, A]), None where not needed."""
+
+
+Run = Callable[[Tensor, Tensor, int], bool]
+"""`run(states, actions, seed)` of a prepared chain, see `Backend.prepare`."""
+
+
 class Backend(ABC):
     """A way to run chains. `name` is what callers say; see `register` for the order of "auto"."""
 
@@ -87,9 +113,7 @@ class Backend(ABC):
     ) -> tuple[Tensor | None, Tensor | None]:
         """(d_flat [P], zero where no parameter lies, d_states [B, S]), None where not needed."""
 
-    def prepare(
-        self, chain: Chain, places: tuple[Any, ...], held: tuple[Any, ...]
-    ) -> Callable[[Tensor, Tensor, int], bool] | None:
+    def prepare(self, chain: Chain, places: tuple[Any, ...], held: tuple[Any, ...]) -> Run | None:
         """`run(states, actions, seed)` for chains like this one with less ado, or None if this backend has none.
 
         It fills the actions, or returns False with nothing written if anything is not as it was: other sizes, dtypes
@@ -103,7 +127,7 @@ class Backend(ABC):
         """`dql.noise.normal` [K, B, A] in the dtype and on the device of `like`."""
         return noise_stream.normal(seed, K, B, A, dtype=like.dtype, device=like.device)
 
-    def critic(self, critic: "TwinCritic") -> Any | None:
+    def critic(self, critic: "TwinCritic") -> CriticRunner | None:
         """What computes the Q values of such critics and their gradients, see `dql.values`. None: torch does."""
         return None
 

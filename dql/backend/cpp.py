@@ -1,11 +1,10 @@
 """The backend "cpp": the whole chain in one native call on the CPU (csrc/), forward, backward and `select`."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from dql.backend.base import Backend, Chain, timestep_embedding
+from dql.backend.base import Backend, Chain, Run, timestep_embedding
 from dql.kernels import limits
 from dql.kernels.cpp import binding
 from dql.networks import FlatModule, TwinCritic
@@ -73,9 +72,7 @@ class CppBackend(Backend):
             binding.chain_backward(net, again, table, chain.states, d_actions, d_flat, d_states)
         return d_flat, d_states
 
-    def prepare(
-        self, chain: Chain, places: tuple[Any, ...], held: tuple[Any, ...]
-    ) -> Callable[[Tensor, Tensor, int], bool] | None:
+    def prepare(self, chain: Chain, places: tuple[Any, ...], held: tuple[Any, ...]) -> Run | None:
         if not binding.HAS_EXCHANGE:
             return None
         table = step_table(chain.table, chain.spec.time_dim)

@@ -1,21 +1,20 @@
-"""What the backends that run on NVIDIA GPUs share: checks, prepared calls, critics and `select` around their runners.
+"""The backends "cuda" and "triton": one class around kernels of one form. Checks, prepared calls, critics, `select`.
 
-A runner of chains has `forward`, `backward` and `plan`, one of critics `forward` and `backward`, as in
-kernels/triton/runner.py; both are made once and kept with what they belong to.
+`Kernels` is what either package, kernels/cuda and kernels/triton, offers. Runners are made once and kept with what they
+belong to.
 """
 
 import contextlib
-from abc import abstractmethod
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from dql.backend.base import Backend, Chain, timestep_embedding
+from dql.backend.base import Backend, Chain, CriticRunner, Run, timestep_embedding
 from dql.finite import alarm
-from dql.kernels import limits
+from dql.kernels import cuda, limits, triton
 from dql.kernels.capture import refuse_while_capturing
 from dql.kernels.cpp import binding
+from dql.kernels.layout import CriticSpec, DenoiserSpec
 from dql.networks import TwinCritic
 from dql.tensors import LOWEST_ADDRESS
 
@@ -23,41 +22,92 @@ Tensor = torch.Tensor
 _MAX_TIME_DIM = 64
 
 
-class GpuBackend(Backend):
-    """float32, tf32 or bf16 operands; sums, the chain and its update are float32. The gradient has the precision of its
-    forward pass. Where the kernels are not run by a GPU but in its place, for tests, tensors are on the CPU."""
+class Plan(Protocol):
+    """A forward pass of fixed size, ready to be run on any tensors of that size."""
 
-    finds_bad_states = True
-    in_place: str  # of a GPU the kernels may be "interpreted" or "emulated" ...
-    stand_in: str  # ... if this environment variable is 1
+    def run(
+        self,
+        flat: Tensor,
+        states: Tensor,
+        noise: Tensor | None,
+        seed: int | Tensor,
+        actions: Tensor,
+        told: Tensor | None = None,
+    ) -> object:
+        """Fills actions [R, A]; see `ChainRunner.forward`."""
 
-    @abstractmethod
+
+class ChainRunner(Protocol):
+    """Runs chains of one denoiser, one table and one precision on one device."""
+
+    def plan(self, B: int) -> Plan:
+        """For B states, without candidates, noise or gradients."""
+
+    def forward(
+        self,
+        flat: Tensor,
+        states: Tensor,
+        candidates: int,
+        noise: Tensor | None,
+        seed: int | Tensor,
+        save: bool,
+        told: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
+        """(actions [R, A], what `backward` wants of it or None), see kernels/cuda/chain.py."""
+
+    def backward(
+        self, flat: Tensor, saved: Any, states: Tensor, d_actions: Tensor, need_parameters: bool, need_states: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(d_flat [P], d_states [B, S]), None where not needed."""
+
+
+class Kernels(Protocol):
+    """What a package of kernels for GPUs has, as functions of its own module."""
+
+    @property
+    def STAND_IN(self) -> tuple[str, str]:
+        """(the variable that, being 1, lets something run the kernels in a GPU's place; what they then are)."""
+
     def stands_in(self) -> bool:
-        """Whether something runs the kernels in a GPU's place."""
+        """Whether something does."""
 
-    @abstractmethod
     def unavailable(self, ordinal: int | None = None) -> str | None:
         """Why no chain at all can run on this GPU (None: the current one), or None."""
 
-    @abstractmethod
-    def make_chain_runner(self, chain: Chain, table: Tensor, embedding: Tensor) -> Any:
-        """What runs such chains; the table is [K, 8] on the chain's device."""
+    def misfit(
+        self, spec: DenoiserSpec | CriticSpec, precision: str, rows: int, steps: int, ordinal: int
+    ) -> str | None:
+        """Why networks of these sizes, within the limits, do not fit this GPU, or None."""
 
-    @abstractmethod
-    def make_critic_runner(self, critic: TwinCritic, precision: str) -> Any:
+    def chain_runner(
+        self, spec: DenoiserSpec, table: Tensor, embedding: Tensor, max_action: float, precision: str
+    ) -> ChainRunner:
+        """What runs such chains; the table is [K, 8], the embedding [K, D], on the device."""
+
+    def critic_runner(self, spec: CriticSpec, precision: str, device: torch.device) -> CriticRunner:
         """What runs such critics."""
 
-    @abstractmethod
-    def run_select(self, *arguments: Any) -> Tensor:
-        """chain runner, critic runner, flat, critic's flat, states, N, noise or None, seed, draw seed, told or None ->
-        [B, A]."""
+    def choose(self, q: Tensor, actions: Tensor, candidates: int, draw_seed: int | Tensor) -> Tensor:
+        """Of each state's candidates one [B, A], drawn from softmax(min(Q_1, Q_2)); q is [2, R], actions [R, A]."""
 
-    @abstractmethod
-    def run_normal(self, seed: int | Tensor, K: int, B: int, A: int, device: torch.device) -> Tensor:
+    def normal(self, seed: int | Tensor, K: int, B: int, A: int, device: torch.device) -> Tensor:
         """Standard normals [K, B, A]."""
 
+
+class GpuBackend(Backend):
+    """float32, tf32 or bf16 operands, on NVIDIA GPUs of compute capability 8.0 and up; sums, the chain and its update
+    are float32. The gradient has the precision of its forward pass. Where the kernels are not run by a GPU but in its
+    place, for tests, tensors are on the CPU."""
+
+    finds_bad_states = True
+
+    def __init__(self, name: str, kernels: Kernels) -> None:
+        self.name, self.kernels = name, kernels
+        self.stands_in, self.unavailable = kernels.stands_in, kernels.unavailable
+
     def only_by_name(self) -> str | None:
-        return f"it is {self.in_place} ({self.stand_in}=1), for tests: name it" if self.stands_in() else None
+        variable, being = self.kernels.STAND_IN
+        return f"it is {being} ({variable}=1), for tests: name it" if self.stands_in() else None
 
     def check(self, chain: Chain | None = None) -> str | None:
         ordinal = chain.flat.device.index if chain is not None and chain.flat.is_cuda else None
@@ -66,7 +116,7 @@ class GpuBackend(Backend):
         flat = chain.flat
         if self.stands_in():
             if not flat.is_cpu:
-                return f"{self.stand_in}=1 runs it on the CPU and this policy is on {flat.device}; unset it"
+                return f"{self.kernels.STAND_IN[0]}=1 runs it on the CPU and this policy is on {flat.device}; unset it"
         elif not flat.is_cuda:
             return f"it runs on a GPU and this policy is on {flat.device}; move it with policy.to('cuda')"
         elif (capability := torch.cuda.get_device_capability(flat.device)) < (8, 0):
@@ -77,7 +127,10 @@ class GpuBackend(Backend):
             )
         if (limit := limits.too_large(chain.spec, _MAX_TIME_DIM)) is not None:
             return f"{limit}; use backend='eager'"
-        return limits.too_many(chain.states.size(0) * chain.candidates, chain.table.num_steps)
+        rows, steps = chain.states.size(0) * chain.candidates, chain.table.num_steps
+        if (limit := limits.too_many(rows, steps)) is not None:
+            return limit
+        return self.kernels.misfit(chain.spec, chain.precision, rows, steps, flat.device.index or 0)
 
     def forward(self, chain: Chain, save: bool) -> tuple[Tensor, Any]:
         noise = None if chain.noise is None else chain.noise.contiguous()
@@ -94,9 +147,7 @@ class GpuBackend(Backend):
                 chain.flat, saved, chain.states.contiguous(), d_actions.contiguous(), need_parameters, need_states
             )
 
-    def prepare(
-        self, chain: Chain, places: tuple[Any, ...], held: tuple[Any, ...]
-    ) -> Callable[[Tensor, Tensor, int], bool] | None:
+    def prepare(self, chain: Chain, places: tuple[Any, ...], held: tuple[Any, ...]) -> Run | None:
         if binding.unavailable() is not None:
             return None  # `intact` is too slow in Python to be worth it
         return _Prepared(chain, places, held, self.chain_runner(chain)).run
@@ -105,38 +156,33 @@ class GpuBackend(Backend):
         if like.dtype is not torch.float32 or A > limits.MAX_ACTION_DIM:
             return super().normal(seed, K, B, A, like)
         with on_device_of(like):
-            return self.run_normal(seed, K, B, A, like.device)  # one launch; in torch it is two hundred
+            return self.kernels.normal(seed, K, B, A, like.device)  # one launch; in torch it is two hundred
 
-    def critic(self, critic: TwinCritic) -> Any | None:
+    def critic(self, critic: TwinCritic) -> CriticRunner | None:
         buffer = critic.buffer
         there = buffer.is_cpu if self.stands_in() else buffer.is_cuda
-        if not there or buffer.dtype is not torch.float32 or not self.takes(critic, "fp32"):
+        if not there or buffer.dtype is not torch.float32 or not self._takes(critic, "fp32"):
             return None
         return self.critic_runner(critic, "fp32")
 
     def select(self, chain: Chain, critic: TwinCritic, draw_seed: int | Tensor) -> Tensor | None:
-        if not self.takes(critic, chain.precision):
+        if not self._takes(critic, chain.precision):
             return None  # the chain runs here, this critic in torch
+        states, N = chain.states.contiguous(), chain.candidates
         noise = None if chain.noise is None else chain.noise.contiguous()
         with on_device_of(chain.flat):
-            return self.run_select(
-                self.chain_runner(chain),
-                self.critic_runner(critic, chain.precision),
-                chain.flat,
-                critic.buffer,
-                chain.states.contiguous(),
-                chain.candidates,
-                noise,
-                chain.seed,
-                draw_seed,
-                _told(chain),
-            )
+            chains, critics = self.chain_runner(chain), self.critic_runner(critic, chain.precision)
+            actions, _ = chains.forward(chain.flat, states, N, noise, chain.seed, False, _told(chain))  # [R, A]
+            q, _ = critics.forward(critic.buffer, states, actions, N, (0, 1), save=False)  # [2, R]
+            return self.kernels.choose(q, actions, N, draw_seed)
 
-    def takes(self, critic: TwinCritic, precision: str) -> bool:
-        """Whether the kernels run critics of these sizes."""
-        return limits.too_large(critic.spec) is None
+    def _takes(self, critic: TwinCritic, precision: str) -> bool:
+        """Whether the kernels run critics of these sizes; whether they fit is not the rows' business."""
+        if limits.too_large(critic.spec) is not None:
+            return False
+        return self.kernels.misfit(critic.spec, precision, 1, 1, critic.buffer.device.index or 0) is None
 
-    def chain_runner(self, chain: Chain) -> Any:
+    def chain_runner(self, chain: Chain) -> ChainRunner:
         """What runs such chains, kept with the step table.
 
         Whatever GPU memory is kept is a copy of host memory: torch's blocking copy waits until it is in, so that a call
@@ -149,29 +195,30 @@ class GpuBackend(Backend):
             device = chain.flat.device
             rows = torch.tensor([(*row, 0.0, 0.0) for row in chain.table.rows], dtype=torch.float32, device="cpu")
             embedding = timestep_embedding(chain.table, chain.spec.time_dim, torch.float32, device)
-            made = chain.table.kept[key] = self.make_chain_runner(chain, rows.to(device), embedding)
+            made = self.kernels.chain_runner(chain.spec, rows.to(device), embedding, chain.max_action, chain.precision)
+            chain.table.kept[key] = made
         return made
 
-    def critic_runner(self, critic: TwinCritic, precision: str) -> Any:
+    def critic_runner(self, critic: TwinCritic, precision: str) -> CriticRunner:
         """What runs a critic, kept with it."""
         key = (self.name, precision)
         made = critic.kept.get(key)
         if made is None:
             refuse_while_capturing()
-            made = critic.kept[key] = self.make_critic_runner(critic, precision)
+            made = critic.kept[key] = self.kernels.critic_runner(critic.spec, precision, critic.buffer.device)
         return made
 
 
 class _Prepared:
     """A chain whose arguments were checked once, without gradients; see `Backend.prepare`."""
 
-    def __init__(self, chain: Chain, places: tuple[Any, ...], held: tuple[Any, ...], runner: Any) -> None:
+    def __init__(self, chain: Chain, places: tuple[Any, ...], held: tuple[Any, ...], runner: ChainRunner) -> None:
         self.flat, self.places, self.held, self.S = chain.flat, places, held, chain.spec.state_dim
         self.base = chain.flat.data_ptr()
         self.runner = runner
         found = alarm(chain.flat.device)
         self.told, self.found = found.word, found.cell
-        self.plans: dict[int, Any] = {}
+        self.plans: dict[int, Plan] = {}
 
     def run(self, states: Tensor, actions: Tensor, seed: int) -> bool:
         fits = states.dtype is actions.dtype is torch.float32 and states.device == self.flat.device
@@ -203,3 +250,6 @@ def _told(chain: Chain) -> Tensor | None:
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     """Kernels go to the current device: the tensor's, from here on."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+CUDA, TRITON = GpuBackend("cuda", cuda), GpuBackend("triton", triton)

@@ -2,9 +2,8 @@
 
 from dql.backend.base import Backend, BackendUnavailable, Chain
 from dql.backend.cpp import CppBackend
-from dql.backend.cuda import CudaBackend
 from dql.backend.eager import EagerBackend
-from dql.backend.triton import TritonBackend
+from dql.backend.gpu import CUDA, TRITON
 from dql.shown import shown
 
 _REGISTRY: dict[str, Backend] = {}
@@ -67,5 +66,5 @@ def pick(name: str, chain: Chain) -> Backend:
 
 # In the order of "auto". `cpp` takes policies on the CPU alone; on a GPU `cuda` comes before `triton`: as counted in
 # kernels/cuda/plan.py a step costs less where weights stay on the chip, and as much where both stream them.
-for _backend in (CppBackend(), CudaBackend(), TritonBackend(), EagerBackend()):
+for _backend in (CppBackend(), CUDA, TRITON, EagerBackend()):
     register(_backend)

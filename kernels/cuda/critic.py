@@ -1,4 +1,4 @@
-"""Twin critics by the CUDA kernels, their gradient, and the acting rule that they serve: `select`.
+"""Twin critics by the CUDA kernels, their gradient, and the draw of `select` from their values.
 
 A critic is a chain of one step: the same kernels run it, both networks side by side. Buffers, streams and letters are
 those of `cuda_chain`.
@@ -11,7 +11,7 @@ import torch
 from ..layout import CriticSpec
 from ..limits import check_memory
 from . import binding
-from .chain import ChainRunner, Launcher, address, place_on, seed_arguments
+from .chain import Launcher, address, place_on, seed_arguments
 from .plan import Tiling
 
 Tensor = torch.Tensor
@@ -141,40 +141,6 @@ class CriticRunner(Launcher):
             )  # fmt: skip
         d_actions = None if each_actions is None else each_actions[0] if n == 1 else each_actions.sum(0)
         return d_flat, d_states, d_actions
-
-
-def select(
-    chain: ChainRunner,
-    critic: CriticRunner,
-    flat: Tensor,
-    critic_flat: Tensor,
-    states: Tensor,
-    candidates: int,
-    noise: Tensor | None,
-    seed: int | Tensor,
-    draw_seed: int | Tensor,
-    told: Tensor | None = None,
-) -> Tensor:
-    """The published acting rule: N candidates a state, one drawn from softmax(min(Q_1, Q_2)).
-
-    Args:
-        chain: of the policy.
-        critic: of the critics, on the same device.
-        flat: parameters of the denoiser [P].
-        critic_flat: parameters of both critics.
-        states: [B, S], contiguous.
-        candidates: N.
-        noise: [K, R, A], contiguous, or None: then the seed's stream.
-        seed: of the noise, as for `ChainRunner.forward`.
-        draw_seed: of the draw, likewise.
-        told: as for `ChainRunner.forward`.
-
-    Returns:
-        actions [B, A].
-    """
-    actions, _ = chain.forward(flat, states, candidates, noise, seed, False, told)
-    q, _ = critic.forward(critic_flat, states, actions, candidates, (0, 1), save=False)
-    return choose(q, actions, candidates, draw_seed)
 
 
 def choose(q: Tensor, actions: Tensor, candidates: int, draw_seed: int | Tensor) -> Tensor:

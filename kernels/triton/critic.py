@@ -1,4 +1,4 @@
-"""Twin critics in one Triton kernel, their gradient in one more, and the acting rule that they serve: `select`.
+"""Twin critics in one Triton kernel, their gradient in one more, and the draw of `select` from their values.
 
     h = activation(W_s s + W_a a + b)              # [R, H]
     h = activation(W_i h + b_i)                    # layers 1 .. L-1
@@ -35,7 +35,7 @@ from .layers import narrow_product, product
 from .ops import activate, activate_with_slope, edge_operand, rounded_operand, stored, uniform
 from .packing import packed_sizes
 from .prologue import Prologue, edge_precision
-from .runner import ChainRunner, seed_arguments
+from .runner import seed_arguments
 from .tiles import Shape, Tile, next_smaller
 from .tiles import choose as choose_tile
 
@@ -349,40 +349,6 @@ class CriticRunner:
         if kind == "backward":  # with all its results it needs the most
             return fitting(critic_bwd_kernel(self.spec, self.precision, tile, True, True), self.device)
         return fitting(critic_fwd_kernel(self.spec, self.precision, tile, kind == "saving"), self.device)
-
-
-def select(
-    chain: ChainRunner,
-    critic: CriticRunner,
-    flat: Tensor,
-    critic_flat: Tensor,
-    states: Tensor,
-    candidates: int,
-    noise: Tensor | None,
-    seed: int | Tensor,
-    draw_seed: int | Tensor,
-    told: Tensor | None = None,
-) -> Tensor:
-    """The published acting rule: N candidates a state, one drawn from softmax(min(Q_1, Q_2)).
-
-    Args:
-        chain: of the policy.
-        critic: of the critics, on the same device.
-        flat: parameters of the denoiser [P].
-        critic_flat: parameters of both critics.
-        states: [B, S], contiguous.
-        candidates: N.
-        noise: [K, R, A], contiguous, or None: then the seed's stream.
-        seed: of the candidates; 0 .. 2^64 - 1, or an int64 tensor [1] on the device, read when the kernel runs.
-        draw_seed: of the draw, likewise.
-        told: as for `ChainRunner.forward`.
-
-    Returns:
-        actions [B, A].
-    """
-    actions, _ = chain.forward(flat, states, candidates, noise, seed, False, told)  # [R, A]
-    q, _ = critic.forward(critic_flat, states, actions, candidates, (0, 1), save=False)  # [2, R]
-    return choose(q, actions, candidates, draw_seed)
 
 
 def choose(q: Tensor, actions: Tensor, candidates: int, draw_seed: int | Tensor) -> Tensor:

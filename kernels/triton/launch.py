@@ -22,7 +22,7 @@ import torch
 
 from ..capture import refuse_while_capturing
 from . import internals as triton_internals
-from .aot import ARCHITECTURES
+from .architectures import ARCHITECTURES
 from .tiles import is_forced
 
 Tensor = torch.Tensor

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support import TESTS
 import torch
+from support import TESTS
 from support.build import ROOT, Project, clean_environment, compiler, load, needs_compiler, symbols
 
 from dql.backend.registry import registry

@@ -9,6 +9,7 @@ import math
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -330,9 +331,12 @@ def test_a_repeated_call_waits_for_nothing(backend, monkeypatch):
         prepared = policy.kept[(backend, "ddpm", "fp32")][2].__self__
         plan = type("", (), {"run": lambda self, *arguments: ran.append(arguments)})()
         prepared.plans[9] = plan
-        monkeypatch.setattr(
-            type(registry()[backend]), "run_select", lambda self, *a: ran.append(a) or a[4].new_zeros(1)
-        )
+        found, made = registry()[backend], (states.new_zeros(1), None)
+        chains = SimpleNamespace(forward=lambda *arguments: ran.append(arguments) or made)
+        monkeypatch.setattr(found, "chain_runner", lambda chain: chains)
+        critics = SimpleNamespace(forward=lambda *arguments, save: made)
+        monkeypatch.setattr(found, "critic_runner", lambda critic, precision: critics)
+        monkeypatch.setattr(found.kernels, "choose", lambda q, *arguments: q)
         looked = []
         monkeypatch.setattr("dql.sampler._check_finite", lambda *arguments: looked.append(arguments))
         for call in (sample, select):

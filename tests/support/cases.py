@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import dql
-from dql.backend.triton import interpreted
+from dql.kernels import triton as triton_kernels
 from dql.kernels.layout import hidden_names
 from dql.kernels.reference import time_embedding
 from support import transcription
@@ -380,7 +380,7 @@ def not_interpreted() -> str | None:
     """Why Triton's interpreter does not run the kernels here, or None if it does."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton (Linux only)"
-    if not interpreted():
+    if not triton_kernels.stands_in():
         return "a CUDA device is there, for the tests of a GPU; set TRITON_INTERPRET=1 to interpret these"
     versions = importlib.metadata.version("triton"), np.__version__
     triton, numpy = (tuple(int(part) for part in version.split(".")[:2]) for version in versions)

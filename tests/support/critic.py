@@ -152,7 +152,7 @@ class Run:
         self.case, self.layout, self.candidates = case, problem.critic.layout, case.N or 1
         self.flat, self.states = on_device(problem.critic.buffer), on_device(problem.states)
         self.actions, self.d_q = on_device(problem.actions), on_device(problem.d_q)
-        self.runner = kernels.CriticRunner(problem.critic.spec, precision, DEVICE)
+        self.runner = kernels.critic_runner(problem.critic.spec, precision, DEVICE)
         self.q, self.saved = self.forward(save=True)
 
     def forward(self, save: bool):
@@ -272,7 +272,7 @@ def test_memory_that_kernels_would_leave(kernels, wrong):
         run.runner.backward(run.flat, run.saved, states, change(actions), run.d_q, *every)
     spec = dql.Denoiser(11, 3, 16, 2).spec
     table, embedding = torch.zeros(2, 8, device=DEVICE), torch.zeros(2, 16, device=DEVICE)
-    chain = kernels.ChainRunner(spec, table, embedding, 1.0, "fp32")
+    chain = kernels.chain_runner(spec, table, embedding, 1.0, "fp32")
     flat, on, noise = (torch.zeros(*shape, device=DEVICE) for shape in ((spec.layout.size,), (4, 11), (2, 8, 3)))
     _, saved = chain.forward(flat, on, 2, noise, 0, True)
     with pieces:
@@ -376,14 +376,14 @@ def test_select(kernels, B, N, K, by_seed):
     denoiser, table = policy.denoiser, dql.StepTable.make("ddpm", policy.schedule, K)
     rows = F.pad(torch.tensor(table.rows, dtype=torch.float32), (0, 2)).to(DEVICE)  # [K, 8]
     embedding = time_embedding(torch.tensor(table.timesteps, dtype=torch.float32), 16).to(DEVICE)
-    chain = kernels.ChainRunner(denoiser.spec, rows, embedding, policy.max_action, "fp32")
-    runner = kernels.CriticRunner(critic.spec, "fp32", DEVICE)
+    chain = kernels.chain_runner(denoiser.spec, rows, embedding, policy.max_action, "fp32")
+    runner = kernels.critic_runner(critic.spec, "fp32", DEVICE)
     flat, critic_flat, on = on_device(denoiser.buffer), on_device(critic.buffer), on_device(states)
     handed = None if by_seed else on_device(noise.reshape(K, B * N, A))
     with poisoned():
-        got = kernels.select(chain, runner, flat, critic_flat, on, N, handed, draw_seed, draw_seed).cpu()
         candidates = chain.forward(flat, on, N, handed, draw_seed, False)[0]
         q, _ = runner.forward(critic_flat, on, candidates, N, BOTH, False)
+        got = kernels.choose(q, candidates, N, draw_seed).cpu()
     index, clear = by_the_rule(q, N, draw_seed)
     assert clear.any()
     assert torch.equal(got[clear], candidates.cpu().view(B, N, A)[torch.arange(B), index][clear])

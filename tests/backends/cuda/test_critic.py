@@ -11,7 +11,7 @@ from support.critic import CASES, DEVICE, Case, Run, expected
 from support.emulator import not_emulated, tilings
 
 from dql.backend.registry import registry
-from dql.kernels.cuda import critic as cuda_critic
+from dql.kernels import cuda
 from dql.kernels.cuda.plan import Tiling, forced
 
 if (reason := not_emulated() if DEVICE.type == "cpu" else registry()["cuda"].check()) is not None:
@@ -22,14 +22,14 @@ TILED = [CASES[4], Case(B=70, S=11, A=24, H=130, num_hidden=4, activation="relu"
 
 @pytest.fixture
 def kernels() -> ModuleType:
-    return cuda_critic
+    return cuda
 
 
 @pytest.mark.parametrize("tiling", tilings("fp32"), ids=str)
 @pytest.mark.parametrize("case", TILED, ids=str)
 def test_any_tiling_gives_the_same(case, tiling):
     with forced(tiling):
-        got = Run(cuda_critic, case).named()
+        got = Run(cuda, case).named()
     assert_all_close(got, expected(case), TOLERANCES["critic float32"], case=case, backend=f"cuda, {tiling}")
 
 
@@ -39,7 +39,7 @@ def test_any_tiling_rounds_alike(precision):
     found = []
     for tiling in tilings(precision):
         with forced(tiling):
-            found.append((tiling, Run(cuda_critic, CASES[4], precision).named()))
+            found.append((tiling, Run(cuda, CASES[4], precision).named()))
     _, first = found[0]
     for tiling, got in found[1:]:
         for name, want in first.items():
@@ -49,10 +49,10 @@ def test_any_tiling_rounds_alike(precision):
 
 def test_a_backward_pass_has_the_tiling_of_its_forward_pass():
     """Whatever is chosen by then."""
-    run = Run(cuda_critic, CASES[4])
+    run = Run(cuda, CASES[4])
     usual = run.named()
     with forced(Tiling(2, 2, True)):
-        other = Run(cuda_critic, CASES[4])
+        other = Run(cuda, CASES[4])
     with forced(Tiling(1, 1, False)):
         got = other.named()
     assert other.saved.tiling == Tiling(2, 2, True)

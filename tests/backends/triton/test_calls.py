@@ -18,7 +18,7 @@ from support.refusals import *  # noqa: F403
 from support.refusals import refused
 
 import dql
-from dql.backend.triton import _installed
+from dql.kernels.triton import _installed
 
 if (reason := not_interpreted()) is not None:
     pytest.skip(reason, allow_module_level=True)

@@ -12,7 +12,7 @@ from support.rounded_chain import Round, activation, bf16, for_rows, left_alone,
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton (Linux only)")
 
-from dql.kernels.triton import critic as twin_critic
+from dql.kernels import triton as kernels_of_triton
 
 pytestmark = pytest.mark.skipif(cannot_run("triton") is not None, reason=str(cannot_run("triton")))
 
@@ -21,7 +21,7 @@ Tensor = torch.Tensor
 
 @pytest.fixture
 def kernels() -> ModuleType:
-    return twin_critic
+    return kernels_of_triton
 
 
 # Reduced precisions: float64 with the same operands rounded. The first layer's are of tf32 in bf16, too; of the last

@@ -19,7 +19,7 @@ from support.networks import make_policy, states_of
 import dql as dql_package
 from dql import tune
 from dql.kernels.layout import DenoiserSpec
-from dql.kernels.triton import aot, tiles
+from dql.kernels.triton import aot, candidates, tiles
 from dql.kernels.triton.tiles import Shape, Tile
 
 if importlib.util.find_spec("triton") is None:
@@ -51,7 +51,7 @@ def file(tmp_path, monkeypatch):
 def test_candidates(arch, HP, bf16):
     for rows in (1, 16, 17, 33, 1 << 20):
         shape = Shape("forward", HP, bf16, rows)
-        found = tiles.candidates(arch, shape)
+        found = candidates.for_shape(arch, shape)
         assert found and len(set(found)) == len(found)
         assert {t.rows for t in found} == {r for r in (16, 32, 64) if r == 16 or r < 2 * rows}
         for tile in (*found, tiles.heuristic(arch, 108, shape)):
@@ -70,7 +70,7 @@ def test_dropped_candidates_say_why(tmp_path, monkeypatch):
         ("backward", "bf16", Tile(16, 64, 2, 8)),
     ]
     spec = DenoiserSpec(17, 6, 256)
-    found = tiles.examine_candidates(120, spec, wanted, 1, keep=True, progress=lambda *said: told.append(said))
+    found = candidates.compiled(120, spec, wanted, 1, keep=True, progress=lambda *said: told.append(said))
     assert [(c.kind, c.precision, c.tile) for c in found] == wanted
     assert told == [(i, 4) for i in range(4)]
     large, spilling, broken, good = found
@@ -85,7 +85,7 @@ def test_dropped_candidates_say_why(tmp_path, monkeypatch):
 
 def test_no_jobs():
     with pytest.raises(ValueError, match="jobs must be at least 1, not 0"):
-        tiles.examine_candidates(90, SMALL, [("forward", "fp32", MINE)], 0)
+        candidates.compiled(90, SMALL, [("forward", "fp32", MINE)], 0)
 
 
 # ------------------------------------------------------------------------------------------------------ the file
@@ -420,7 +420,7 @@ def test_dry_run_lists_the_candidates(dql_here, file):
     done = dql_here("bench", "tune", "--dry-run", "--arch", "sm_90", *small, "--json")
     assert (done.code, done.err) == (0, "")
     rows = json.loads(done.out)
-    assert [Tile(**row["tile"]) for row in rows] == tiles.candidates(90, Shape("forward", 64, True, 1))
+    assert [Tile(**row["tile"]) for row in rows] == candidates.for_shape(90, Shape("forward", 64, True, 1))
     for row in rows:
         assert (row["arch"], row["kind"], row["precision"], row["refused"]) == (90, "forward", "bf16", None)
         assert 0 < row["report"]["registers"] <= 255 and row["report"]["shared"] > 0
@@ -430,9 +430,9 @@ def test_dry_run_lists_the_candidates(dql_here, file):
 def test_tables(capsys):
     report = aot.Report("k", 90, 128, 0, 0, 0, 100_000, 0, 8, 2, {}, 0, 0, 0, (), 1.0)
     found = [
-        tiles.Candidate("forward", "fp32", MINE, report, None),
-        tiles.Candidate("saving", "bf16", OTHER, report, "it spills: 8 bytes stored, 4 loaded"),
-        tiles.Candidate("saving", "bf16", OTHER, None, "it does not compile: X: [y]"),
+        candidates.Candidate("forward", "fp32", MINE, report, None),
+        candidates.Candidate("saving", "bf16", OTHER, report, "it spills: 8 bytes stored, 4 loaded"),
+        candidates.Candidate("saving", "bf16", OTHER, None, "it does not compile: X: [y]"),
     ]
     tune._print_candidates(90, found, False)
     said = capsys.readouterr().out
