@@ -26,7 +26,7 @@ from published import PublishedAgent
 from rivals import A, S, T
 
 import dql
-from dql.agent import UpdateSeeds
+from dql.draws import UpdateSeeds
 
 B = 256
 Tensor = torch.Tensor

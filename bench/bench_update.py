@@ -20,7 +20,7 @@ from table import UPDATE_TITLE
 from torch import Tensor
 
 import dql
-from dql.agent import UpdateSeeds
+from dql.draws import UpdateSeeds
 
 Update = Callable[[dql.Batch], dict[str, Tensor]]
 B = 256

@@ -7,17 +7,16 @@ same on every backend, to rounding.
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from dql import noise, update_native
+from dql import update_native
 from dql.backend.base import Backend
 from dql.backend.registry import check_name
 from dql.checkpoint import FILE, CheckpointError, checked_device, load_tensors, reading, save_tensors, unreadable
@@ -25,28 +24,18 @@ from dql.config import Config, RunConfig
 from dql.data import Batch
 from dql.draws import Draws, UpdateSeeds
 from dql.finite import raise_if_set
-from dql.kernels.cpp import binding
 from dql.networks import FlatModule, TwinCritic, check_file_sizes, check_finite
 from dql.optimizer import FlatAdam
 from dql.policy import DiffusionPolicy
 from dql.rundir import RunDir, find_checkpoint
-from dql.sampler import run_chain, sample, select
+from dql.sampler import sample, select
 from dql.shown import shown
 from dql.tensors import plain, refuse_unseen
-from dql.values import q_values, value_and_other
+from dql.update import checked_batch, clone, draws_of, learn, target_q
+from dql.update import update as do_update
 
 Tensor = torch.Tensor
 _FORMAT = 1
-
-
-@contextlib.contextmanager
-def _frozen(module: FlatModule) -> Iterator[None]:
-    """Gradients pass through the module to its inputs, but none is computed for its parameters."""
-    module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        module.requires_grad_(True)
 
 
 class DiffusionBC:
@@ -112,7 +101,7 @@ class DiffusionBC:
             generator=generator,
         )
         self.policy = policy.to(device=device, dtype=dtype)
-        self._actor_adam = FlatAdam(self.policy.denoiser, c.lr, self._actor_grad_norm())
+        self.actor_adam = FlatAdam(self.policy.denoiser, c.lr, self._actor_grad_norm())
 
     def _actor_grad_norm(self) -> float:
         return 0.0
@@ -128,7 +117,6 @@ class DiffusionBC:
         step = self.step if step is None else step
         return 0.5 * (1 + math.cos(math.pi * min(step / self.config.num_updates, 1.0)))
 
-    @torch.enable_grad()
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One update from a batch.
 
@@ -138,43 +126,17 @@ class DiffusionBC:
         Returns:
             scalar tensors by name, still on the device: `actor/bc_loss`, `actor/grad_norm`.
         """
-        batch = checked_batch(batch, self.policy)
-        seeds = UpdateSeeds.of(self.config.seed, self.step)
-        backend = update_native.backend_of(self, batch)
-        if update_native.runs_natively(self, backend):
-            metrics = self._update_natively(batch, seeds)
-        else:
-            metrics = self._compute(batch, self.draws(len(batch.states)), backend)
-        self.step += 1
-        return metrics
+        return do_update(self, batch)
 
     def draws(self, B: int) -> Draws:
         """Those of the next update, with batches of B rows."""
-        seeds = UpdateSeeds.of(self.config.seed, self.step)
-        t = noise.integers(seeds.bc_t, self.policy.T, B)
-        if self.device.type == "cuda":
-            t = t.pin_memory().to(self.device, non_blocking=True)  # from other memory the copy may wait for the GPU
-        maximised = 1 if int(noise.integers(seeds.coin, 2, 1)) else 2
-        return Draws(
-            seeds.target, seeds.bc_noise, seeds.actor, t, maximised, self.lr_scale(), self._ema_weight(self.step)
-        )
+        return draws_of(self, UpdateSeeds.of(self.config.seed, self.step), B)
 
-    def _ema_weight(self, step: int) -> float:
+    compute = clone
+    update_natively = update_native.clone
+
+    def ema_weight(self, step: int) -> float:
         return 0.0
-
-    def _compute(self, batch: Batch, draws: Draws, backend: Backend) -> dict[str, Tensor]:
-        """An update but for its step's number: everything that a device does, and nothing that waits for it."""
-        loss = self._bc_loss(batch, draws, backend)
-        return {"actor/bc_loss": loss.detach(), "actor/grad_norm": self._actor_adam.step(loss, draws.lr_scale)}
-
-    def _update_natively(self, batch: Batch, seeds: UpdateSeeds) -> dict[str, Tensor]:
-        loss = update_native.bc_gradient(self.policy, batch, seeds)
-        return _scalars({"actor/bc_loss": loss, "actor/grad_norm": self._actor_adam.step_natively(self.lr_scale())})
-
-    def _bc_loss(self, batch: Batch, draws: Draws, backend: Backend) -> Tensor:
-        B, A = batch.actions.shape
-        eps = backend.normal(draws.bc_noise, 1, B, A, self.policy.denoiser.buffer)[0]
-        return self.policy.bc_loss(batch.states, batch.actions, draws.t, eps)
 
     @overload
     def act(self, states: np.ndarray, *, seed: int | None = None) -> np.ndarray: ...
@@ -228,16 +190,16 @@ class DiffusionBC:
         """Names of the networks that have an optimizer."""
         return [name.removesuffix("_adam") for name in self._optimizers()]
 
-    def _modules(self) -> dict[str, FlatModule]:
+    def modules(self) -> dict[str, FlatModule]:
         return {"actor": self.policy.denoiser}
 
     def _optimizers(self) -> dict[str, FlatAdam]:
-        return {"actor_adam": self._actor_adam}
+        return {"actor_adam": self.actor_adam}
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything an exact continuation needs, beside the config and the step."""
         tensors: dict[str, Tensor] = {}
-        for prefix, module in self._modules().items():
+        for prefix, module in self.modules().items():
             tensors |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
         for prefix, optimizer in self._optimizers().items():
             tensors |= {f"{prefix}.{name}": value for name, value in optimizer.tensors().items()}
@@ -281,7 +243,7 @@ class DiffusionBC:
         def under(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
 
-        for prefix, module in self._modules().items():
+        for prefix, module in self.modules().items():
             module.load_state_dict(under(prefix))
             check_finite(module, f"the agent's {prefix}")
         for prefix, optimizer in self._optimizers().items():
@@ -327,9 +289,8 @@ class DiffusionQL(DiffusionBC):
         critic = TwinCritic(state_dim, action_dim, c.hidden_dim, c.num_hidden, c.activation, generator=generator)
         self.critic = critic.to(device=device, dtype=dtype)
         self.critic_target = deepcopy(self.critic).requires_grad_(False)
-        self._critic_adam = FlatAdam(self.critic, c.critic_lr, c.grad_norm)
+        self.critic_adam = FlatAdam(self.critic, c.critic_lr, c.grad_norm)
 
-    @torch.enable_grad()
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One update of critics, actor and averages from a batch.
 
@@ -342,29 +303,10 @@ class DiffusionQL(DiffusionBC):
             scalar tensors by name, still on the device (no host sync): `critic/loss`, `critic/q` (mean of both),
             `critic/target_q`, `critic/grad_norm`, `actor/loss`, `actor/bc_loss`, `actor/q_loss`, `actor/grad_norm`.
         """
-        batch = checked_batch(batch, self.policy)
-        seeds = UpdateSeeds.of(self.config.seed, self.step)
-        backend = update_native.backend_of(self, batch)
-        if update_native.runs_natively(self, backend):
-            metrics = self._update_natively(batch, seeds)
-        else:
-            metrics = self._compute(batch, self.draws(len(batch.states)), backend)
-        self.step += 1
-        return metrics
+        return do_update(self, batch)
 
-    def _compute(self, batch: Batch, draws: Draws, backend: Backend) -> dict[str, Tensor]:
-        metrics = self._update_critic(batch, draws, backend)
-        metrics |= self._update_actor(batch, draws, backend)
-        self._update_averages(torch.Tensor.lerp_, draws.ema_weight)
-        return metrics
-
-    def _update_natively(self, batch: Batch, seeds: UpdateSeeds) -> dict[str, Tensor]:
-        metrics = update_native.critic_gradient(self, batch, seeds)
-        metrics["critic/grad_norm"] = self._critic_adam.step_natively(self.lr_scale())
-        metrics |= update_native.actor_gradient(self, batch, seeds)
-        metrics["actor/grad_norm"] = self._actor_adam.step_natively(self.lr_scale())
-        self._update_averages(binding.lerp, self._ema_weight(self.step))
-        return _scalars(metrics)
+    compute = learn
+    update_natively = update_native.learn
 
     @torch.no_grad()
     def target_q(self, batch: Batch, seed: int | Tensor, backend: Backend | None = None) -> Tensor:
@@ -375,70 +317,11 @@ class DiffusionQL(DiffusionBC):
             RuntimeError: a tracer is at work.
         """
         refuse_unseen("target_q", *vars(batch).values() if isinstance(batch, Batch) else ())
-        return self._target_q(checked_batch(batch, self.policy, least=0), seed, backend)
+        return target_q(self, checked_batch(batch, self.policy, least=0), seed, backend)
 
-    @torch.no_grad()
-    def _target_q(self, batch: Batch, seed: int | Tensor, backend: Backend | None) -> Tensor:
-        c = self.config
-        next_actions = run_chain(
-            batch.next_states,
-            self.ema_policy,
-            backend=c.backend,
-            num_candidates=c.backup_candidates if c.max_q_backup else None,
-            seed=seed,
-        )
-        backend = backend or update_native.backend_of(self, batch)
-        q1, q2 = q_values(self.critic_target, batch.next_states, next_actions, backend)
-        if c.max_q_backup:
-            q1, q2 = q1.amax(dim=1), q2.amax(dim=1)
-        return batch.rewards + batch.masks * c.discount * torch.minimum(q1, q2)
-
-    def _update_critic(self, batch: Batch, draws: Draws, backend: Backend) -> dict[str, Tensor]:
-        target_q = self._target_q(batch, draws.target, backend)
-        q1, q2 = q_values(self.critic, batch.states, batch.actions, backend, at_once=True)
-        loss = F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q)
-        norm = self._critic_adam.step(loss, draws.lr_scale)
-        return {
-            "critic/loss": loss.detach(),
-            "critic/q": (q1.detach().mean() + q2.detach().mean()) / 2,
-            "critic/target_q": target_q.mean(),
-            "critic/grad_norm": norm,
-        }
-
-    def _update_actor(self, batch: Batch, draws: Draws, backend: Backend) -> dict[str, Tensor]:
-        bc_loss = self._bc_loss(batch, draws, backend)
-        actions = run_chain(batch.states, self.policy, backend=self.config.backend, seed=draws.actor, at_once=True)
-        with _frozen(self.critic):
-            q_loss = self._q_loss(batch.states, actions, draws.maximised, backend)
-        loss = bc_loss + self.config.eta * q_loss
-        norm = self._actor_adam.step(loss, draws.lr_scale)
-        return {
-            "actor/loss": loss.detach(),
-            "actor/bc_loss": bc_loss.detach(),
-            "actor/q_loss": q_loss.detach(),
-            "actor/grad_norm": norm,
-        }
-
-    def _q_loss(self, states: Tensor, actions: Tensor, maximised: int | Tensor, backend: Backend) -> Tensor:
-        """-mean(Q_i) / mean|Q_j|, without a gradient through the divisor."""
-        if isinstance(maximised, Tensor):
-            q = torch.stack(q_values(self.critic, states, actions, backend))  # [2, B]
-            return -(q.mean(dim=1) * maximised).sum() / (q.detach().abs().mean(dim=1) * (1 - maximised)).sum()
-        q, other = value_and_other(self.critic, maximised, states, actions, backend)
-        return -q.mean() / other.abs().mean()
-
-    def _ema_weight(self, step: int) -> float:
+    def ema_weight(self, step: int) -> float:
         c = self.config
         return 1 - c.ema_decay if step >= c.ema_start and step % c.ema_every == 0 else 0.0
-
-    @torch.no_grad()
-    def _update_averages(self, lerp: Callable[[Tensor, Tensor, Any], object], ema_weight: float | Tensor) -> None:
-        average, actor = self.ema_policy.denoiser.flat, self.policy.denoiser.flat
-        if isinstance(ema_weight, Tensor):  # recorded: 0 in most updates, and 0 times infinity is NaN
-            average.copy_(torch.where(ema_weight != 0, average.lerp(actor, ema_weight.to(average)), average))
-        elif ema_weight:
-            lerp(average, actor, ema_weight)
-        lerp(self.critic_target.flat, self.critic.flat, self.config.tau)
 
     def _act(self, states: Tensor, seed: int | None) -> Tensor:
         c = self.config
@@ -446,53 +329,15 @@ class DiffusionQL(DiffusionBC):
             states, self.policy, self.critic_target, num_candidates=c.num_candidates, backend=c.backend, seed=seed
         )
 
-    def _modules(self) -> dict[str, FlatModule]:
-        return super()._modules() | {
+    def modules(self) -> dict[str, FlatModule]:
+        return super().modules() | {
             "ema_actor": self.ema_policy.denoiser,
             "critic": self.critic,
             "critic_target": self.critic_target,
         }
 
     def _optimizers(self) -> dict[str, FlatAdam]:
-        return super()._optimizers() | {"critic_adam": self._critic_adam}
-
-
-def _scalars(values: dict[str, float]) -> dict[str, Tensor]:
-    tensors = torch.tensor(list(values.values()), dtype=torch.float32, device="cpu").unbind()
-    return dict(zip(values, tensors, strict=True))
-
-
-def checked_batch(batch: Batch, policy: DiffusionPolicy, least: int = 1) -> Batch:
-    """The batch as plain data, of `least` rows; refuses what does not fit, and what would broadcast (published rewards
-    are [B, 1])."""
-    if not isinstance(batch, Batch):
-        raise TypeError(f"batch must be a dql.Batch, got {type(batch).__name__}; use dql.Batch(states, actions, ...)")
-    for name, value in vars(batch).items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"batch.{name} must be a torch.Tensor, got {type(value).__name__}; use torch.as_tensor")
-        if value.is_nested or value.layout is not torch.strided:
-            plain(f"batch.{name}", value)  # says so
-    B, S, A = len(batch.states), policy.state_dim, policy.action_dim
-    if least > B:
-        raise ValueError("the batch is empty: an update needs at least one transition")
-    for name, shape in (
-        ("states", [B, S]),
-        ("actions", [B, A]),
-        ("rewards", [B]),
-        ("next_states", [B, S]),
-        ("masks", [B]),
-    ):
-        tensor = getattr(batch, name)
-        if list(tensor.shape) != shape:
-            raise ValueError(f"batch.{name} must be {shape}, got {list(tensor.shape)}; reshape it")
-        if tensor.dtype != policy.dtype or tensor.device != policy.device:
-            raise ValueError(
-                f"batch.{name} is {tensor.dtype} on {tensor.device}, the agent is {policy.dtype} on {policy.device}; "
-                "convert one of them"
-            )
-    return Batch(
-        *(plain(f"batch.{name}", value, whole=True).detach().contiguous() for name, value in vars(batch).items())
-    )
+        return super()._optimizers() | {"critic_adam": self.critic_adam}
 
 
 def make_agent(

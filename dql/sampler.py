@@ -336,7 +336,7 @@ def run_chain(
     states: Tensor,
     policy: DiffusionPolicy,
     *,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
     num_candidates: int | None = None,
     noise: Tensor | None = None,
     seed: int | Tensor | None = None,
@@ -348,13 +348,14 @@ def run_chain(
 ) -> Tensor:
     """`sample` for states that are known to be good: training uses it, whose data were checked when loaded.
 
-    With `at_once` the parameters' gradient is added to `flat.grad` as a whole, see `FlatModule.gradient_leaves`. With
-    `report` a later call of `sample` raises if kernels find a state that is not finite, and this one if actions on the
-    CPU are NaN; what others train with is no business of whoever samples next.
+    `backend` may be one that `backend_for` picked. With `at_once` the parameters' gradient is added to `flat.grad` as a
+    whole, see `FlatModule.gradient_leaves`. With `report` a later call of `sample` raises if kernels find a state that
+    is not finite, and this one if actions on the CPU are NaN; what others train with is no business of whoever samples
+    next.
     """
     denoiser: Denoiser = policy._modules["denoiser"]  # type: ignore[assignment]  # past nn.Module's slow attributes
     chain = _chain(states, policy, denoiser, num_candidates, noise, seed, sampler, num_steps, precision, report)
-    runner = pick(backend, chain)
+    runner = backend if isinstance(backend, Backend) else pick(backend, chain)
     parameters = denoiser.gradient_leaves(at_once) if torch.is_grad_enabled() else ()
     if chain.states.shape[0] == 0:
         shape = (0, policy.action_dim) if num_candidates is None else (0, num_candidates, policy.action_dim)
@@ -368,6 +369,15 @@ def run_chain(
     if report:
         _checked_actions(actions, policy, runner)
     return actions if num_candidates is None else actions.view(-1, num_candidates, actions.shape[1])
+
+
+def backend_for(states: Tensor, policy: DiffusionPolicy, name: str) -> Backend:
+    """The backend that runs the policy's chains, in training, for such states.
+
+    Raises:
+        BackendUnavailable: the named one cannot run here.
+    """
+    return pick(name, _chain(states, policy, policy.denoiser, None, None, 0, "ddpm", None, "fp32"))
 
 
 def _chain(

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dql import draws, update_native
-from dql.agent import DiffusionBC, DiffusionQL, checked_batch
+from dql import draws
+from dql.agent import DiffusionBC, DiffusionQL
 from dql.config import Config
 from dql.data import Batch
 from dql.draws import SEEDS, Draws
 from dql.kernels.capture import prove, recorded
+from dql.sampler import backend_for
 from dql.shown import shown
+from dql.update import checked_batch
 
 Tensor = torch.Tensor
 _WARM_UPS = 2  # load kernels and tables, and let cuBLAS choose, which a graph cannot hold
@@ -64,14 +66,14 @@ class GraphedUpdate:
             self._numbers = torch.zeros(2 * len(SEEDS) + batch_size + 4, dtype=torch.int64, device=device)
         seeds, self._t, scalars = self._numbers.split((2 * len(SEEDS), batch_size, 4))
         self._seeds, self._scalars = [seed[:1] for seed in seeds.split(2)], scalars.view(torch.float64)
-        self._backend = update_native.backend_of(agent, self._batch)
-        self._flats = [module.flat for module in agent._modules().values()]
+        self._backend = backend_for(self._batch.states, agent.policy, agent.config.backend)
+        self._flats = [module.flat for module in agent.modules().values()]
         self._drawn: _Drawn | None = None
         self._stage()
         self._replay, self._metrics = record(self._body, agent)
         # What the graph reads and writes must stay its own as long as it lives: gradients, tables and their embeddings.
         tables = [policy.step_table() for policy in (agent.policy, getattr(agent, "ema_policy", agent.policy))]
-        owners = (*tables, *agent._modules().values())
+        owners = (*tables, *agent.modules().values())
         self._held = (
             tables,
             agent.policy.q_sample_table(self._batch.actions),
@@ -86,7 +88,7 @@ class GraphedUpdate:
         target, bc_noise, actor = self._seeds
         lr_scale = scalars[2].float()  # whatever the parameters are, a rate in device memory is float32 to torch
         given = Draws(target, bc_noise, actor, self._t, scalars[:2], lr_scale, scalars[3])
-        return self.agent._compute(self._batch, given, self._backend)
+        return self.agent.compute(self._batch, given, self._backend)
 
     def _stage(self) -> None:
         """Brings the next update's numbers to the device: one row of a block that was drawn ahead, and copied at once.
@@ -108,7 +110,7 @@ class GraphedUpdate:
         host[:, : 2 * len(SEEDS) : 2] = seeds
         scalars = host[:, -4:].view(np.float64)
         scalars[:, 0], scalars[:, 1] = coins, 1 - coins
-        scalars[:, 2:] = [(agent.lr_scale(step), agent._ema_weight(step)) for step in steps]
+        scalars[:, 2:] = [(agent.lr_scale(step), agent.ema_weight(step)) for step in steps]
         block = torch.from_numpy(host)
         if self._numbers.is_cuda:
             block = block.pin_memory()  # the copy need not wait, and torch keeps the memory until it is done
@@ -134,7 +136,7 @@ class GraphedUpdate:
                 f"the batch has {len(batch.states)} rows, this update was recorded for {self.batch_size}; make another "
                 "GraphedUpdate for another batch size"
             )
-        if any(module.flat is not flat for module, flat in zip(agent._modules().values(), self._flats, strict=True)):
+        if any(module.flat is not flat for module, flat in zip(agent.modules().values(), self._flats, strict=True)):
             raise RuntimeError("a network of the agent was moved or cast after its update was recorded; record it anew")
         moments = agent.moments()
         if len(moments) != len(self._moments) or any(a is not b for a, b in zip(moments, self._moments, strict=True)):

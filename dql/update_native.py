@@ -1,56 +1,29 @@
-"""An update of the agents in a handful of native calls: what `dql.agent` computes with autograd, on the backend "cpp".
+"""An update of the agents in a handful of native calls: what `dql.update` computes with autograd, on the backend "cpp".
 
 Losses, gradients, Adam and averages are the same formulas over the same flat buffers and the same random numbers, so a
 run may continue on the other path: the results differ by rounding.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from dql import noise
-from dql.backend.base import Backend, Chain
+from dql.backend.base import Backend
 from dql.backend.cpp import CppBackend, network, step_table, too_large
-from dql.backend.registry import pick
 from dql.data import Batch
+from dql.draws import UpdateSeeds
 from dql.kernels.cpp import binding
+from dql.learner import Cloner, Learner, move_averages
 from dql.networks import Denoiser, FlatModule
 from dql.policy import DiffusionPolicy
-
-if TYPE_CHECKING:
-    from dql.agent import DiffusionBC, DiffusionQL, UpdateSeeds
 
 Tensor = torch.Tensor
 
 
-def backend_of(agent: "DiffusionBC", batch: Batch) -> Backend:
-    """The backend that runs the agent's chains.
-
-    Raises:
-        BackendUnavailable: the one that the agent's config names cannot run here.
-    """
-    policy = agent.policy
-    chain = Chain(
-        policy.denoiser.buffer,
-        policy.denoiser.weights,
-        policy.denoiser.spec,
-        batch.states,
-        1,
-        None,
-        0,
-        policy.step_table(),
-        policy.max_action,
-        "fp32",
-        policy.denoiser.kept,
-    )
-    return pick(agent.config.backend, chain)
-
-
-def runs_natively(agent: "DiffusionBC", backend: Backend) -> bool:
+def runs_natively(agent: Cloner, backend: Backend) -> bool:
     """Whether the backend is "cpp" and nothing of the agent is frozen: autograd would leave that alone."""
     if not isinstance(backend, CppBackend):
         return False
-    modules = agent._modules()
+    modules = agent.modules()
     for module in modules.values():
         if too_large(module) is not None:
             return False
@@ -58,7 +31,28 @@ def runs_natively(agent: "DiffusionBC", backend: Backend) -> bool:
     return all(p.requires_grad for name in agent.trained() for p in modules[name].parameters())
 
 
-def bc_gradient(policy: DiffusionPolicy, batch: Batch, seeds: "UpdateSeeds") -> float:
+def clone(agent: Cloner, batch: Batch, seeds: UpdateSeeds) -> dict[str, Tensor]:
+    """`update.clone`."""
+    loss = bc_gradient(agent.policy, batch, seeds)
+    return _scalars({"actor/bc_loss": loss, "actor/grad_norm": agent.actor_adam.step_natively(agent.lr_scale())})
+
+
+def learn(agent: Learner, batch: Batch, seeds: UpdateSeeds) -> dict[str, Tensor]:
+    """`update.learn`."""
+    metrics = critic_gradient(agent, batch, seeds)
+    metrics["critic/grad_norm"] = agent.critic_adam.step_natively(agent.lr_scale())
+    metrics |= actor_gradient(agent, batch, seeds)
+    metrics["actor/grad_norm"] = agent.actor_adam.step_natively(agent.lr_scale())
+    move_averages(agent, binding.lerp, agent.ema_weight(agent.step))
+    return _scalars(metrics)
+
+
+def _scalars(values: dict[str, float]) -> dict[str, Tensor]:
+    tensors = torch.tensor(list(values.values()), dtype=torch.float32, device="cpu").unbind()
+    return dict(zip(values, tensors, strict=True))
+
+
+def bc_gradient(policy: DiffusionPolicy, batch: Batch, seeds: UpdateSeeds) -> float:
     """Writes the gradient of the noise-prediction loss into the denoiser's `flat.grad`; returns the loss."""
     denoiser = policy.denoiser
     return binding.bc_gradient(
@@ -74,7 +68,7 @@ def bc_gradient(policy: DiffusionPolicy, batch: Batch, seeds: "UpdateSeeds") -> 
     )
 
 
-def critic_gradient(agent: "DiffusionQL", batch: Batch, seeds: "UpdateSeeds") -> dict[str, float]:
+def critic_gradient(agent: Learner, batch: Batch, seeds: UpdateSeeds) -> dict[str, float]:
     """Writes the gradient of the critics' loss into their `flat.grad`; returns the metrics but the norm."""
     c = agent.config
     N = c.backup_candidates if c.max_q_backup else 1
@@ -89,7 +83,7 @@ def critic_gradient(agent: "DiffusionQL", batch: Batch, seeds: "UpdateSeeds") ->
     return {"critic/loss": loss, "critic/q": q, "critic/target_q": mean}
 
 
-def actor_gradient(agent: "DiffusionQL", batch: Batch, seeds: "UpdateSeeds") -> dict[str, float]:
+def actor_gradient(agent: Learner, batch: Batch, seeds: UpdateSeeds) -> dict[str, float]:
     """Writes the gradient of the actor's loss into its `flat.grad`; returns the metrics but the norm."""
     policy, critic, eta = agent.policy, agent.critic, agent.config.eta
     bc_loss = bc_gradient(policy, batch, seeds)

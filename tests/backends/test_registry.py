@@ -195,3 +195,16 @@ def test_what_a_gpu_keeps_is_copied_from_the_host(name):
         backend.chain_runner(chain)
         backend.critic_runner(critic, "bf16")
     assert made.by == [], "kept"
+
+
+@pytest.mark.parametrize("algorithm", [dql.DiffusionBC, dql.DiffusionQL])
+@pytest.mark.parametrize("backend", ["cpp", "eager"])
+def test_an_update_picks_its_backend_once(backend, algorithm, monkeypatch):
+    if (reason := dql.backends()[backend]) is not None:
+        pytest.skip(reason)
+    agent = algorithm(4, 3, dql.Config(hidden_dim=16, num_hidden=2, backend=backend))
+    picked = []
+    monkeypatch.setattr("dql.sampler.pick", lambda name, chain: picked.append(name) or registry.pick(name, chain))
+    batch = dql.Batch(torch.randn(8, 4), torch.rand(8, 3), torch.randn(8), torch.randn(8, 4), torch.ones(8))
+    agent.update(batch)
+    assert picked == [backend]

@@ -52,6 +52,50 @@ def test_kernels_import_nothing_of_the_rest(folder):
             assert inside or module.split(".")[0] not in ("dql", ""), f"{path.relative_to(ROOT)} imports {module}"
 
 
+# What a policy offers as methods of its own and others do: `policy(states)`, `policy.export_onnx`.
+UPWARDS = {("dql.policy", "dql.sampler"), ("dql.policy", "dql.export")}
+
+
+def test_no_module_imports_one_that_imports_it():
+    """Directly or through others, at any depth of its code, but for what types alone need."""
+    graph = import_graph()
+    assert {(module, other) for module, others in graph.items() for other in others} >= UPWARDS
+    remaining = {module: {o for o in others if (module, o) not in UPWARDS} for module, others in graph.items()}
+    while leaves := [module for module, others in remaining.items() if not others]:
+        for module in leaves:
+            del remaining[module]
+        remaining = {module: others - {*leaves} for module, others in remaining.items()}
+    assert not remaining, f"circles among {sorted(remaining)}"  # or modules that import them
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Of each module of dql, those that it imports."""
+    files = {}
+    for path in (*sorted((ROOT / "dql").rglob("*.py")), *sorted((ROOT / "kernels").rglob("*.py"))):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[:2] != ("dql", "kernels"):
+            parts = ("dql", *parts) if parts[0] == "kernels" else parts
+            files[".".join(parts).removesuffix(".__init__")] = path
+    graph = {}
+    for module, path in files.items():
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        found = set()
+        for node in ast.walk(without_types(ast.parse(path.read_text()))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+                base = ".".join([*above, *filter(None, [node.module])])
+                found |= {f"{base}.{a.name}" if f"{base}.{a.name}" in files else base for a in node.names}
+        graph[module] = {name for name in found if name in files} - {module}
+    return graph
+
+
+def without_types(tree: ast.Module) -> ast.Module:
+    tree.body = [n for n in tree.body if not (isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")]
+    return tree
+
+
 def test_native_code_includes_no_torch():
     suffixes = {".h", ".hpp", ".cuh", ".c", ".cc", ".cpp", ".cu"}
     for path in sorted((ROOT / "csrc").rglob("*")):

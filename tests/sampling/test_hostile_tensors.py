@@ -153,7 +153,7 @@ def test_what_adam_writes(of):
     """Where its memory was made smaller, it would write beside it."""
     agent = dql.DiffusionQL(S, A, dql.Config(backend="cpp", **SMALL))
     agent.update(batch_of(4))
-    adam, flat = agent._actor_adam, agent.policy.denoiser.flat
+    adam, flat = agent.actor_adam, agent.policy.denoiser.flat
     victim = flat.grad if of == "flat.grad" else adam.tensors()[of]
     assert flat.numel() >= MANY
     victim.untyped_storage().resize_(4 * victim.numel() - 4)

@@ -4,7 +4,7 @@ import torch
 
 import dql
 from dql import noise
-from dql.agent import UpdateSeeds
+from dql.draws import UpdateSeeds
 from support import transcription
 
 S, A, B, H = 5, 3, 16, 24

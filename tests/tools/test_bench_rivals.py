@@ -61,7 +61,7 @@ def test_the_compiled_update_is_the_published_one(max_q_backup, uncompiled):
     lean = LeanAgent(published, bench_update.B)
     assert bench_update._check_lean("lean", lean, published, batch) <= rivals.GRADIENT_TOLERANCE
     for seed in (1, 2):
-        draws = bench_update._draws(dql.agent.UpdateSeeds.of(seed, seed), published, CPU)
+        draws = bench_update._draws(dql.draws.UpdateSeeds.of(seed, seed), published, CPU)
         bench_update._given_update(published, batch, draws)
         lean.update(batch, draws)
     for name in ("actor", "ema_actor", "critic", "critic_target"):

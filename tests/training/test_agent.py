@@ -13,6 +13,7 @@ from support.cases import TOLERANCES, assert_close
 
 import dql
 from dql.backend.eager import EagerBackend
+from dql.update import update_actor, update_critic
 
 Tensor = torch.Tensor
 
@@ -195,8 +196,8 @@ def test_cosine_by_hand():
         assert config.lr * factor == pytest.approx(transcription.cosine_lr(config.lr, min(step, 100), 100), abs=1e-15)
         before = networks(agent)
         agent.update(make_batch(0))
-        assert agent._actor_adam.adam.param_groups[0]["lr"] == pytest.approx(2e-3 * factor, abs=1e-18)
-        assert agent._critic_adam.adam.param_groups[0]["lr"] == pytest.approx(4e-4 * factor, abs=1e-18)
+        assert agent.actor_adam.adam.param_groups[0]["lr"] == pytest.approx(2e-3 * factor, abs=1e-18)
+        assert agent.critic_adam.adam.param_groups[0]["lr"] == pytest.approx(4e-4 * factor, abs=1e-18)
         moved = any(not torch.equal(networks(agent)["actor"][k], v) for k, v in before["actor"].items())
         assert moved == (factor > 0)
     constant = dql.DiffusionQL(S, A, CONFIG)
@@ -211,10 +212,10 @@ def test_the_actors_step_leaves_the_critic_alone():
     agent = dql.DiffusionQL(S, A, CONFIG, dtype=torch.float64)
     batch = make_batch(0)
     draws = agent.draws(len(batch.states))
-    agent._update_critic(batch, draws, EagerBackend())
+    update_critic(agent, batch, draws, EagerBackend())
     values, gradient = agent.critic.flat.detach().clone(), agent.critic.flat.grad.clone()
     target = agent.critic_target.flat.detach().clone()
-    agent._update_actor(batch, draws, EagerBackend())
+    update_actor(agent, batch, draws, EagerBackend())
     assert torch.equal(agent.critic.flat, values)
     assert torch.equal(agent.critic.flat.grad, gradient)
     assert torch.equal(agent.critic_target.flat, target)

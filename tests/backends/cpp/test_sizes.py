@@ -218,7 +218,7 @@ def test_what_adam_loads_is_its_own():
 def test_a_checkpoint_with_other_moments(tmp_path):
     agent = dql.DiffusionBC(S, A, dql.Config(hidden_dim=16, num_hidden=2, T=T))
     agent.update(dql.Batch(states_of(B), torch.zeros(B, A), torch.ones(B), states_of(B), torch.ones(B)))
-    state = agent._actor_adam.adam.state[agent.policy.denoiser.flat]
+    state = agent.actor_adam.adam.state[agent.policy.denoiser.flat]
     state["exp_avg"] = torch.zeros(1)
     with pytest.raises(ValueError, match="exp_avg must be"):
         agent.update(dql.Batch(states_of(B), torch.zeros(B, A), torch.ones(B), states_of(B), torch.ones(B)))
