@@ -3,7 +3,10 @@
 //
 // kernels/cuda/binding.py loads it; its callers check sizes, dtypes and contiguity, here only counts and kinds of
 // arguments are checked. The GIL is released while kernels are launched.
+#include <cstring>
+
 #include "../arguments.h"
+#include "calls.h"
 #include "host.h"
 
 #if defined(DQL_EMULATED)
@@ -37,28 +40,51 @@ public:
 
     int number_of() { return static_cast<int>(integer()); }
     bool flag() { return integer() != 0; }
-    template <class T = float>
-    T* address() {  // or null
-        return reinterpret_cast<T*>(optional());
-    }
     Tiling tiling() {
         const auto precision = static_cast<Precision>(number_of());
         const int cluster = number_of(), m_tiles = number_of();
         return {precision, cluster, m_tiles, flag()};
     }
-    void on_device() { cuda::use_device(number_of()); }
-    cuda::Stream stream() {  // a handle: CUDA numbers some from 1
-        void* handle = PyLong_AsVoidPtr(object());
-        if (!handle && PyErr_Occurred()) throw Failed();
-        return handle;
+    // What a launch is told, see calls.h.
+    template <class Call>
+    Call call() {
+        Py_buffer buffer;
+        if (PyObject_GetBuffer(object(), &buffer, PyBUF_SIMPLE) != 0) throw Failed();
+        Call told;
+        const bool whole = buffer.len == static_cast<Py_ssize_t>(sizeof(Call));
+        if (whole) std::memcpy(&told, buffer.buf, sizeof(Call));
+        PyBuffer_Release(&buffer);
+        if (!whole) throw std::invalid_argument("a call is packed in another length than its fields have");
+        return told;
     }
 };
 
-template <class Launch>
-PyObject* launched(const Launch& launch) {
+template <class T = float>
+T* maybe(cuda::address value) {
+    T* at = reinterpret_cast<T*>(static_cast<uintptr_t>(value));
+    if (at && !in_memory(at)) throw std::invalid_argument(Arguments::NO_MEMORY);
+    return at;
+}
+template <class T = float>
+T* memory(cuda::address value) {
+    T* at = maybe<T>(value);
+    if (!at) throw std::invalid_argument(Arguments::NO_MEMORY);
+    return at;
+}
+template <class Call>
+Tiling tiling_of(const Call& told) {
+    return {static_cast<Precision>(told.precision), static_cast<int>(told.cluster), static_cast<int>(told.m_tiles),
+            told.resident != 0};
+}
+
+template <class Call, class Launch>
+PyObject* launched(const Call& told, const Launch& launch) {
+    cuda::use_device(static_cast<int>(told.ordinal));
+    // a handle: CUDA numbers some from 1
+    const cuda::Stream stream = reinterpret_cast<void*>(static_cast<uintptr_t>(told.stream));
     {
         WithoutGil released;
-        launch();
+        launch(stream);
     }
     return none();
 }
@@ -177,123 +203,123 @@ DQL_CUDA_FUNCTION(gradient_workspace) {
     });
 }
 
-DQL_CUDA_FUNCTION(prologue) {
+// ---- launches: a network, or none, and what the launch is told ----
+
+DQL_CUDA_FUNCTION(fields) {
     return guarded([&] {
-        Reader args(items, count, 15, "prologue");
-        cuda::PrologueJob job = {};
-        job.net = args.handle<MlpHandle>();
-        job.tiling = args.tiling();
-        job.transposed = args.flag();
-        job.flat = args.pointer(), job.embedding = args.address(), job.states = args.pointer();
-        job.B = args.integer(), job.K = args.number_of();
-        job.packed = reinterpret_cast<char*>(args.pointer());
-        job.told = args.address<int32_t>();
-        args.on_device();
-        const cuda::Stream stream = args.stream();
-        return launched([&] { cuda::prologue(job, stream); });
+        Reader args(items, count, 0, "fields");
+        return Py_BuildValue("{s:s,s:s,s:s,s:s,s:s}", "prologue", cuda::PrologueCall::NAMES, "chain",
+                             cuda::ChainCall::NAMES, "gradients", cuda::GradientCall::NAMES, "choose",
+                             cuda::ChooseCall::NAMES, "noise", cuda::NoiseCall::NAMES);
     });
 }
 
-// network, tiling (4), transposed, first network, networks, flat, packed, steps, B, N, K, max_action
-cuda::ChainJob chain_job(Reader& args) {
+DQL_CUDA_FUNCTION(prologue) {
+    return guarded([&] {
+        Reader args(items, count, 2, "prologue");
+        cuda::PrologueJob job = {};
+        job.net = args.handle<MlpHandle>();
+        const auto told = args.call<cuda::PrologueCall>();
+        job.tiling = tiling_of(told), job.transposed = told.transposed != 0;
+        job.flat = memory(told.flat), job.embedding = maybe(told.embedding), job.states = memory(told.states);
+        job.B = told.B, job.K = static_cast<int>(told.K);
+        job.packed = memory<char>(told.packed);
+        job.told = maybe<int32_t>(told.told);
+        return launched(told, [&](cuda::Stream stream) { cuda::prologue(job, stream); });
+    });
+}
+
+cuda::ChainJob chain_job(const Mlp& net, const cuda::ChainCall& told) {
     cuda::ChainJob job = {};
-    job.net = args.handle<MlpHandle>();
-    job.tiling = args.tiling();
-    job.transposed = args.flag();
-    job.first_network = args.number_of(), job.networks = args.number_of();
-    job.flat = args.pointer();
-    job.packed = args.address<const char>();
-    job.steps = args.address();
-    job.B = args.integer(), job.N = args.number_of(), job.K = args.number_of();
-    job.R = job.B * job.N;
-    job.max_action = static_cast<float>(args.number());
+    job.net = net;
+    job.tiling = tiling_of(told), job.transposed = told.transposed != 0;
+    job.first_network = static_cast<int>(told.first_network), job.networks = static_cast<int>(told.networks);
+    job.flat = memory(told.flat);
+    job.packed = maybe<const char>(told.packed);
+    job.steps = maybe(told.steps);
+    job.B = told.B, job.N = static_cast<int>(told.N), job.K = static_cast<int>(told.K), job.R = job.B * job.N;
+    job.max_action = static_cast<float>(told.max_action);
+    job.max_clusters = static_cast<int>(told.max_clusters);
     return job;
 }
 
 DQL_CUDA_FUNCTION(chain_forward) {
     return guarded([&] {
-        Reader args(items, count, 24, "chain_forward");
-        cuda::ChainJob job = chain_job(args);
-        job.noise = args.address();
-        job.seed = args.seed(), job.seed_at = args.address<const int64_t>();
-        job.actions_in = args.address();
-        job.out = args.pointer();
-        job.saved = args.address<char>();
-        job.max_clusters = args.number_of();
-        args.on_device();
-        const cuda::Stream stream = args.stream();
-        return launched([&] { cuda::chain_forward(job, stream); });
+        Reader args(items, count, 2, "chain_forward");
+        const Mlp& net = args.handle<MlpHandle>();
+        const auto told = args.call<cuda::ChainCall>();
+        cuda::ChainJob job = chain_job(net, told);
+        job.noise = maybe(told.noise);
+        job.seed = told.seed, job.seed_at = maybe<const int64_t>(told.seed_at);
+        job.actions_in = maybe(told.actions_in);
+        job.out = memory(told.out);
+        job.saved = maybe<char>(told.saved);
+        return launched(told, [&](cuda::Stream stream) { cuda::chain_forward(job, stream); });
     });
 }
 
 DQL_CUDA_FUNCTION(chain_backward) {
     return guarded([&] {
-        Reader args(items, count, 22, "chain_backward");
-        cuda::ChainJob job = chain_job(args);
-        job.d_out = args.pointer();
-        job.saved = reinterpret_cast<char*>(args.pointer());
-        job.back = reinterpret_cast<char*>(args.pointer());
-        job.d_actions = args.address();
-        job.max_clusters = args.number_of();
-        args.on_device();
-        const cuda::Stream stream = args.stream();
-        return launched([&] { cuda::chain_backward(job, stream); });
+        Reader args(items, count, 2, "chain_backward");
+        const Mlp& net = args.handle<MlpHandle>();
+        const auto told = args.call<cuda::ChainCall>();
+        cuda::ChainJob job = chain_job(net, told);
+        job.d_out = memory(told.d_out);
+        job.saved = memory<char>(told.saved);
+        job.back = memory<char>(told.back);
+        job.d_actions = maybe(told.d_actions);
+        return launched(told, [&](cuda::Stream stream) { cuda::chain_backward(job, stream); });
     });
 }
 
 DQL_CUDA_FUNCTION(gradients) {
     return guarded([&] {
-        Reader args(items, count, 23, "gradients");
+        Reader args(items, count, 2, "gradients");
         cuda::GradientJob job = {};
         job.net = args.handle<MlpHandle>();
-        job.tiling = args.tiling();
-        job.first_network = args.number_of(), job.networks = args.number_of();
-        job.flat = args.pointer(), job.embedding = args.address(), job.states = args.pointer();
-        job.B = args.integer(), job.N = args.number_of(), job.K = args.number_of();
+        const auto told = args.call<cuda::GradientCall>();
+        job.tiling = tiling_of(told);
+        job.first_network = static_cast<int>(told.first_network), job.networks = static_cast<int>(told.networks);
+        job.flat = memory(told.flat), job.embedding = maybe(told.embedding), job.states = memory(told.states);
+        job.B = told.B, job.N = static_cast<int>(told.N), job.K = static_cast<int>(told.K);
         job.R = job.B * job.N, job.RP = whole_tiles(job.R, job.tiling);
-        job.saved = reinterpret_cast<char*>(args.pointer()), job.back = reinterpret_cast<char*>(args.pointer());
-        job.actions_in = args.address(), job.d_q = args.address();
-        job.workspace = args.address();
-        job.parts = args.number_of();
-        job.d_flat = args.address(), job.d_states = args.address();
-        args.on_device();
-        const cuda::Stream stream = args.stream();
-        return launched([&] { cuda::gradients(job, stream); });
+        job.saved = memory<const char>(told.saved), job.back = memory<const char>(told.back);
+        job.actions_in = maybe(told.actions_in), job.d_q = maybe(told.d_q);
+        job.workspace = maybe(told.workspace);
+        job.parts = static_cast<int>(told.parts);
+        job.d_flat = maybe(told.d_flat), job.d_states = maybe(told.d_states);
+        return launched(told, [&](cuda::Stream stream) { cuda::gradients(job, stream); });
     });
 }
 
 DQL_CUDA_FUNCTION(choose) {
     return guarded([&] {
-        Reader args(items, count, 10, "choose");
+        Reader args(items, count, 1, "choose");
+        const auto told = args.call<cuda::ChooseCall>();
         cuda::ChooseJob job = {};
-        job.q = args.pointer(), job.actions = args.pointer();
-        job.seed = args.seed(), job.seed_at = args.address<const int64_t>();
-        job.B = args.integer(), job.N = args.number_of(), job.A = args.number_of();
-        job.R = job.B * job.N;
-        job.chosen = args.pointer();
-        args.on_device();
-        const cuda::Stream stream = args.stream();
-        return launched([&] { cuda::choose(job, stream); });
+        job.q = memory(told.q), job.actions = memory(told.actions);
+        job.seed = told.seed, job.seed_at = maybe<const int64_t>(told.seed_at);
+        job.B = told.B, job.N = static_cast<int>(told.N), job.A = static_cast<int>(told.A), job.R = job.B * job.N;
+        job.chosen = memory(told.chosen);
+        return launched(told, [&](cuda::Stream stream) { cuda::choose(job, stream); });
     });
 }
 
 DQL_CUDA_FUNCTION(noise) {
     return guarded([&] {
-        Reader args(items, count, 8, "noise");
+        Reader args(items, count, 1, "noise");
+        const auto told = args.call<cuda::NoiseCall>();
         cuda::NoiseJob job = {};
-        job.seed = args.seed(), job.seed_at = args.address<const int64_t>();
-        job.K = args.number_of(), job.R = args.integer(), job.A = args.number_of();
-        job.out = args.pointer();
-        args.on_device();
-        const cuda::Stream stream = args.stream();
-        return launched([&] { cuda::noise(job, stream); });
+        job.seed = told.seed, job.seed_at = maybe<const int64_t>(told.seed_at);
+        job.K = static_cast<int>(told.K), job.R = told.R, job.A = static_cast<int>(told.A);
+        job.out = memory(told.out);
+        return launched(told, [&](cuda::Stream stream) { cuda::noise(job, stream); });
     });
 }
 
 #define DQL_ENTRY(name, doc) \
     {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_##name)), METH_FASTCALL, doc}
 #define DQL_TILING "precision, cluster, m_tiles, resident"
-#define DQL_JOB "mlp, " DQL_TILING ", transposed, first network, networks, flat, packed, steps, B, N, K, max_action"
 
 PyMethodDef methods[] = {
     DQL_ENTRY(emulated, "-> bool"),
@@ -309,14 +335,13 @@ PyMethodDef methods[] = {
     DQL_ENTRY(shared_bytes, "mlp, " DQL_TILING ", backward -> bytes"),
     DQL_ENTRY(max_clusters, "ordinal, mlp, " DQL_TILING ", backward -> how many are resident at a time"),
     DQL_ENTRY(gradient_workspace, "mlp, " DQL_TILING ", K, parts, parameters -> floats"),
-    DQL_ENTRY(prologue, "mlp, " DQL_TILING ", transposed, flat, embedding, states, B, K, packed, told, ordinal, stream"),
-    DQL_ENTRY(chain_forward,
-              DQL_JOB ", noise, seed, seed at, actions in, out, saved, max clusters, ordinal, stream"),
-    DQL_ENTRY(chain_backward, DQL_JOB ", d_out, saved, back, d_actions, max clusters, ordinal, stream"),
-    DQL_ENTRY(gradients, "mlp, " DQL_TILING ", first network, networks, flat, embedding, states, B, N, K, saved, back, "
-                         "actions in, d_q, workspace, parts, d_flat, d_states, ordinal, stream"),
-    DQL_ENTRY(choose, "q, actions, seed, seed at, B, N, A, chosen, ordinal, stream"),
-    DQL_ENTRY(noise, "seed, seed at, K, R, A, out, ordinal, stream"),
+    DQL_ENTRY(fields, "-> {launch: \"type name;type name;...|type name;...\"}, as calls.h has them"),
+    DQL_ENTRY(prologue, "mlp, packed call"),
+    DQL_ENTRY(chain_forward, "mlp, packed call"),
+    DQL_ENTRY(chain_backward, "mlp, packed call"),
+    DQL_ENTRY(gradients, "mlp, packed call"),
+    DQL_ENTRY(choose, "packed call"),
+    DQL_ENTRY(noise, "packed call"),
     {nullptr, nullptr, 0, nullptr},
 };
 

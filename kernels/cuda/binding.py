@@ -7,6 +7,8 @@ Importing this module loads nothing.
 """
 
 import os
+import struct
+from collections.abc import Mapping
 from functools import cache, lru_cache
 from importlib import import_module
 from types import ModuleType
@@ -145,3 +147,40 @@ def mlp(spec: DenoiserSpec | CriticSpec, emulated: bool) -> object:
         S, A, D, H, L, outputs, activation, networks, spec.layout.size, apart, S + A + D, *columns,
         weights[0], biases[0], tuple(weights[1:L]), tuple(biases[1:L]), weights[L], biases[L], time,
     )  # fmt: skip
+
+
+class Call:
+    """What a launch is told: numbers of 8 bytes in a row, named by csrc/cuda/calls.h.
+
+    The first of them, `moving`, change from call to call; the others may be packed once.
+    """
+
+    def __init__(self, fields: str) -> None:
+        parts = [[field.split() for field in part.split(";") if field] for part in fields.split("|")]
+        (self.moving, moving), (self.fixed, fixed) = [
+            ([name for _, name in part], struct.Struct("=" + "".join(_CODES[kind] for kind, _ in part)))
+            for part in parts
+        ]
+        self.move, self._fix = moving.pack, fixed.pack
+
+    def fix(self, **values: float) -> bytes:
+        """The second part; what is not named is 0."""
+        return self._fix(*_in_order(self.fixed, values))
+
+    def pack(self, fixed: bytes, **moving: int) -> bytes:
+        """Both parts; what is not named is 0. `move(*moving) + fixed` is the same, of all in their order."""
+        return self.move(*_in_order(self.moving, moving)) + fixed
+
+
+_CODES = {"address": "Q", "integer": "q", "real": "d"}
+
+
+def _in_order(names: list[str], values: Mapping[str, float]) -> list[float]:
+    assert values.keys() <= {*names}, f"{values.keys() - {*names}} are none of {names}"
+    return [values.get(name, 0) for name in names]
+
+
+@cache
+def calls(emulated: bool) -> dict[str, Call]:
+    """How each launch is told its numbers: prologue, chain, gradients, choose, noise."""
+    return {name: Call(fields) for name, fields in load(emulated).fields().items()}

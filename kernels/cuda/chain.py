@@ -9,6 +9,7 @@ of the flat buffer.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -39,6 +40,7 @@ class Launcher:
         self.emulated = binding.emulating()
         self.module = binding.load(self.emulated)
         self.mlp = binding.mlp(spec, self.emulated)
+        self.calls = binding.calls(self.emulated)
         self.ordinal = device.index or 0
         self._clusters: dict[tuple[Tiling, bool], int] = {}
 
@@ -47,8 +49,8 @@ class Launcher:
         return binding.facts(self.ordinal, self.emulated)[1]
 
     @property
-    def place(self) -> tuple[int, int]:
-        return place_on(self.device)
+    def stream(self) -> int:
+        return current_stream(self.device)
 
     def tiling(self, rows: int, steps: int, networks: int, saving: bool) -> Tiling:
         return choose(Problem(self.spec, self.precision, rows, steps, networks, saving), self.ordinal)
@@ -134,8 +136,13 @@ class ChainRunner(Launcher):
         tiling = self.tiling(R, K, 1, save)
         numbers = tiling.numbers(self.precision)
         packed, saved, _, _, _ = self.module.sizes(self.mlp, *numbers, B, R, K, int(save), 1)
-        clusters = self.max_clusters(tiling, False)
-        return ChainPlan(self, tiling, packed, saved if save else 0, clusters, (B, candidates, K))
+        told = tiling.fields(self.precision) | {"transposed": save, "B": B, "K": K, "ordinal": self.ordinal}
+        prologue = self.calls["prologue"].fix(embedding=self.embedding.data_ptr(), **told)
+        chain = self.calls["chain"].fix(
+            networks=1, steps=self.table.data_ptr(), N=candidates, max_action=self.max_action,
+            max_clusters=self.max_clusters(tiling, False), **told,
+        )  # fmt: skip
+        return ChainPlan(self, tiling, packed, saved if save else 0, prologue, chain)
 
     def backward(
         self,
@@ -166,23 +173,34 @@ class ChainRunner(Launcher):
             states=(states, B * self.spec.state_dim),
             d_actions=(d_actions, R * self.spec.action_dim),
         )
-        numbers = saved.tiling.numbers(self.precision)
+        numbers, calls, stream = saved.tiling.numbers(self.precision), self.calls, self.stream
+        told: dict[str, Any] = saved.tiling.fields(self.precision)
+        told |= {"networks": 1, "B": B, "N": R // B, "K": K, "ordinal": self.ordinal}
         back = self.bytes(self.module.sizes(self.mlp, *numbers, B, R, K, 1, 1)[2])
-        self.module.chain_backward(
-            self.mlp, *numbers, 1, 0, 1, flat.data_ptr(), saved.packed.data_ptr(), self.table.data_ptr(), B, R // B, K,
-            self.max_action, d_actions.data_ptr(), saved.saved.data_ptr(), back.data_ptr(), 0,
-            self.max_clusters(saved.tiling, True), *self.place,
+        chain = calls["chain"].fix(
+            transposed=1, steps=self.table.data_ptr(), max_action=self.max_action, d_out=d_actions.data_ptr(),
+            back=back.data_ptr(), max_clusters=self.max_clusters(saved.tiling, True), **told,
         )  # fmt: skip
+        self.module.chain_backward(
+            self.mlp,
+            calls["chain"].pack(
+                chain, flat=flat.data_ptr(), packed=saved.packed.data_ptr(), saved=saved.saved.data_ptr(), stream=stream
+            ),
+        )
         parts = self.parts(K * R)
         d_flat = self.floats(self.spec.layout.size) if need_parameters else None
         d_states = torch.empty_like(states) if need_states else None
         workspace = self.floats(
             self.module.gradient_workspace(self.mlp, *numbers, K, parts, int(need_parameters)),
         )
+        gradients = calls["gradients"].fix(embedding=self.embedding.data_ptr(), parts=parts, **told)
         self.module.gradients(
-            self.mlp, *numbers, 0, 1, flat.data_ptr(), self.embedding.data_ptr(), states.data_ptr(), B, R // B, K,
-            saved.saved.data_ptr(), back.data_ptr(), 0, 0, workspace.data_ptr(), parts, address(d_flat),
-            address(d_states), *self.place,
+            self.mlp,
+            calls["gradients"].pack(
+                gradients, flat=flat.data_ptr(), states=states.data_ptr(), saved=saved.saved.data_ptr(),
+                back=back.data_ptr(), workspace=workspace.data_ptr(), d_flat=address(d_flat),
+                d_states=address(d_states), stream=stream,
+            ),
         )  # fmt: skip
         return d_flat, d_states
 
@@ -195,8 +213,8 @@ class ChainPlan:
     tiling: Tiling
     packed_bytes: int
     saved_bytes: int  # 0: nothing is saved
-    clusters: int
-    sizes: tuple[int, int, int]  # B, N, K
+    prologue: bytes  # of what the two launches are told, all that the tensors do not change
+    chain: bytes
 
     def run(
         self,
@@ -208,29 +226,24 @@ class ChainPlan:
         told: Tensor | None = None,
     ) -> ChainSaved | None:
         """Fills actions [R, A]; the other arguments are those of `ChainRunner.forward`."""
-        runner, numbers, place = self.runner, self.tiling.numbers(self.runner.precision), self.runner.place
-        B, N, K = self.sizes
-        save = self.saved_bytes > 0
+        runner, calls = self.runner, self.runner.calls
+        module, stream, at = runner.module, runner.stream, flat.data_ptr()
         packed = runner.bytes(self.packed_bytes)
-        saved = runner.bytes(self.saved_bytes) if save else None
-        base = packed.data_ptr()
-        runner.module.prologue(
-            runner.mlp, *numbers, int(save), flat.data_ptr(), runner.embedding.data_ptr(), states.data_ptr(), B, K,
-            base, address(told), *place,
-        )  # fmt: skip
-        runner.module.chain_forward(
-            runner.mlp, *numbers, int(save), 0, 1, flat.data_ptr(), base, runner.table.data_ptr(), B, N, K,
-            runner.max_action, address(noise), *seed_arguments(seed), 0, actions.data_ptr(), address(saved),
-            self.clusters, *place,
-        )  # fmt: skip
+        saved = runner.bytes(self.saved_bytes) if self.saved_bytes else None
+        base, (number, number_at) = packed.data_ptr(), seed_arguments(seed)
+        # in the order of csrc/cuda/calls.h, without names, which would cost a microsecond
+        moving = calls["prologue"].move(at, states.data_ptr(), base, address(told), stream)
+        module.prologue(runner.mlp, moving + self.prologue)
+        moving = calls["chain"].move(
+            at, base, address(noise), number, number_at, actions.data_ptr(), address(saved), stream
+        )
+        module.chain_forward(runner.mlp, moving + self.chain)
         return ChainSaved(packed, saved, self.tiling) if saved is not None else None
 
 
-def place_on(device: torch.device) -> tuple[int, int]:
-    """(device, torch's current stream there), as every launch takes them; of a tensor's device, which has an index."""
-    if device.type != "cuda":
-        return 0, 0
-    return device.index, torch._C._cuda_getCurrentRawStream(device.index)
+def current_stream(device: torch.device) -> int:
+    """torch's, on a tensor's device, which has an index."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
 def address(tensor: Tensor | None) -> int:
@@ -247,5 +260,8 @@ def normal(seed: int | Tensor, K: int, R: int, A: int, device: torch.device) -> 
     """Standard normals [K, R, A], element (k, row, dim) of the seed's stream."""
     out = torch.empty(K, R, A, dtype=torch.float32, device=device)
     if out.numel():
-        binding.module().noise(*seed_arguments(seed), K, R, A, out.data_ptr(), *place_on(out.device))
+        call, (number, number_at) = binding.calls(binding.emulating())["noise"], seed_arguments(seed)
+        fixed = call.fix(K=K, R=R, A=A, ordinal=out.device.index or 0)
+        stream = current_stream(out.device)
+        binding.module().noise(call.pack(fixed, seed=number, seed_at=number_at, out=out.data_ptr(), stream=stream))
     return out

@@ -5,13 +5,14 @@ those of `cuda_chain`.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..layout import CriticSpec
 from ..limits import check_memory
 from . import binding
-from .chain import Launcher, address, place_on, seed_arguments
+from .chain import Launcher, address, current_stream, seed_arguments
 from .plan import Tiling
 
 Tensor = torch.Tensor
@@ -60,7 +61,7 @@ class CriticRunner(Launcher):
         """
         if which not in ((0, 1), (0,), (1,)):
             raise ValueError(f"which must be (0, 1), (0,) or (1,), the critics to run, got {which!r}")
-        B, n, place = states.size(0), len(which), self.place
+        B, n, stream, calls = states.size(0), len(which), self.stream, self.calls
         R = B * candidates
         check_memory(
             self.device,
@@ -73,13 +74,21 @@ class CriticRunner(Launcher):
         packed_bytes, saved_bytes, _, _, _ = self.module.sizes(self.mlp, *numbers, B, R, 1, int(save), n)
         packed, q = self.bytes(packed_bytes), self.floats(n, R)
         saved = self.bytes(saved_bytes) if save else None
-        self.module.prologue(
-            self.mlp, *numbers, int(save), flat.data_ptr(), 0, states.data_ptr(), B, 1, packed.data_ptr(), 0, *place
-        )
-        self.module.chain_forward(
-            self.mlp, *numbers, int(save), which[0], n, flat.data_ptr(), packed.data_ptr(), 0, B, candidates, 1, 0.0,
-            0, 0, 0, actions.data_ptr(), q.data_ptr(), address(saved), self.max_clusters(tiling, False), *place,
+        told: dict[str, Any] = tiling.fields(self.precision)
+        told |= {"transposed": save, "B": B, "K": 1, "ordinal": self.ordinal}
+        prologue = calls["prologue"].pack(
+            calls["prologue"].fix(**told), flat=flat.data_ptr(), states=states.data_ptr(), packed=packed.data_ptr(),
+            stream=stream,
         )  # fmt: skip
+        self.module.prologue(self.mlp, prologue)
+        chain = calls["chain"].fix(
+            first_network=which[0], networks=n, N=candidates, actions_in=actions.data_ptr(),
+            max_clusters=self.max_clusters(tiling, False), **told,
+        )  # fmt: skip
+        chain = calls["chain"].pack(
+            chain, flat=flat.data_ptr(), packed=packed.data_ptr(), out=q.data_ptr(), saved=address(saved), stream=stream
+        )
+        self.module.chain_forward(self.mlp, chain)
         return q, CriticSaved(packed, saved, tiling, which) if saved is not None else None
 
     def backward(
@@ -111,7 +120,7 @@ class CriticRunner(Launcher):
         """
         if not (need_parameters or need_states or need_actions):
             return None, None, None
-        (n, R), B, place = d_q.shape, states.size(0), self.place
+        (n, R), B, stream, calls = d_q.shape, states.size(0), self.stream, self.calls
         check_memory(
             self.device,
             flat=(flat, self.spec.layout.size),
@@ -122,11 +131,16 @@ class CriticRunner(Launcher):
         numbers, first = saved.tiling.numbers(self.precision), saved.which[0]
         back = self.bytes(self.module.sizes(self.mlp, *numbers, B, R, 1, 1, n)[2])
         each_actions = self.floats(n, R, self.spec.action_dim) if need_actions else None
-        self.module.chain_backward(
-            self.mlp, *numbers, 1, first, n, flat.data_ptr(), saved.packed.data_ptr(), 0, B, R // B, 1, 0.0,
-            d_q.data_ptr(), saved.saved.data_ptr(), back.data_ptr(), address(each_actions),
-            self.max_clusters(saved.tiling, True), *place,
+        told: dict[str, Any] = saved.tiling.fields(self.precision)
+        told |= {"first_network": first, "networks": n, "B": B, "N": R // B, "K": 1, "ordinal": self.ordinal}
+        chain = calls["chain"].fix(
+            transposed=1, d_out=d_q.data_ptr(), back=back.data_ptr(), d_actions=address(each_actions),
+            max_clusters=self.max_clusters(saved.tiling, True), **told,
         )  # fmt: skip
+        chain = calls["chain"].pack(
+            chain, flat=flat.data_ptr(), packed=saved.packed.data_ptr(), saved=saved.saved.data_ptr(), stream=stream
+        )
+        self.module.chain_backward(self.mlp, chain)
         d_flat = self.floats(self.spec.layout.size) if need_parameters else None
         d_states = torch.empty_like(states) if need_states else None
         if need_parameters or need_states:
@@ -134,11 +148,12 @@ class CriticRunner(Launcher):
             workspace = self.floats(
                 self.module.gradient_workspace(self.mlp, *numbers, 1, parts, int(need_parameters)),
             )
-            self.module.gradients(
-                self.mlp, *numbers, first, n, flat.data_ptr(), 0, states.data_ptr(), B, R // B, 1,
-                saved.saved.data_ptr(), back.data_ptr(), actions.data_ptr(), d_q.data_ptr(), workspace.data_ptr(),
-                parts, address(d_flat), address(d_states), *place,
+            gradients = calls["gradients"].pack(
+                calls["gradients"].fix(parts=parts, **told), flat=flat.data_ptr(), states=states.data_ptr(),
+                saved=saved.saved.data_ptr(), back=back.data_ptr(), actions_in=actions.data_ptr(), d_q=d_q.data_ptr(),
+                workspace=workspace.data_ptr(), d_flat=address(d_flat), d_states=address(d_states), stream=stream,
             )  # fmt: skip
+            self.module.gradients(self.mlp, gradients)
         d_actions = None if each_actions is None else each_actions[0] if n == 1 else each_actions.sum(0)
         return d_flat, d_states, d_actions
 
@@ -159,8 +174,10 @@ def choose(q: Tensor, actions: Tensor, candidates: int, draw_seed: int | Tensor)
     R, A = actions.shape
     B = R // candidates
     chosen = torch.empty(B, A, dtype=torch.float32, device=actions.device)
-    binding.module().choose(
-        q.data_ptr(), actions.data_ptr(), *seed_arguments(draw_seed), B, candidates, A, chosen.data_ptr(),
-        *place_on(chosen.device),
+    call, (number, number_at) = binding.calls(binding.emulating())["choose"], seed_arguments(draw_seed)
+    packed = call.pack(
+        call.fix(B=B, N=candidates, A=A, ordinal=chosen.device.index or 0), q=q.data_ptr(), actions=actions.data_ptr(),
+        seed=number, seed_at=number_at, chosen=chosen.data_ptr(), stream=current_stream(chosen.device),
     )  # fmt: skip
+    binding.module().choose(packed)
     return chosen

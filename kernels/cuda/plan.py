@@ -56,8 +56,12 @@ class Tiling:
         return 16 * self.m_tiles
 
     def numbers(self, precision: str) -> tuple[int, int, int, int]:
-        """As the extension takes it."""
+        """As the extension's questions take it."""
         return PRECISIONS.index(precision), self.cluster, self.m_tiles, int(self.resident)
+
+    def fields(self, precision: str) -> dict[str, float]:
+        """As its launches are told it."""
+        return dict(zip(("precision", "cluster", "m_tiles", "resident"), self.numbers(precision), strict=True))
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def test_steps_rows_and_devices(backend):
     assert runs.check(chain_of(policy, table, 1 << 30)) is None
     sentence = "it takes up to 1,073,741,824 rows a call; split the states"
     assert runs.check(chain_of(policy, table, (1 << 30) + 1)) == sentence
-    sentence = f"{runs.stand_in}=1 runs it on the CPU and this policy is on meta; unset it"
+    sentence = f"{runs.kernels.STAND_IN[0]}=1 runs it on the CPU and this policy is on meta; unset it"
     assert runs.check(chain_of(policy.to("meta"), table)) == sentence
 
 

@@ -90,7 +90,7 @@ def test_select_with_noise_that_is_given():
 
 def test_a_critic_that_does_not_fit_the_gpu_is_computed_by_torch(monkeypatch):
     """Of 512 columns in float32, on a GPU with 99 KB of shared memory a block; the policy's chain fits."""
-    monkeypatch.setattr(cuda_plan.cuda_native, "facts", lambda ordinal, emulated: (89, 128, 99 * 1024, False))
+    monkeypatch.setattr(cuda_plan.binding, "facts", lambda ordinal, emulated: (89, 128, 99 * 1024, False))
     cuda_plan._chosen.cache_clear()
     try:
         policy, critic, states = make_policy(**SMALL), dql.TwinCritic(S, A, 512, 4), states_of(9)

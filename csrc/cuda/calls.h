@@ -1,0 +1,58 @@
+// What a launch is told: numbers of 8 bytes in a row, which kernels/cuda/binding.py packs by the names that stand here.
+// Before the bar are those that change from call to call, behind it what a plan packs once.
+#pragma once
+
+#include <stdint.h>
+
+namespace dql {
+namespace cuda {
+
+using address = uint64_t;  // of memory, or null; a seed's bits; a stream
+using integer = int64_t;
+using real = double;
+
+#define DQL_PLACE(F) F(integer, ordinal)
+#define DQL_TILED(F) F(integer, precision) F(integer, cluster) F(integer, m_tiles) F(integer, resident)
+
+#define DQL_PROLOGUE_CALL(F, BAR)                                                                     \
+    F(address, flat) F(address, states) F(address, packed) F(address, told) F(address, stream) BAR    \
+    DQL_TILED(F) F(integer, transposed) F(address, embedding) F(integer, B) F(integer, K) DQL_PLACE(F)
+
+#define DQL_CHAIN_CALL(F, BAR)                                                                        \
+    F(address, flat) F(address, packed) F(address, noise) F(address, seed) F(address, seed_at)        \
+    F(address, out) F(address, saved) F(address, stream) BAR                                          \
+    DQL_TILED(F) F(integer, transposed) F(integer, first_network) F(integer, networks)                \
+    F(address, steps) F(integer, B) F(integer, N) F(integer, K) F(real, max_action)                   \
+    F(address, actions_in) F(address, d_out) F(address, back) F(address, d_actions)                   \
+    F(integer, max_clusters) DQL_PLACE(F)
+
+#define DQL_GRADIENT_CALL(F, BAR)                                                                     \
+    F(address, flat) F(address, states) F(address, saved) F(address, back) F(address, actions_in)     \
+    F(address, d_q) F(address, workspace) F(address, d_flat) F(address, d_states) F(address, stream) BAR \
+    DQL_TILED(F) F(integer, first_network) F(integer, networks) F(address, embedding) F(integer, B)   \
+    F(integer, N) F(integer, K) F(integer, parts) DQL_PLACE(F)
+
+#define DQL_CHOOSE_CALL(F, BAR)                                                                       \
+    F(address, q) F(address, actions) F(address, seed) F(address, seed_at) F(address, chosen)         \
+    F(address, stream) BAR F(integer, B) F(integer, N) F(integer, A) DQL_PLACE(F)
+
+#define DQL_NOISE_CALL(F, BAR)                                                                        \
+    F(address, seed) F(address, seed_at) F(address, out) F(address, stream) BAR F(integer, K)         \
+    F(integer, R) F(integer, A) DQL_PLACE(F)
+
+#define DQL_MEMBER(type, name) type name;
+#define DQL_NAMED(type, name) #type " " #name ";"
+#define DQL_CALL(Name, FIELDS)                                      \
+    struct Name {                                                   \
+        FIELDS(DQL_MEMBER, )                                        \
+        static constexpr const char* NAMES = FIELDS(DQL_NAMED, "|"); \
+    };
+
+DQL_CALL(PrologueCall, DQL_PROLOGUE_CALL)
+DQL_CALL(ChainCall, DQL_CHAIN_CALL)
+DQL_CALL(GradientCall, DQL_GRADIENT_CALL)
+DQL_CALL(ChooseCall, DQL_CHOOSE_CALL)
+DQL_CALL(NoiseCall, DQL_NOISE_CALL)
+
+}  // namespace cuda
+}  // namespace dql
