@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dql.kernels.capture import recorded
+from dql.kernels.capture import repeated, replay_seconds
 
 WARM_SECONDS = 0.03  # of replays before the first sample: an idle GPU's clocks are low
 SECONDS = 0.1  # of samples
@@ -72,17 +72,17 @@ def device_time(call: Call, no_graph: str | None = None) -> DeviceTime:
     if no_graph is not None:
         return _profiled(call, no_graph)
     try:
-        once = capture(call)
+        once = repeated(call)
     except RuntimeError as error:  # what torch raises of CUDA is one
         return _profiled(call, str(error).strip().splitlines()[0])
-    cost = _replay(once)
+    cost = replay_seconds(once)
     calls = max(1, min(int(SAMPLE_SECONDS / cost), MAX_CALLS))
-    graph = once if calls == 1 else capture(call, calls)
+    graph = once if calls == 1 else repeated(call, calls)
     stop = time.perf_counter() + WARM_SECONDS
     while time.perf_counter() < stop:
-        _replay(graph)
-    samples = max(MIN_SAMPLES, min(int(SECONDS / _replay(graph)), MAX_SAMPLES))
-    return DeviceTime([_replay(graph) / calls for _ in range(samples)], "graph", calls)
+        replay_seconds(graph)
+    samples = max(MIN_SAMPLES, min(int(SECONDS / replay_seconds(graph)), MAX_SAMPLES))
+    return DeviceTime([replay_seconds(graph) / calls for _ in range(samples)], "graph", calls)
 
 
 def host_time(call: Call, samples: int = 50) -> float:
@@ -95,25 +95,6 @@ def host_time(call: Call, samples: int = 50) -> float:
             torch.cuda.synchronize()
         times.append(1e6 * (time.perf_counter() - start))
     return statistics.median(times[samples // 10 :])
-
-
-def capture(call: Call, calls: int = 1) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of that many calls, after a few outside it: kernels are loaded and compiled there.
-
-    Raises:
-        RuntimeError: the call does what a capture forbids, such as waiting for the device.
-    """
-    return recorded(lambda: [call() for _ in range(calls)], warm_up=call, warm_ups=3)[0]
-
-
-def _replay(graph: torch.cuda.CUDAGraph) -> float:
-    """Seconds of the device."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e-3
 
 
 def _on_device(profiler: Any) -> list[Any]:

@@ -25,7 +25,7 @@ import torch
 from dql.backend.base import BackendUnavailable, Chain
 from dql.backend.gpu import TRITON
 from dql.kernels import limits
-from dql.kernels.capture import recorded
+from dql.kernels.capture import repeated, replay_seconds
 from dql.kernels.layout import DenoiserSpec
 from dql.kernels.triton import aot, candidates, packing, tiles
 from dql.kernels.triton.candidates import Candidate, Wanted
@@ -127,38 +127,24 @@ def distance(got: list[Tensor], want: list[Tensor]) -> float:
 def race(calls: dict[Tile, Callable[[], object]], seconds: float) -> dict[Tile, list[float]]:
     """Device time of each call in seconds, once a round; `seconds` is about how long the rounds last together."""
     pool = torch.cuda.graph_pool_handle()  # one for all: no graph reads what another left, so they may share memory
-    once = _record(next(iter(calls.values())), 1, pool)
-    _replay(once)
-    count = max(1, min(int(SAMPLE_SECONDS / _replay(once)) + 1, MAX_CALLS))
-    graphs = {tile: _record(call, count, pool) for tile, call in calls.items()}
+    once = repeated(next(iter(calls.values())), warm_ups=1, pool=pool)
+    replay_seconds(once)
+    count = max(1, min(int(SAMPLE_SECONDS / replay_seconds(once)) + 1, MAX_CALLS))
+    graphs = {tile: repeated(call, count, warm_ups=1, pool=pool) for tile, call in calls.items()}
     warm = time.perf_counter() + WARM_SECONDS
     for graph in graphs.values():
-        _replay(graph)
+        replay_seconds(graph)
     while time.perf_counter() < warm:
-        _replay(once)
+        replay_seconds(once)
     times: dict[Tile, list[float]] = {tile: [] for tile in calls}
     order, stop = list(calls), time.perf_counter() + seconds
     for turn in range(MAX_ROUNDS):
         if turn >= MIN_ROUNDS and time.perf_counter() > stop:
             break
         for tile in order:
-            times[tile].append(_replay(graphs[tile]) / count)
+            times[tile].append(replay_seconds(graphs[tile]) / count)
         order.reverse()  # nobody always follows the same one
     return times
-
-
-def _record(call: Callable[[], object], count: int, pool: Any) -> torch.cuda.CUDAGraph:
-    return recorded(lambda: [call() for _ in range(count)], warm_up=call, warm_ups=1, pool=pool)[0]
-
-
-def _replay(graph: torch.cuda.CUDAGraph) -> float:
-    """Seconds of the device."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e-3
 
 
 @dataclass(frozen=True)

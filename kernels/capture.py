@@ -1,4 +1,4 @@
-"""The one way in which CUDA graphs are recorded, and what must not be done meanwhile."""
+"""The one way in which CUDA graphs are recorded and timed, and what must not be done meanwhile."""
 
 import contextlib
 from collections.abc import Callable, Iterable
@@ -71,6 +71,23 @@ def recorded(
             mend_after_capture(before)
         raise
     return graph, result
+
+
+def repeated(
+    call: Callable[[], object], times: int = 1, *, warm_ups: int = 3, pool: Any = None
+) -> "torch.cuda.CUDAGraph":
+    """A CUDA graph of that many calls, to be timed; see `recorded`."""
+    return recorded(lambda: [call() for _ in range(times)], warm_up=call, warm_ups=warm_ups, pool=pool)[0]
+
+
+def replay_seconds(graph: "torch.cuda.CUDAGraph") -> float:
+    """What the device takes for one replay, which is waited for."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3
 
 
 # A NaN that no arithmetic gives: its bits, by the bytes of a number.
