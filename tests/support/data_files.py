@@ -9,7 +9,6 @@ import gymnasium
 import h5py
 import minari
 import numpy as np
-import pytest
 import torch
 from minari.data_collector.episode_buffer import EpisodeBuffer
 
@@ -17,14 +16,6 @@ S, A = 3, 2
 OBSERVATIONS = gymnasium.spaces.Box(-np.inf, np.inf, (S,), np.float64)
 ACTIONS = gymnasium.spaces.Box(-1.0, 1.0, (A,), np.float32)
 FIELDS = ("states", "actions", "rewards", "next_states", "masks")
-
-
-@pytest.fixture(autouse=True)
-def places(tmp_path, monkeypatch):
-    """Every test has its own Minari root and its own cache."""
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    monkeypatch.setenv("DQL_CACHE", str(tmp_path / "cache"))
-    return tmp_path
 
 
 def episode(length, end="truncation", *, seed=0, **changes):

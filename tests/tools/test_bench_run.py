@@ -257,7 +257,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 from gpu import report as gpu_report
-from parts import Outcome
+from gpu.parts import Outcome
 
 scratch, out = Path(sys.argv[1]), Path(sys.argv[2])
 report = gpu_report.Report(out, scratch, "cpu")

@@ -156,7 +156,7 @@ def test_without_the_extension():
     done = without_extension(
         """
 import json, torch, dql
-from dql.kernels import native
+from dql.kernels.cpp import binding
 policy, critic, states = dql.DiffusionPolicy(4, 3, hidden_dim=16), dql.TwinCritic(4, 3, 16), torch.zeros(2, 4)
 said = {"unavailable": binding.unavailable(), "listed": dql.backends()["cpp"], "variants": binding.variants()}
 with torch.no_grad():
