@@ -40,6 +40,8 @@ def _loaded(path: Path) -> ModuleType:
     return module
 
 
+for _name in ("build_tools", "build_cpu", "build_cuda"):
+    sys.modules.pop(_name, None)  # a process that runs this file twice has another NotBuilt the second time
 build_record = _loaded(ROOT / "kernels" / "build_record.py")
 NATIVE, CUDA, EMULATED, NotBuilt = (getattr(build_record, name) for name in ("NATIVE", "CUDA", "EMULATED", "NotBuilt"))
 

@@ -7,7 +7,7 @@
 #   bench/gpu.sh --help             the parts, --seconds for another limit, --tests-from REPORT, --sizes 256,1
 # Into $OUT (default bench/results/): <date>-<gpu>.json, the one report, and packed beside it logs, built objects, Triton's
 # cache and the training run. What fails or runs out of time stops nothing else, and is in the report.
-# Exits 0 if all parts passed, 1 if one did not, 2 for a wrong argument, 3 where there is no GPU.
+# Exits 0 if all parts passed, 1 if one did not, 2 for a wrong argument or a Python without torch, 3 without a GPU.
 #
 # Nothing is installed and no network is needed. $PYTHON (default python3) has torch with CUDA, Triton, numpy, safetensors,
 # pytest with pytest-benchmark, pytest-timeout and pytest-xdist; for the CUDA kernels setuptools, nvcc and a C++ compiler.
@@ -15,6 +15,10 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD:$PWD/bench${PYTHONPATH:+:$PYTHONPATH}"
+if ! "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' 2> /dev/null; then
+    echo "bench/gpu.sh: $python has no torch, or does not run; set PYTHON to one that has." >&2
+    exit 2
+fi
 if [ "${1:-}" = report ]; then exec "$python" -m gpu.report "${@:2}"; fi
 case " $* " in
 *" --help "* | *" -h "* | *" --device cpu "*) ;;

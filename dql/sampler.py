@@ -336,7 +336,7 @@ def run_chain(
     states: Tensor,
     policy: DiffusionPolicy,
     *,
-    backend: str | Backend = "auto",
+    backend: str = "auto",
     num_candidates: int | None = None,
     noise: Tensor | None = None,
     seed: int | Tensor | None = None,
@@ -345,17 +345,18 @@ def run_chain(
     precision: str = "fp32",
     at_once: bool = False,
     report: bool = False,
+    picked: Backend | None = None,
 ) -> Tensor:
     """`sample` for states that are known to be good: training uses it, whose data were checked when loaded.
 
-    `backend` may be one that `backend_for` picked. With `at_once` the parameters' gradient is added to `flat.grad` as a
-    whole, see `FlatModule.gradient_leaves`. With `report` a later call of `sample` raises if kernels find a state that
-    is not finite, and this one if actions on the CPU are NaN; what others train with is no business of whoever samples
-    next.
+    With `at_once` the parameters' gradient is added to `flat.grad` as a whole, see `FlatModule.gradient_leaves`. With
+    `report` a later call of `sample` raises if kernels find a state that is not finite, and this one if actions on the
+    CPU are NaN; what others train with is no business of whoever samples next. `picked` is what `backend_for` gave for
+    the same name: it runs this chain, too, unless it cannot.
     """
     denoiser: Denoiser = policy._modules["denoiser"]  # type: ignore[assignment]  # past nn.Module's slow attributes
     chain = _chain(states, policy, denoiser, num_candidates, noise, seed, sampler, num_steps, precision, report)
-    runner = backend if isinstance(backend, Backend) else pick(backend, chain)
+    runner = pick(backend, chain) if picked is None or picked.check(chain) is not None else picked
     parameters = denoiser.gradient_leaves(at_once) if torch.is_grad_enabled() else ()
     if chain.states.shape[0] == 0:
         shape = (0, policy.action_dim) if num_candidates is None else (0, num_candidates, policy.action_dim)

@@ -87,8 +87,14 @@ def target_q(agent: Learner, batch: Batch, seed: int | Tensor, backend: Backend 
     """r + mask * discount * min(Q_1', Q_2')(s', a') [B]; with max_q_backup each Q' is its best of 10 actions."""
     c = agent.config
     backend = backend or backend_for(batch.states, agent.policy, c.backend)
-    N = c.backup_candidates if c.max_q_backup else None
-    next_actions = run_chain(batch.next_states, agent.ema_policy, backend=backend, num_candidates=N, seed=seed)
+    next_actions = run_chain(
+        batch.next_states,
+        agent.ema_policy,
+        backend=c.backend,
+        picked=backend,
+        num_candidates=c.backup_candidates if c.max_q_backup else None,
+        seed=seed,
+    )
     q1, q2 = q_values(agent.critic_target, batch.next_states, next_actions, backend)
     if c.max_q_backup:
         q1, q2 = q1.amax(dim=1), q2.amax(dim=1)
@@ -98,7 +104,8 @@ def target_q(agent: Learner, batch: Batch, seed: int | Tensor, backend: Backend 
 def update_actor(agent: Learner, batch: Batch, draws: Draws, backend: Backend) -> dict[str, Tensor]:
     """The actor a step down bc_loss + eta * q_loss; returns the metrics."""
     bc_loss = _bc_loss(agent.policy, batch, draws, backend)
-    actions = run_chain(batch.states, agent.policy, backend=backend, seed=draws.actor, at_once=True)
+    name = agent.config.backend
+    actions = run_chain(batch.states, agent.policy, backend=name, picked=backend, seed=draws.actor, at_once=True)
     with _frozen(agent.critic):
         q_loss = _q_loss(agent, batch.states, actions, draws.maximised, backend)
     loss = bc_loss + agent.config.eta * q_loss

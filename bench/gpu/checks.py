@@ -1,6 +1,6 @@
 """One kind of call of one GPU backend, checked and timed, in a process of its own: what `bench/gpu.sh` looks at first.
 
-    python bench/gpu/checks.py BACKEND PRECISION KIND [--small] [--device cpu]
+    PYTHONPATH=.:bench python -m gpu.checks BACKEND PRECISION KIND [--small] [--device cpu]
 
 A line of JSON for each thing looked at, as soon as it is known: {"what", "error", "limit", "us", "why"}. The error is
 |got - want| / |want| against eager torch in float64 on the same device, the worst of several tensors, of buffers that

@@ -16,7 +16,6 @@ What a part could not do is there as its reason. Nothing is filled in.
 
 import contextlib
 import csv
-import json
 import re
 import sys
 import tarfile
@@ -296,6 +295,9 @@ def _merged_tables(reports: Sequence[dict[str, Any]]) -> dict[str, list[dict[str
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_file():
+    if len(sys.argv) != 2:
         sys.exit("usage: bench/gpu.sh report bench/results/REPORT.json")
-    print(summary(json.loads(Path(sys.argv[1]).read_text())))
+    found = read_json(Path(sys.argv[1]))
+    if not isinstance(found, dict) or not isinstance(found.get("parts"), dict):
+        sys.exit(f"{sys.argv[1]} is no report that bench/gpu.sh wrote; give one, such as bench/results/REPORT.json")
+    print(summary(found))

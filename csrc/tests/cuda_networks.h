@@ -95,17 +95,17 @@ struct TimeMlp {
 };
 
 // What the precision makes of a number, and the bits of an operand as float32.
-float rounded(float x, Precision precision) {
+inline float rounded(float x, Precision precision) {
     if (precision == Precision::BF16) return device::as_float(device::bf16(x) << 16);
     return precision == Precision::TF32 ? device::as_float(device::tf32(x)) : x;
 }
-uint32_t bits_of(const char* operands, int64_t index, Precision precision) {
+inline uint32_t bits_of(const char* operands, int64_t index, Precision precision) {
     uint32_t bits = 0;
     memcpy(&bits, operands + index * element_bytes(precision), element_bytes(precision));
     return precision == Precision::BF16 ? bits << 16 : bits;
 }
 
-std::vector<Tiling> tilings() {
+inline std::vector<Tiling> tilings() {
     std::vector<Tiling> all;
     for (const Precision precision : {Precision::FP32, Precision::TF32, Precision::BF16}) {
         for (const int cluster : {1, 2, 4, 8}) all.push_back({precision, cluster, 1, true});

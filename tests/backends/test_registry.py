@@ -208,3 +208,28 @@ def test_an_update_picks_its_backend_once(backend, algorithm, monkeypatch):
     batch = dql.Batch(torch.randn(8, 4), torch.rand(8, 3), torch.randn(8), torch.randn(8, 4), torch.ones(8))
     agent.update(batch)
     assert picked == [backend]
+
+
+def test_another_chain_of_an_update_is_looked_at_too():
+    """The averaged actor may have been replaced by one that the picked backend cannot run."""
+    batch = dql.Batch(torch.randn(8, 4), torch.rand(8, 3), torch.randn(8), torch.randn(8, 4), torch.ones(8))
+    if (reason := dql.backends()["cpp"]) is not None:
+        pytest.skip(reason)
+    for backend in ("cpp", "auto"):
+        agent = dql.DiffusionQL(4, 3, dql.Config(hidden_dim=16, num_hidden=2, backend=backend))
+        agent.ema_policy = dql.DiffusionPolicy(4, 3, hidden_dim=640, num_hidden=2)
+        if backend == "auto":
+            agent.update(batch)  # that chain on eager
+        else:
+            with pytest.raises(dql.BackendUnavailable, match="hidden_dim from 1 to 512, and this network has 640"):
+                agent.update(batch)
+            assert agent.step == 0
+
+
+@pytest.mark.parametrize("name", ["cpp", "eager"])
+def test_a_backend_is_named(name):
+    """An object would have been looked at by nobody: kernels read what lies at an address."""
+    policy, backend = dql.DiffusionPolicy(4, 3, hidden_dim=16), registry.registry()[name]
+    for call in (dql.sample, lambda s, p, **o: dql.select(s, p, dql.TwinCritic(4, 3, 16), **o)):
+        with pytest.raises(TypeError, match="a backend is named by a string"):
+            call(torch.zeros(2, 4), policy, backend=backend)
