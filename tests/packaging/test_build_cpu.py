@@ -300,7 +300,7 @@ def test_every_variant_is_built(real):
 def test_a_variant_shares_no_function_with_the_others(real):
     """Of a weak function (inline, a template) that several objects define, the linker keeps one for everybody. If that
     is the AVX-512 one, a CPU without AVX-512 stops there. So a variant's own carry its namespace in their names."""
-    objects = [path for path in real.folder.glob("build/temp.*/variant-*.o") if "-generic-" not in path.name]
+    objects = [path for path in real.folder.glob("build/temp.*/cpu/variant-*.o") if "-generic-" not in path.name]
     assert objects or not X86
     for path in objects:
         variant = path.name.split("-")[1]
