@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +18,10 @@ import torch
 if not torch.cuda.is_available():
     # Before triton is imported (which torch leaves to others): its kernels run on NumPy. With a GPU they run there.
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    # Likewise the CUDA kernels: in an emulator, which tests/support/emulator.py compiles.
+    # Likewise the CUDA kernels: in an emulator, which the first test that needs it compiles.
     os.environ.setdefault("DQL_CUDA_EMULATE", "1")
 
-# They hold tests that several files import: a failed assertion there is to show its values too.
+# It holds assertions of several files: a failed one there is to show its values too.
 pytest.register_assert_rewrite("support")
 
 DATASET = "dql/pendulum/mixed-v0"
@@ -35,6 +36,27 @@ def pytest_xdist_auto_num_workers() -> int | None:
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def runs_here() -> Callable[..., str]:
+    """`runs_here(backend)` gives the name, or skips the test, with the reason, if neither a GPU runs that backend's
+    kernels nor the interpreter or the emulator in its place; `on_cpu=True`: if it takes no tensors on the CPU.
+
+    What is to run them is made ready once a session, for the first test that asks: the emulator is compiled then.
+    """
+    from support.backends import cannot_run, cannot_stand_in
+
+    reasons: dict[tuple[str, bool], str | None] = {}
+
+    def runs(backend: str, on_cpu: bool = False) -> str:
+        if (backend, on_cpu) not in reasons:
+            reasons[backend, on_cpu] = (cannot_stand_in if on_cpu else cannot_run)(backend)
+        if (reason := reasons[backend, on_cpu]) is not None:
+            pytest.skip(f"{backend}: {reason}")
+        return backend
+
+    return runs
 
 
 @pytest.fixture(scope="session")

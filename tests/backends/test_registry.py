@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.emulator import not_emulated
+from support.backends import OF_GPUS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dql
@@ -174,12 +174,11 @@ class Made(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_what_a_gpu_keeps_is_copied_from_the_host(name):
+@pytest.mark.parametrize("name", OF_GPUS)
+def test_what_a_gpu_keeps_is_copied_from_the_host(name, runs_here):
     """By blocking copies alone. What a kernel makes there is done for the stream that made it, and the first call on
     another stream would have to wait for it."""
-    if (reason := not_emulated() if name == "cuda" else dql.backends()["triton"]) is not None:
-        pytest.skip(reason)
+    runs_here(name, on_cpu=name == "cuda")
     gpu, backend = torch.device("meta"), registry.registry()[name]
     policy, critic = dql.DiffusionPolicy(4, 3, hidden_dim=16), dql.TwinCritic(4, 3, 16)
     flat, table = policy.denoiser.flat.to(gpu), dql.DiffusionPolicy(4, 3, T=7).step_table()

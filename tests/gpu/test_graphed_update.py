@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from support.cases import TOLERANCES, assert_close
-from support.emulator import cannot_run
 from support.gpu_agents import CONFIG, DEVICE, A, S, make_batch
 
 import dql
@@ -27,10 +26,8 @@ VARIANTS = {
 
 
 @pytest.fixture(params=["eager", "triton", "cuda"])
-def backend(request) -> str:
-    if (reason := cannot_run(request.param)) is not None:
-        pytest.skip(reason)
-    return request.param
+def backend(request, runs_here) -> str:
+    return runs_here(request.param)
 
 
 @pytest.fixture

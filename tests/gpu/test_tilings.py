@@ -1,8 +1,8 @@
 """Every way in which the backend "cuda" cuts a problem, forced, on a real GPU.
 
-The emulator proves these kernels on a CPU (`cuda/test_chain`), as far as it can: what is left is what a GPU alone has.
-Real layouts of fragments and descriptors, clusters, copies and stores that arrive when they arrive, one kernel that
-starts before another ends, the PTX itself. It skips without a GPU; see `test_numbers`.
+The emulator proves these kernels on a CPU (`cuda/test_tilings`), as far as it can: what is left is what a GPU alone
+has. Real layouts of fragments and descriptors, clusters, copies and stores that arrive when they arrive, one kernel
+that starts before another ends, the PTX itself. It skips without a GPU; see `test_numbers`.
 """
 
 import contextlib

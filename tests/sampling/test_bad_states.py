@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.emulator import cannot_run
 from support.networks import A, S, make_critic, make_policy, states_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,10 +33,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarnin
 
 
 @pytest.fixture(params=["triton", "cuda"])
-def backend(request) -> str:
-    if (reason := cannot_run(request.param)) is not None:
-        pytest.skip(reason)
-    return request.param
+def backend(request, runs_here) -> str:
+    return runs_here(request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -143,10 +140,9 @@ def test_sizes_that_fill_no_tile(backend):
 
 
 @pytest.mark.parametrize("tiling", [Tiling(1, 4, False), Tiling(4, 1, True), Tiling(1, 8, False)], ids=str)
-def test_every_kind_of_cuda_kernel(tiling):
+def test_every_kind_of_cuda_kernel(tiling, runs_here):
     """Streamed, resident in a cluster, and 128 rows a block by wgmma."""
-    if (reason := cannot_run("cuda")) is not None:
-        pytest.skip(reason)
+    runs_here("cuda")
     policy, good = policy_of(hidden_dim=256), on_device(states_of(131))
     states = good.clone()
     states[5, 0], states[130, S - 1] = math.nan, -math.inf

@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support.emulator import cannot_run
 from support.networks import A, S, make_critic, make_policy, states_of
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -25,9 +24,8 @@ SMALL = {"hidden_dim": 16, "num_hidden": 2, "T": 2}
 
 
 @pytest.fixture(params=["cpp", "eager", "triton", "cuda"])
-def backend(request) -> str:
-    if (reason := cannot_run(request.param)) is not None:
-        pytest.skip(reason)
+def backend(request, runs_here) -> str:
+    runs_here(request.param)
     if torch.cuda.is_available() and request.param in ("triton", "cuda"):
         pytest.skip("tensors here are on the CPU")
     return request.param
@@ -230,12 +228,10 @@ def test_step_tables(backend, value):
             dql.sample(states_of(5), policy, backend=backend, sampler=replace(table, rows=(row, *table.rows[1:])))
 
 
-@pytest.mark.parametrize("backend", ["cpp", "eager"])
+@pytest.mark.parametrize("backend", ["cpp", "eager"], indirect=True)
 @pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])
 def test_no_action_leaves_the_bounds(backend, value):
     """Whatever the parameters hold: NaN is refused where it comes out, in every kind of call."""
-    if (reason := cannot_run(backend)) is not None:
-        pytest.skip(reason)
     refusals = 0
     for name in policy_of().denoiser.weights:
         policy, states = policy_of(), states_of(5)

@@ -7,7 +7,6 @@ import copy
 
 import pytest
 import torch
-from support.emulator import cannot_run
 from support.hostile_tensors import HOSTILE
 from support.networks import A, S, make_critic, make_policy, states_of
 from torch._subclasses import FakeTensorMode
@@ -28,10 +27,8 @@ pytestmark = [
 
 
 @pytest.fixture(params=["cpp", "eager", "triton", "cuda"])
-def backend(request) -> str:
-    if (reason := cannot_run(request.param)) is not None:
-        pytest.skip(reason)
-    return request.param
+def backend(request, runs_here) -> str:
+    return runs_here(request.param)
 
 
 class Ordinary(torch.Tensor):

@@ -7,19 +7,15 @@ Letters: B states, N candidates, R = B * N rows, S state size, A action size, H 
 """
 
 import contextlib
-import importlib.metadata
-import importlib.util
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 import dql
-from dql.kernels import triton as triton_kernels
 from dql.kernels.layout import hidden_names
 from dql.kernels.reference import time_embedding
 from support import transcription
@@ -126,8 +122,7 @@ class Case:
         return self.activation == "mish" and self.rows * self.H >= 4096
 
 
-CASES = [
-    # the ugly sizes, each at least twice, and every K
+SIZES = [  # the ugly ones, each at least twice, and every K
     Case(B=1, S=3, A=1, K=1, H=16, num_hidden=2, max_action=20.0),
     Case(B=1, S=3, A=3, K=2, H=16, max_action=3.0),
     Case(B=1, S=11, A=24, K=5, H=256),
@@ -138,6 +133,8 @@ CASES = [
     Case(B=1000, S=3, A=3, K=5, H=16),
     Case(B=1000, S=11, A=24, K=2, H=48, num_hidden=4, max_action=10.0),
     Case(B=1000, S=11, A=3, K=5, H=256, max_action=2.5),
+]
+KINDS = [
     # schedules
     Case(B=37, S=3, A=3, K=5, beta_schedule="linear", max_action=3.0),
     Case(B=37, S=3, A=3, K=5, beta_schedule="cosine", max_action=3.0),
@@ -167,6 +164,7 @@ CASES = [
     Case(B=37, S=3, A=3, K=5, predict_epsilon=False, max_action=0.7),
     Case(B=37, S=11, A=3, K=5, N=3, sampler="dpm-solver++", predict_epsilon=False),
 ]
+CASES = SIZES + KINDS
 
 
 @dataclass
@@ -374,19 +372,6 @@ def run_problem(
         precision=precision,
     )
     return named_gradients(problem, actions, problem.states, weights)
-
-
-def not_interpreted() -> str | None:
-    """Why Triton's interpreter does not run the kernels here, or None if it does."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed: pip install triton (Linux only)"
-    if not triton_kernels.stands_in():
-        return "a CUDA device is there, for the tests of a GPU; set TRITON_INTERPRET=1 to interpret these"
-    versions = importlib.metadata.version("triton"), np.__version__
-    triton, numpy = (tuple(int(part) for part in version.split(".")[:2]) for version in versions)
-    if triton < (3, 7) and numpy >= (2, 4):  # it takes int() of arrays [1]
-        return f"the interpreter of Triton {versions[0]} cannot use NumPy {versions[1]}; pip install 'numpy<2.4'"
-    return None
 
 
 def error(got: Tensor, want: Tensor) -> float:

@@ -1,13 +1,14 @@
-"""Checks that every backend with kernels of its own must pass: bf16, random problems, against float64."""
+"""Checks that every backend must pass: reduced precisions, random problems, against float64."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
-from hypothesis import strategies as st
 
 from support.cases import (
     TOLERANCES,
     Case,
+    Problem,
     Tolerance,
     assert_all_close,
     clear_of_kinks,
@@ -17,6 +18,7 @@ from support.cases import (
     plain_chain,
     run_problem,
 )
+from support.rounded_chain import rounded_chain, roundings
 
 Tensor = torch.Tensor
 
@@ -27,46 +29,75 @@ def rms_error(got: Tensor, want: Tensor) -> float:
     return difference / float(want.double().norm()) if difference else 0.0
 
 
-def check_bf16(case: Case, backend: str) -> None:
-    """Against float64 with the operands of `plain_chain` rounded; the gradient is the exact one at those activations.
+@dataclass(frozen=True)
+class Rounded:
+    """How a backend rounds in one precision, and how near it comes to float64 that does the same.
 
-    Elements count together: a last bit of float32 may round an operand to the next bf16 number, and that row is off.
+    Elements count together: a last bit of float32 may round an operand to its other neighbour, and that row is off.
+
+    Attributes:
+        chain: the chain in float64 with the operands rounded as they are there, of a problem and the list of its rows'
+            distances to kinks; see `cases.plain_chain`. None: the actions alone are looked at, by `in_all`.
+        actions: the name of the tolerance of their root mean square error.
+        gradients: likewise of every gradient; "" where `largest` alone holds.
+        largest: the tolerance of every element of every tensor, where there is one.
+        in_all: how much of the tolerance "bf16 in all" the actions may be off from float64 that does not round.
+        every: of how many cases one is run.
     """
-    problem, distances = make_problem(case, torch.float64), []
-    problem.states.requires_grad_(True)
-    actions = plain_chain(problem, distances, "bf16")
-    weights = clear_of_kinks(problem, distances, margins=10)
-    want = named_gradients(problem, actions, problem.states, weights)
-    got = run_problem(make_problem(case, torch.float32), backend, weights, "bf16")
-    targets = [(name, "bf16 flips" if name == "actions" else "bf16 gradient", want[name]) for name in want]
-    for name, tolerance, target in (*targets, ("actions", "bf16 in all", expected(case)["actions"])):
-        rms = rms_error(got[name], target)
-        allowed = TOLERANCES[tolerance]
-        assert rms <= allowed.rel, f"{name} in case {case}: {rms:.2g} above {allowed.rel:g}: {allowed.why}"
+
+    chain: Callable[[Problem, list[Tensor]], Tensor] | None
+    actions: str = ""
+    gradients: str = ""
+    largest: str = ""
+    in_all: float = 1.0
+    every: int = 1
 
 
-@st.composite
-def random_cases(draw: Callable[..., int]) -> Case:
-    """Mostly small, now and then large, often no multiple of anything."""
-    large = draw(st.integers(0, 9)) == 0
-    K = draw(st.integers(1, 2 if large else 6))
-    return Case(
-        B=draw(st.integers(1, 3 if large else 20)),
-        S=draw(st.integers(1, 512 if large else 40)),
-        A=draw(st.one_of(st.integers(1, 8), st.integers(1, 64))),
-        K=K,
-        N=draw(st.one_of(st.none(), st.integers(1, 5))),
-        H=draw(st.integers(1, 512 if large else 80)),
-        num_hidden=draw(st.integers(2, 4)),
-        activation=draw(st.sampled_from(["mish", "relu", "silu"])),
-        sampler=draw(st.sampled_from(["ddpm", "ddim", "dpm-solver++"])),
-        stochasticity=draw(st.sampled_from([0.0, 0.5, 1.0])),
-        T=draw(st.one_of(st.none(), st.integers(K, 50))),
-        beta_schedule=draw(st.sampled_from(["vp", "linear", "cosine"])),
-        max_action=draw(st.sampled_from([0.3, 1.0, 3.0, 20.0])),
-        predict_epsilon=draw(st.booleans()),
-        time_dim=draw(st.one_of(st.just(16), st.integers(2, 32).map(lambda half: 2 * half))),
+def _plain_bf16(problem: Problem, distances: list[Tensor]) -> Tensor:
+    """Its gradient is the exact one at activations of rounded operands."""
+    return plain_chain(problem, distances, "bf16")
+
+
+TF32 = 1 / 8  # of bf16's error: operands have 10 bits of fraction, three more
+# "cpp" and "cuda" leave the first and the last layer in float32 where others are bf16.
+CPP = {"bf16": Rounded(_plain_bf16, "bf16 on average", largest="bf16")}
+CUDA = {"tf32": Rounded(None, in_all=TF32, every=4), "bf16": Rounded(_plain_bf16, "bf16 flips", "bf16 gradient")}
+# "triton" rounds the operands of every product.
+TRITON = {
+    precision: Rounded(
+        lambda problem, distances, precision=precision: rounded_chain(problem, roundings(precision), distances),
+        f"{precision} operands",
+        f"{precision} operands, gradient",
+        in_all=in_all,
+        every=every,
     )
+    for precision, in_all, every in (("tf32", TF32, 3), ("bf16", 1.0, 1))
+}
+
+
+def check_rounded(case: Case, backend: str, precision: str, rounded: Rounded, what: str = "") -> None:
+    """Against float64 that rounds likewise, and the actions against float64 that does not."""
+    where = f"in case {case}, {backend} in {precision} {what}"
+    weights, want = None, {}
+    if rounded.chain is not None:
+        problem, distances = make_problem(case, torch.float64), []
+        problem.states.requires_grad_(True)
+        actions = rounded.chain(problem, distances)
+        weights = clear_of_kinks(problem, distances, margins=10)
+        want = named_gradients(problem, actions, problem.states, weights)
+    got = run_problem(make_problem(case, torch.float32), backend, weights, precision)
+    if rounded.largest:
+        assert_all_close(got, want, TOLERANCES[rounded.largest], case=case, backend=f"{backend}, {precision}")
+    for name, target in want.items():
+        if tolerance := rounded.actions if name == "actions" else rounded.gradients:
+            check_rms(got[name], target, TOLERANCES[tolerance], f"{name} {where}")
+    in_all = TOLERANCES["bf16 in all"]
+    check_rms(got["actions"], expected(case)["actions"], replace(in_all, rel=in_all.rel * rounded.in_all), where)
+
+
+def check_rms(got: Tensor, want: Tensor, tolerance: Tolerance, what: str) -> None:
+    rms = rms_error(got, want)
+    assert rms <= tolerance.rel, f"{what}: {rms:.2g} above {tolerance.rel:g}: {tolerance.why}"
 
 
 def check_against_eager(case: Case, backend: str) -> float:

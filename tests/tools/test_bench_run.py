@@ -16,7 +16,6 @@ from gpu import report as gpu_report
 from gpu import run as gpu_run
 from gpu import tools as gpu_tools
 from gpu.parts import OutOfTimeError, Task
-from support.emulator import cannot_run
 
 from dql.kernels import build_record
 
@@ -97,10 +96,9 @@ def test_checks_that_hang_crash_and_are_wrong(tmp_path):
     ("backend", "precision", "kind", "lines"),
     [("cuda", "any", "clusters", 3), ("cuda", "fp32", "gradient", 1), ("triton", "any", "noise", 1)],
 )
-def test_a_kind_of_call(backend, precision, kind, lines):
+def test_a_kind_of_call(backend, precision, kind, lines, runs_here):
     """As the part runs it, here emulated or interpreted."""
-    if (reason := cannot_run(backend)) is not None:
-        pytest.skip(reason)
+    runs_here(backend)
     command = [sys.executable, "-m", "gpu.checks", backend, precision, kind, "--device", "cpu", "--small"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(BENCH), str(BENCH.parent)])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from support.cases import TOLERANCES, assert_close
-from support.emulator import cannot_run
 from support.gpu_agents import CONFIG, DEVICE, A, B, H, S, make_batch
 
 import dql
@@ -16,11 +15,9 @@ Tensor = torch.Tensor
 
 
 @pytest.fixture(params=["triton", "cuda"])
-def backend(request) -> str:
+def backend(request, runs_here) -> str:
     """Its kernels on the GPU, or interpreted or emulated where there is none."""
-    if (reason := cannot_run(request.param)) is not None:
-        pytest.skip(reason)
-    return request.param
+    return runs_here(request.param)
 
 
 @pytest.mark.parametrize("max_q_backup", [False, True])
@@ -154,10 +151,9 @@ def test_gradients_added_at_once(backend, time_dim):
 
 
 @pytest.mark.parametrize("name", ["eager", "cpp", "triton", "cuda"])
-def test_no_rows(name):
+def test_no_rows(name, runs_here):
     """Empty results of the right shapes, and gradients that are zero."""
-    if (reason := cannot_run(name)) is not None:
-        pytest.skip(reason)
+    runs_here(name)
     device = "cpu" if name == "cpp" else DEVICE
     agent = dql.DiffusionQL(S, A, dql.Config(**CONFIG, backend=name), device=device)
     states, actions = torch.empty(0, S, device=device), torch.empty(0, A, device=device)

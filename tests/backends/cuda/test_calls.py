@@ -1,11 +1,9 @@
-"""The tests of `support/calls.py` with the backend "cuda", in the emulator, and what is its own. Whether its numbers
-are right is in `cuda/test_chain`, what it refuses in `cuda/test_check`, a GPU's side in `gpu/test_calls`."""
+"""What the backend "cuda" keeps between calls, and how a call is cut. Whether its numbers are right is in
+`cuda/test_tilings` and the tests of all backends."""
 
 import pytest
 import torch
-from support.calls import *  # noqa: F403
 from support.calls import SMALL, sample
-from support.emulator import skip_without_emulator
 from support.networks import A, S, make_critic, make_policy, states_of
 
 import dql
@@ -14,20 +12,7 @@ from dql.kernels.cuda import plan as cuda_plan
 from dql.kernels.cuda.chain import ChainRunner
 from dql.kernels.cuda.plan import Tiling
 
-skip_without_emulator()
-
-Tensor = torch.Tensor
-
-
-@pytest.fixture
-def backend() -> str:
-    return "cuda"
-
-
-@pytest.fixture
-def tiles_of_16_rows():
-    with cuda_plan.forced(Tiling(2, 1, True)):
-        yield
+pytestmark = pytest.mark.usefixtures("emulated", "poisoned")
 
 
 def test_what_no_gradient_needs_has_no_memory():
@@ -64,28 +49,6 @@ def test_a_backward_pass_has_the_tiling_of_its_forward_pass():
     with cuda_plan.forced(Tiling(1, 1, False)):
         (got,) = torch.autograd.grad(actions.sum(), states)
     assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
-@pytest.mark.parametrize("N", [1, 7])
-def test_select_takes_what_eager_takes(precision, N):
-    """But for draws that rounding decides."""
-    policy, critic, states = make_policy(), make_critic(), states_of(50)
-    want = dql.select(states, policy, critic, num_candidates=N, seed=3, backend="eager")
-    got = dql.select(states, policy, critic, num_candidates=N, seed=3, backend="cuda", precision=precision)
-    near = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 1e-1}[precision]
-    assert got.shape == (50, A)
-    assert int(((got - want).abs().amax(dim=1) < near).sum()) >= (49 if precision == "fp32" else 45)
-
-
-def test_select_with_noise_that_is_given():
-    policy, critic, states = make_policy(**SMALL), make_critic(), states_of(20)
-    noise = torch.randn(3, 20, 6, A, generator=torch.Generator().manual_seed(1))
-    results = [
-        dql.select(states, policy, critic, num_candidates=6, noise=noise, seed=3, backend=backend)
-        for backend in ("cuda", "eager")
-    ]
-    assert int(((results[0] - results[1]).abs().amax(dim=1) < 1e-3).sum()) >= 19
 
 
 def test_a_critic_that_does_not_fit_the_gpu_is_computed_by_torch(monkeypatch):

@@ -1,28 +1,21 @@
-"""The tests of `support/critic.py` with the CUDA kernels, emulated where no CUDA device is, and every way in which a
-problem is cut."""
-
-from types import ModuleType
+"""The CUDA twin critics by every tiling: on a GPU if there is one, otherwise emulated. What all kernels for GPUs must
+give is in `backends/test_critic`."""
 
 import pytest
 from support.cases import TOLERANCES, assert_all_close
 from support.checks import rms_error
-from support.critic import *  # noqa: F403
-from support.critic import CASES, DEVICE, Case, Run, expected
-from support.emulator import not_emulated, tilings
+from support.critic import CASES, Case, Run, expected
+from support.emulator import tilings
 
-from dql.backend.registry import registry
 from dql.kernels import cuda
 from dql.kernels.cuda.plan import Tiling, forced
-
-if (reason := not_emulated() if DEVICE.type == "cpu" else registry()["cuda"].check()) is not None:
-    pytest.skip(reason, allow_module_level=True)
 
 TILED = [CASES[4], Case(B=70, S=11, A=24, H=130, num_hidden=4, activation="relu")]
 
 
-@pytest.fixture
-def kernels() -> ModuleType:
-    return cuda
+@pytest.fixture(autouse=True)
+def _runs(runs_here):
+    runs_here("cuda")
 
 
 @pytest.mark.parametrize("tiling", tilings("fp32"), ids=str)

@@ -6,14 +6,14 @@ import time
 from dataclasses import replace
 
 import pytest
-from support.emulator import skip_without_emulator, tilings
+from support.emulator import tilings
 
 from dql.kernels.cuda import binding
 from dql.kernels.cuda import plan as cuda_plan
 from dql.kernels.cuda.plan import WIDE, Problem, Tiling, choose, cycles, forced
 from dql.kernels.layout import CriticSpec, DenoiserSpec
 
-skip_without_emulator()
+pytestmark = pytest.mark.usefixtures("emulated")
 
 H200 = (90, 132, 227 * 1024, True)
 A100 = (80, 108, 163 * 1024, False)

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from support.emulator import HEIGHTS, not_emulated
+from support.emulator import HEIGHTS
 
 from dql.kernel_table import cuda_kernels
 from dql.kernels import build_record
@@ -151,7 +151,7 @@ def test_many_rows_have_hoppers_tensor_cores():
 
 # Shared memory of what is chosen, for GPUs that are not here
 
-needs_sizes = pytest.mark.skipif(not_emulated() is not None, reason=str(not_emulated()))
+needs_sizes = pytest.mark.usefixtures("emulated")
 GPUS = {  # compute capability, multiprocessors, shared memory of a block, tiles of 128 rows
     "A100": (80, 108, aot.ARCHITECTURES[80].shared_per_block, False),
     "RTX 4090": (89, 128, aot.ARCHITECTURES[89].shared_per_block, False),

@@ -103,7 +103,7 @@ def test_every_kernel_of_the_published_sizes(arch):
 
 def assert_tf32_is_rounded(products: dict[str, dict]) -> None:
     """By cvt.rna.tf32: left alone, tensor cores cut them off. bf16 has tf32 products at its edges; float32 has none of
-    its own, and rounds nothing: Triton takes its numbers apart. `test_chain` tells which operands are rounded."""
+    its own, and rounds nothing: Triton takes its numbers apart. `test_operands` tells which are rounded."""
     for precision in ("tf32", "bf16"):
         own = {label: row for label, row in products.items() if f" {precision} " in label}
         of_tf32 = {label: row for label, row in own.items() if row["tf32_products"]}

@@ -12,7 +12,6 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from support.cases import not_interpreted
 from support.gpu import needs_gpu
 from support.networks import make_policy, states_of
 
@@ -25,7 +24,7 @@ from dql.kernels.triton.tiles import Shape, Tile
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed: pip install triton (Linux only)", allow_module_level=True)
 
-needs_interpreter = pytest.mark.skipif(not_interpreted() is not None, reason=str(not_interpreted()))
+needs_interpreter = pytest.mark.usefixtures("interpreted")
 SHAPE = Shape("forward", 256, False, 300)
 MINE = Tile(16, 32, 2, 4)  # not what the heuristic says
 OTHER = Tile(32, 16, 3, 8)
@@ -281,9 +280,7 @@ def test_forced_tiles_give_equal_results():
 
 
 @pytest.fixture(params=tune.PRECISIONS)
-def problem(request):
-    if (reason := not_interpreted()) is not None:
-        pytest.skip(reason)
+def problem(request, interpreted):
     return tune.Problem(SMALL, request.param, 40, 2, torch.device("cpu"))
 
 

@@ -1,0 +1,100 @@
+"""The backend "cuda" in the emulator by every tiling: the same numbers whatever the cut, and whatever the order. A
+GPU's side is in `gpu/test_tilings`.
+
+The emulator runs the kernels' own source; tensor cores multiply there as the PTX manual says that they do.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support.cases import TOLERANCES, Case, assert_all_close, expected, make_problem, run
+from support.checks import rms_error
+from support.emulator import tilings
+
+import dql
+from dql.kernels.cuda import chain as cuda_chain
+from dql.kernels.cuda import plan as cuda_plan
+from dql.kernels.cuda.plan import Tiling
+
+Tensor = torch.Tensor
+pytestmark = pytest.mark.usefixtures("emulated", "poisoned")
+
+TILED = [
+    Case(B=37, S=11, A=3, K=3, H=48),  # padded to 128 by clusters of 8
+    Case(B=9, S=3, A=40, K=3, N=5, H=24, num_hidden=2, activation="silu"),
+    Case(B=70, S=5, A=20, K=2, H=130, num_hidden=4, activation="relu", max_action=3.0),
+]
+SMOOTH = 1e5  # an action bound that nothing reaches: rounding cuts no gradient off
+
+
+@pytest.mark.parametrize("tiling", tilings("fp32"), ids=str)
+@pytest.mark.parametrize("case", TILED, ids=str)
+def test_any_tiling_gives_the_same(case, tiling):
+    with cuda_plan.forced(tiling):
+        got = run(case, "cuda")
+    assert_all_close(got, expected(case), TOLERANCES["float32"], case=case, backend=f"cuda, {tiling}")
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+@pytest.mark.parametrize("case", TILED, ids=str)
+def test_any_tiling_rounds_alike(case, precision):
+    """The same operands are rounded; only sums are added up in another order, which flips a few roundings."""
+    case = replace(case, max_action=SMOOTH)
+    found = []
+    for tiling in tilings(precision):
+        with cuda_plan.forced(tiling):
+            found.append((tiling, run(case, "cuda", precision=precision)))
+    _, first = found[0]
+    for tiling, got in found[1:]:
+        for name, want in first.items():
+            assert rms_error(got[name], want) <= TOLERANCES["bf16 flips"].rel, f"{name} by {tiling}"
+
+
+@pytest.mark.parametrize(
+    "case", [*(replace(c, H=H) for c in TILED[:2] for H in (100, 256)), replace(TILED[0], H=256, A=24)], ids=str
+)
+def test_128_rows(case):
+    """The kernel for many rows: forward alone. With 24 actions its small layers' weights stay in device memory."""
+    problem = make_problem(replace(case, B=4 * case.B), torch.float32)  # a whole tile and a part
+    options = {"noise": problem.noise, "num_candidates": case.N, "precision": "bf16", "sampler": problem.table}
+    with torch.no_grad():
+        want = dql.sample(problem.states, problem.policy, backend="cuda", **options)
+        with cuda_plan.forced(Tiling(1, cuda_plan.WIDE, False)):
+            got = dql.sample(problem.states, problem.policy, backend="cuda", **options)
+    assert rms_error(got, want) <= TOLERANCES["bf16 flips"].rel
+    assert float((got == want).double().mean()) > 0.2, "the operands are the same"
+
+
+def test_128_rows_are_for_sampling_alone():
+    policy = dql.DiffusionPolicy(5, 3, hidden_dim=64)
+    with cuda_plan.forced(Tiling(1, cuda_plan.WIDE, False)):
+        with torch.no_grad(), pytest.raises(ValueError, match="forward pass in bf16 with H up to 256"):
+            dql.sample(torch.zeros(1, 5), policy, backend="cuda", precision="fp32")
+        with pytest.raises(ValueError, match="save nothing for a backward pass"):
+            dql.sample(torch.zeros(1, 5), policy, backend="cuda", precision="bf16")
+
+
+@pytest.mark.parametrize("tiling", [Tiling(8, 1, True), Tiling(1, 1, False)], ids=str)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_same_bits_in_any_order(tiling, precision):
+    """Of threads and of bytes' arrivals, which the emulator shuffles anew at each run: nothing is a race."""
+    with cuda_plan.forced(tiling):
+        first, *others = (run(TILED[0], "cuda", precision=precision) for _ in range(3))
+    for other in others:
+        assert all(torch.equal(other[name], first[name]) for name in first)
+
+
+def test_sums_in_parts(monkeypatch):
+    case = Case(B=130, S=70, A=3, K=4, H=80, num_hidden=2)
+    want, asked = run(case, "cuda"), []
+    parts = cuda_chain.Launcher.parts
+
+    def recorded(self, rows):
+        asked.append((parts(self, rows), rows))
+        return 7
+
+    monkeypatch.setattr(cuda_chain.Launcher, "parts", recorded)
+    got = run(case, "cuda")
+    assert asked == [(2, 520)]
+    assert_all_close(got, want, TOLERANCES["sums"], case=case, backend="cuda, seven parts")

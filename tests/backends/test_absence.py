@@ -1,0 +1,103 @@
+"""A machine without a backend: everything runs by another, and it says why not, in the same words everywhere."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+PROGRAM = """
+import json, sys, torch, dql
+from dql.kernels.cpp import binding
+name = sys.argv[1]
+policy, critic, states = dql.DiffusionPolicy(4, 3, hidden_dim=16), dql.TwinCritic(4, 3, 16), torch.zeros(2, 4)
+said = {"loaded": "dql.kernels._cuda" in sys.modules, "listed": dql.backends()[name]}
+for call, run in {
+    "sample": lambda: dql.sample(states, policy, backend=name),
+    "select": lambda: dql.select(states, policy, critic, backend=name),
+}.items():
+    try:
+        run()
+    except dql.BackendUnavailable as error:
+        said[call] = str(error)
+said["triton"] = "triton" in sys.modules
+said["variants"] = binding.variants()
+said["first"] = first = next(other for other, reason in dql.backends().items() if reason is None)
+with torch.no_grad():
+    auto, by_name = (
+        [dql.sample(states, policy, seed=1, backend=b) for _ in range(2)]
+        + [dql.select(states, policy, critic, seed=1, backend=b)] for b in ("auto", first)
+    )
+said["same"] = all(a.shape == (2, 3) and torch.equal(a, b) for a, b in zip(auto, by_name))
+dql.sample(states, policy).sum().backward()
+agent = dql.DiffusionQL(4, 3, dql.Config(hidden_dim=16))
+batch = dql.Batch(states, torch.zeros(2, 3), torch.zeros(2), states, torch.ones(2))
+said["update"] = sorted(agent.update(batch))[0]
+try:
+    dql.sample(torch.full((2, 4), float("nan")), policy)
+except ValueError as error:
+    said["nan"] = str(error)
+print(json.dumps(said))
+"""
+STAND_INS = ("TRITON_INTERPRET", "DQL_CUDA_EMULATE")
+
+
+def alone(backend: str, hidden: str = "", **environment: str) -> dict:
+    """What a process of its own says in which a module cannot be imported and nothing stands in for a GPU, unless it is
+    told to."""
+    hide = f"import sys\nsys.modules[{hidden!r}] = None\n" if hidden else ""
+    environment = {name: value for name, value in os.environ.items() if name not in STAND_INS} | environment
+    command = [sys.executable, "-c", hide + PROGRAM, backend]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def reason(said: dict, backend: str) -> str:
+    """The words, the same everywhere."""
+    assert said["same"] is True and said["update"] == "actor/bc_loss"
+    assert "hold 8 NaN or infinite values" in said["nan"]
+    assert said["listed"] and "\n" not in said["listed"]
+    for call in ("sample", "select"):
+        head, _, able = said[call].partition(" (able to: ")
+        assert head == f"backend {backend!r} cannot run this: {said['listed']}"
+        assert able.startswith(said["first"]) and able.endswith("eager)")
+    return said["listed"]
+
+
+def test_without_the_extension_of_cpp():
+    said = alone("cpp", hidden="dql.kernels._native")
+    assert reason(said, "cpp")
+    assert said["variants"] == {}
+    assert said["first"] == "eager" or torch.cuda.is_available()
+
+
+def test_without_the_extension_of_cuda():
+    said = alone("cuda", hidden="dql.kernels._cuda")
+    assert reason(said, "cuda").startswith("the CUDA extension cannot be used: ")
+
+
+def test_without_the_emulator():
+    said = alone("cuda", hidden="dql.kernels._cuda_emulated", DQL_CUDA_EMULATE="1")
+    assert reason(said, "cuda") == (
+        "DQL_CUDA_EMULATE=1 needs the emulated kernels; run python setup.py build_cuda_emulator, or unset it"
+    )
+
+
+NO_GPU = "no CUDA device: torch.cuda.is_available() is False; see `dql doctor`"
+NO_CUDA = (
+    "there is no NVIDIA driver here; see `dql doctor`",
+    "the CUDA extension cannot be used: ",
+    "the driver is for ",
+)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize(("backend", "sentences"), [("cuda", (NO_GPU, *NO_CUDA)), ("triton", (NO_GPU,))])
+def test_without_a_gpu(backend, sentences):
+    """In a process that is told of no stand-in. Importing dql loads nothing, nor is Triton imported to find out."""
+    said = alone(backend)
+    assert reason(said, backend).startswith(sentences)
+    assert said["loaded"] is False and said["triton"] is False

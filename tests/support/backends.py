@@ -1,0 +1,163 @@
+"""The backends that are tested, as the registry has them, and what their tests must know of each beyond its name.
+
+A backend whose kernels are a GPU's runs without one where something stands in for it: Triton's interpreter, or the
+emulator of the CUDA kernels. The tests of `backends/` hand it tensors on the CPU, so there it runs in no other way.
+"""
+
+import importlib.metadata
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dql.backend.gpu import GpuBackend
+from dql.backend.registry import registry
+from dql.kernels import triton as triton_kernels
+from dql.kernels.cpp import binding
+from dql.kernels.cuda import plan as cuda_plan
+from dql.kernels.cuda.plan import Tiling
+from support.cases import CASES, Case, make_problem
+from support.checks import CPP, CUDA, TRITON, Rounded
+from support.emulator import compile_emulator, tilings
+
+Draw = Callable[[Any], Any]  # of one of Hypothesis's strategies, which a GPU's machine may be without
+Way = AbstractContextManager[Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the tests know of a backend. One without an entry is tested in float32, cut into tiles as it likes.
+
+    Attributes:
+        stand_in: makes ready what runs the kernels in a GPU's place; None, or why it cannot.
+        variants: of its instructions, each with None or why it does not run here; `forced` lets one run.
+        rounded: its reduced precisions, and what tells that they round as they should.
+        cases: how large random problems are, see `random_cases`.
+        examples: how many of them.
+        any_cut: draws a way to cut a case's rows into tiles.
+        tiles_of_16_rows: with it rows are cut into those, always.
+    """
+
+    stand_in: Callable[[], str | None] = lambda: None
+    variants: dict[str, str | None] = field(default_factory=dict)
+    forced: Callable[[str], Way] = lambda variant: nullcontext()
+    rounded: dict[str, Rounded] = field(default_factory=dict)
+    cases: dict[str, int] = field(default_factory=dict)
+    examples: int = 15
+    any_cut: Callable[[Draw, Case], Way] = lambda draw, case: nullcontext()
+    tiles_of_16_rows: Callable[[], Way] = nullcontext
+
+
+def _interpreter() -> str | None:
+    if triton_kernels.unavailable() is not None:
+        return None  # which it says itself
+    versions = importlib.metadata.version("triton"), np.__version__
+    triton, numpy = (tuple(int(part) for part in version.split(".")[:2]) for version in versions)
+    if triton < (3, 7) and numpy >= (2, 4):  # it takes int() of arrays [1]
+        return f"the interpreter of Triton {versions[0]} cannot use NumPy {versions[1]}; pip install 'numpy<2.4'"
+    return None
+
+
+def _any_tiling(draw: Draw, case: Case) -> Way:
+    from hypothesis import strategies as st
+
+    tiling = draw(st.sampled_from(tilings("fp32")))
+    spec = make_problem(case, torch.float32).policy.denoiser.spec
+    problem = cuda_plan.Problem(spec, "fp32", case.rows, case.K, 1, True)
+    fits = cuda_plan.shared_bytes(problem, tiling) <= 227 * 1024
+    return cuda_plan.forced(tiling if fits else Tiling(1, 1, False))
+
+
+def _any_tiles(draw: Draw, case: Case) -> Way:
+    from hypothesis import strategies as st
+
+    from support.triton_tiles import Tile, forced
+
+    forward, backward = (
+        Tile(draw(st.sampled_from([16, 32, 64])), 16, 2, draw(st.sampled_from([1, 4, 8]))) for _ in range(2)
+    )
+    return forced(forward, backward)
+
+
+def _tiles_of_16_rows() -> Way:
+    from support.triton_tiles import TILES, forced
+
+    return forced(TILES[0])
+
+
+ENTRIES = {
+    "cpp": Entry(
+        variants=binding.variants(),
+        forced=binding.forced,
+        rounded=CPP,
+        cases={"most_rows": 40, "most_steps": 20, "steps_of_large": 20},
+        examples=200,
+    ),
+    "cuda": Entry(
+        stand_in=compile_emulator,
+        rounded=CUDA,
+        examples=25,
+        any_cut=_any_tiling,
+        tiles_of_16_rows=lambda: cuda_plan.forced(Tiling(2, 1, True)),
+    ),
+    "triton": Entry(
+        stand_in=_interpreter,
+        rounded=TRITON,
+        any_cut=_any_tiles,
+        tiles_of_16_rows=_tiles_of_16_rows,
+    ),
+}
+NAMES = [name for name in registry() if name != "eager"]  # which all others are measured against
+OF_GPUS = [name for name in NAMES if isinstance(registry()[name], GpuBackend)]
+
+
+def entry(name: str) -> Entry:
+    return ENTRIES.get(name, Entry())
+
+
+def _each(name: str) -> list[Any]:
+    """A backend in every variant of its instructions: "cpp-avx2"."""
+    return [
+        pytest.param(f"{name}-{variant}", marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
+        for variant, reason in entry(name).variants.items()
+    ] or [name]
+
+
+every_variant = pytest.mark.parametrize("backend", [way for name in NAMES for way in _each(name)], indirect=True)
+REDUCED = [(name, precision) for name in NAMES for precision in entry(name).rounded]
+every_precision = pytest.mark.parametrize(("backend", "reduced"), REDUCED, indirect=True)
+both_reduced = pytest.mark.parametrize(
+    "backend", [name for name in NAMES if {"tf32", "bf16"} <= {*entry(name).rounded}], indirect=True
+)
+
+
+def rounded(cases: list[Case]) -> pytest.MarkDecorator:
+    """Every reduced precision of every backend, with those of the cases that are run in it."""
+    found = []
+    for name, precision in REDUCED:
+        every = entry(name).rounded[precision].every
+        chosen = [case for case in CASES[::every] if case in cases]
+        found += [pytest.param(name, precision, case, id=f"{name}-{precision}-{case}") for case in chosen]
+    return pytest.mark.parametrize(("backend", "reduced", "case"), found, indirect=["backend", "reduced"])
+
+
+def cannot_stand_in(name: str) -> str | None:
+    """Why the backend does not run on tensors of the CPU here, or None. Makes ready first what is to run it."""
+    backend = registry()[name]
+    if isinstance(backend, GpuBackend) and not backend.stands_in():
+        variable, _ = backend.kernels.STAND_IN
+        if torch.cuda.is_available():
+            return f"a CUDA device is there, for the tests of a GPU; set {variable}=1 to have {name!r} without it"
+        return f"{variable}=1 was not set before the tests began"
+    return entry(name).stand_in() or backend.check()
+
+
+def cannot_run(name: str) -> str | None:
+    """Why its kernels run neither on a GPU nor in the place of one, or None. Makes ready first what is to run it."""
+    if isinstance(registry()[name], GpuBackend) and torch.cuda.is_available():
+        return registry()[name].check()
+    return cannot_stand_in(name)
