@@ -206,7 +206,7 @@ limited = {} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"bdist_wheel":
 
 # those of the folder kernels/ are dql.kernels
 PACKAGES = ["dql", *(f"dql.{name}" for name in ("backend", "behaviours", "collect", "datasets", "kernels"))]
-PACKAGES += [f"dql.kernels.{name}" for name in ("cpp", "cuda", "triton")]
+PACKAGES += [f"dql.kernels.{path.parent.name}" for path in sorted((ROOT / "kernels").glob("*/__init__.py"))]
 
 setup(
     version=version[1],

@@ -27,11 +27,12 @@ from table import COPY_TITLE, GPU_TITLE, MATMUL_TITLE
 from torch import Tensor
 
 import dql
+from dql.backend.registry import of_gpus
 from dql.kernels.capture import repeated
 
 BATCH_SIZES, SHORT_BATCH_SIZES = (256, 65536, 1, 2500, 50), (256, 1)  # the headline first: time may run out
 GRAPHED_BATCH_SIZES = (1, 50, 256, 2500)  # beyond, the host's part no longer shows
-OURS = [f"dql-{backend}-{precision}" for precision in ("bf16", "fp32", "tf32") for backend in ("cuda", "triton")]
+OURS = [f"dql-{backend}-{precision}" for precision in ("bf16", "fp32", "tf32") for backend in of_gpus()]
 CANDIDATES = 50
 CRITIC_FLOPS = 2 * 2 * ((S + A) * H + 2 * H * H + H)  # of a row, both networks
 CALL_SECONDS, MIN_ROUNDS, MAX_ROUNDS = 0.15, 10, 300

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import dql
+from dql.backend.registry import of_gpus
 from dql.kernels.cpp import binding
 
 S, A, H, T = 17, 6, 256, 5  # a MuJoCo walker with the paper's network
@@ -156,7 +157,7 @@ def precision_of(contender: str) -> str:
 def contenders() -> list[str]:
     """Ours: every backend in float32, tf32 and bf16 on a GPU, and bf16 where this CPU multiplies it."""
     names = [f"dql-{name}" for name in dql.backends()]
-    for backend in ("cuda", "triton"):
+    for backend in of_gpus():
         if dql.backends()[backend] is None:
             names += [f"dql-{backend}-tf32", f"dql-{backend}-bf16"]
     return names + (["dql-cpp-bf16"] if binding.unavailable() is None and binding.has_bf16() else [])

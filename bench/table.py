@@ -8,11 +8,12 @@ from typing import Any
 
 from machine import provenance
 
+from dql.backend.registry import of_gpus
+
 Row = dict[str, Any]
 GPU_BATCH_SIZES = (1, 50, 256, 2500, 65536)
 GPU_PROBLEMS = ("sample, forward", "sample, forward and backward", "select of 50")
 UPDATE_PROBLEMS = ("update B=256", "update B=256, max_q_backup")
-GPU_BACKENDS = ("triton", "cuda")
 PRECISIONS = ("fp32", "tf32", "bf16")
 NOT_MEASURED = "not measured"
 RUNTIMES = "ONNX Runtime or OpenVINO"
@@ -125,7 +126,7 @@ def gpu_summary(report: dict[str, Any]) -> str:
         group = [row for row in measured if row["problem"] == problem]
         sizes = GPU_BATCH_SIZES if problem.startswith("sample") else (1,)
         names = ["published", "compile-lean+graph", *["compile-lean-bf16+graph"] * (problem == GPU_PROBLEMS[0])]
-        names += [f"dql-{backend}-{precision}" for backend in GPU_BACKENDS for precision in PRECISIONS]
+        names += [f"dql-{backend}-{precision}" for backend in of_gpus() for precision in PRECISIONS]
         lines = [[problem, *(f"B = {B:,}" for B in sizes)]]
         lines += [[_contender(name), *(_gpu_cell(name, B, group) for B in sizes)] for name in names]
         parts.append(_markdown(lines))
@@ -162,7 +163,7 @@ def _update_table(rows: list[Row], launched: list[Row]) -> str:
     lines = [["", "contender", "whole call", "times faster than published", "kernels", "copies", "kernels alone"]]
     for problem in UPDATE_PROBLEMS:
         timed = {row["contender"]: row for row in rows if row["problem"] == problem}
-        ours = [f"dql-{backend}{graph}" for backend in ("eager", *GPU_BACKENDS) for graph in ("", "+graph")]
+        ours = [f"dql-{backend}{graph}" for backend in ("eager", *of_gpus()) for graph in ("", "+graph")]
         for name in ("published", *ours):
             row, launch = timed.get(name), seen.get((problem, name))
             times = [time(row["median_us"]), f"{row['speedup_over']['published']:.3g}x"] if row else [NOT_MEASURED, ""]

@@ -7,7 +7,7 @@ that runs tables runs them all.
 
 import itertools
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -17,8 +17,6 @@ import numpy as np
 from dql.backend.kept import Kept
 from dql.shown import shown
 
-BETA_SCHEDULES = ("vp", "linear", "cosine")
-SAMPLERS = ("ddpm", "ddim", "dpm-solver++")
 LARGEST = 1e30  # of a table's numbers and of max_action: float32's own largest would leave no room for sums
 
 
@@ -48,6 +46,7 @@ def cosine_beta_schedule(T: int) -> np.ndarray:
 
 
 _BETAS = {"vp": vp_beta_schedule, "linear": linear_beta_schedule, "cosine": cosine_beta_schedule}
+BETA_SCHEDULES = tuple(_BETAS)
 
 
 @dataclass(frozen=True)
@@ -218,7 +217,7 @@ class StepTable:
     def make(
         cls, sampler: str, schedule: NoiseSchedule, num_steps: int | None = None, *, predict_epsilon: bool = True
     ) -> "StepTable":
-        """The table of a sampler by name: "ddpm", "ddim" (stochasticity 0) or "dpm-solver++".
+        """The table of a sampler by name, one of `SAMPLERS`; "ddim" has stochasticity 0.
 
         Raises:
             ValueError: unknown sampler, or num_steps is not in 1 .. T.
@@ -262,12 +261,19 @@ def _respace(schedule: NoiseSchedule, num_steps: int | None) -> tuple[np.ndarray
     return timesteps, bar, np.append(bar[1:], 1.0)
 
 
+_TABLES: dict[str, Callable[..., StepTable]] = {
+    "ddpm": StepTable.ddpm,
+    "ddim": StepTable.ddim,
+    "dpm-solver++": StepTable.dpm_solver_pp_2m,
+}
+SAMPLERS = tuple(_TABLES)
+
+
 @lru_cache(maxsize=256, typed=True)  # True and 2.0 are no step counts, though they equal 1 and 2
 def _make(sampler: str, schedule: NoiseSchedule, num_steps: int | None, predict_epsilon: bool) -> StepTable:
-    fill = {"ddpm": StepTable.ddpm, "ddim": StepTable.ddim, "dpm-solver++": StepTable.dpm_solver_pp_2m}
-    if sampler not in fill:
+    if sampler not in _TABLES:
         raise ValueError(_unknown(sampler))
-    return fill[sampler](schedule, num_steps, predict_epsilon=predict_epsilon)
+    return _TABLES[sampler](schedule, num_steps, predict_epsilon=predict_epsilon)
 
 
 def _is_number(value: Any) -> bool:

@@ -25,7 +25,7 @@ import rivals
 import torch
 
 import dql
-from dql.backend.registry import registry
+from dql.backend.registry import of_gpus, registry
 from dql.kernels.capture import repeated
 from dql.kernels.cuda import binding
 from dql.kernels.cuda.plan import WIDE, Problem, Tiling, forced, shared_bytes
@@ -54,7 +54,7 @@ def kinds(backend: str, small: bool) -> list[tuple[str, str]]:
     """(precision, kind) of every check of a backend, the headline's first; small, which is slow, without tf32."""
     found = [(p, kind) for kind in KINDS[:4] for p in ("bf16", "fp32", "tf32")[: 2 if small else 3]]
     found += [("fp32", "update"), ("any", "noise")]
-    return found if backend == "triton" else [("any", "clusters"), *found, *(("any", name) for name in TILINGS)]
+    return [("any", "clusters"), *found, *(("any", name) for name in TILINGS)] if backend == "cuda" else found
 
 
 class Checks:
@@ -316,7 +316,7 @@ def nothing_to_do(why: str) -> NoReturn:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("backend", choices=("triton", "cuda"))
+    parser.add_argument("backend", choices=of_gpus())
     parser.add_argument("precision", choices=("fp32", "tf32", "bf16", "any"))
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--device", default="cuda", type=torch.device)

@@ -29,6 +29,7 @@ import torch
 from json_files import read_json, write_json
 from table import GPU_TITLE, time
 
+from dql.backend.registry import of_gpus
 from gpu import outcomes
 from gpu.parts import Outcome, say
 from gpu.tools import kernels_seen
@@ -171,7 +172,7 @@ def untested(scratch: Path, capability: str) -> list[str]:
         for test, record in outcomes.read(path)[1].items()
         if record["outcome"] == "passed"
     ]
-    wanted = {"triton": r"triton", "cuda": r"gpu/test_tilings|cuda"}
+    wanted = {backend: backend for backend in of_gpus()} | {"cuda": r"gpu/test_tilings|cuda"}
     if int(capability) >= 90:
         wanted["a cluster of cuda"] = r"cluster[248]-"
     if int(capability) == 90:

@@ -33,6 +33,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from dql.backend.registry import of_gpus
 from dql.kernels import build_record
 from gpu import checks as gpu_checks
 from gpu import outcomes
@@ -61,8 +62,8 @@ PARTS = tuple(name for stage in STAGES for name in stage)
 FIRST = ("build", "triton", "cuda", "quick", "tests")
 LEAST = {"build": 60, "triton": 40, "wheels": 10, "cuda": 20, "quick": 40, "tests": 55, "rivals": 55, "data": 55}
 LEAST |= {"bench": 90, "update": 25, "profile": 25, "sanitize": 55, "train": 60}  # seconds kept for each
-A_CHECK = {"triton": 60, "cuda": 20}  # seconds after which one hangs; Triton compiles in them
-A_TEST = {"triton": 60, "cuda": 20}  # one of triton compiles 36 kernels
+A_CALL = 20  # seconds after which a check, or a test, hangs
+COMPILED = {"triton": 60}  # ... of a backend that compiles in them: one test of triton 36 kernels
 A_TIME, A_QUICK_TIME = 60, 20
 FOR_UPDATE = 12.0  # seconds of `quick`, whatever else hangs
 QUICK_SIZES, QUICK = "256,1,65536", "not graph and (not backward or B256)"
@@ -191,6 +192,7 @@ class Run:
     def _checks(self, task: Task, backend: str, jobs: int) -> str | None:
         """Each kind in a process of its own, `jobs` at a time; a line as each ends."""
         done: list[dict[str, Any]] = []
+        most = COMPILED.get(backend, A_CALL)
 
         def check(precision: str, kind: str) -> dict[str, Any]:
             output = self.scratch / f"check-{backend}-{precision}-{kind}.out"
@@ -198,12 +200,12 @@ class Run:
             command = [*CHECKS, backend, precision, kind, "--device", self.device, *self.small]
             began, why, code = time.monotonic(), None, None
             try:
-                code = own.run(command, output, most=A_CHECK[backend])
+                code = own.run(command, output, most=most)
                 if code not in (0, 1):
                     why = f"its process ended with {code}: {_last_line(own.log)}"
             except OutOfTimeError:
-                hung = time.monotonic() - began > A_CHECK[backend] - 1
-                why = f"ended after {A_CHECK[backend]} s: it hangs, or compiles too long" if hung else NOT_REACHED
+                hung = time.monotonic() - began > most - 1
+                why = f"ended after {most} s: it hangs, or compiles too long" if hung else NOT_REACHED
             except NothingToDoError:
                 pass  # it says why itself
             found, rest = gpu_tools.told(output.read_text(errors="replace") if output.exists() else "")
@@ -256,12 +258,12 @@ class Run:
                 return None, True
 
         def of_backend(backend: str) -> tuple[str | None, bool]:
-            a_test = A_TEST[backend] if self.device == "cuda" else 60  # what is interpreted is slow
+            a_test = COMPILED.get(backend, A_CALL) if self.device == "cuda" else 60  # what is interpreted is slow
             limit = ["--timeout", str(a_test), "--only-backend", backend]
             return run(backend, task.of(f"tests-{backend}"), *each, *limit)
 
         with ThreadPoolExecutor(2) as pool:
-            done = list(pool.map(of_backend, ("cuda", "triton")))
+            done = list(pool.map(of_backend, of_gpus()))
         done.append(run("alone", task, "-p", "no:xdist", "--timeout", "60", "-m", "alone"))
         wrong = [why for why, _ in done if why is not None]
         if self.device == "cuda" and ids is None:
@@ -292,7 +294,7 @@ class Run:
         ncu = gpu_tools.tool("ncu")
         wanted = [word for name in gpu_tools.NCU_SECTIONS for word in ("--section", name)]
         wrong = []
-        for backend in ("cuda", "triton"):
+        for backend in of_gpus():
             command = [ncu, *gpu_tools.NCU_OPTIONS, *wanted, *CHECKS, backend, "any", "profile"]
             code = task.run(command, output=self.scratch / f"profile-{backend}.csv")
             wrong += [f"{backend}: ncu ended with {code}"] if code else []
@@ -313,7 +315,7 @@ class Run:
             return {"backend": backend, "tool": tool} | gpu_tools.judge(code, own.log.read_text(errors="replace"))
 
         with ThreadPoolExecutor(_cores(0.5)) as pool:
-            futures = [pool.submit(check, backend, tool) for tool in SANITIZERS for backend in ("cuda", "triton")]
+            futures = [pool.submit(check, backend, tool) for tool in SANITIZERS for backend in of_gpus()]
             for future in as_completed(futures):
                 done.append(future.result())
                 say("{backend}, {tool}: {outcome}, {findings} findings, {cases} cases".format(**done[-1]))

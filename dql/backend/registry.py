@@ -3,7 +3,7 @@
 from dql.backend.base import Backend, BackendUnavailable, Chain
 from dql.backend.cpp import CppBackend
 from dql.backend.eager import EagerBackend
-from dql.backend.gpu import CUDA, TRITON
+from dql.backend.gpu import CUDA, TRITON, GpuBackend
 from dql.shown import shown
 
 _REGISTRY: dict[str, Backend] = {}
@@ -18,6 +18,11 @@ def register(backend: Backend) -> None:
 def registry() -> dict[str, Backend]:
     """The backends by name, in the order of "auto"."""
     return _REGISTRY
+
+
+def of_gpus() -> list[str]:
+    """Those whose kernels are a GPU's, in the order of "auto"."""
+    return [name for name, backend in _REGISTRY.items() if isinstance(backend, GpuBackend)]
 
 
 def backends() -> dict[str, str | None]:

@@ -11,6 +11,7 @@ from support.gpu_agents import CONFIG, DEVICE, A, S, make_batch
 
 import dql
 from dql import noise, update_graphed
+from dql.backend.registry import of_gpus
 from dql.draws import UpdateSeeds
 from dql.update_graphed import AHEAD, GraphedUpdate
 
@@ -25,7 +26,7 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(params=["eager", "triton", "cuda"])
+@pytest.fixture(params=["eager", *of_gpus()])
 def backend(request, runs_here) -> str:
     return runs_here(request.param)
 

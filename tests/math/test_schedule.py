@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from support import transcription
 from support.cases import TOLERANCES, assert_close
 
-from dql import DiffusionPolicy, NoiseSchedule, StepTable, sample
+from dql import DiffusionPolicy, NoiseSchedule, StepTable, cli, sample
 from dql.schedule import BETA_SCHEDULES, SAMPLERS
 
 LENGTHS = [1, 2, 5, 15, 50, 1000]
@@ -116,13 +117,9 @@ def test_tables_do_what_the_papers_say(sampler, T, K):
         assert list(table.timesteps) == timesteps
         assert table.num_steps == K
         for max_action in (1.0, 1e6):  # 1e6: never clamped
-            arguments = (small_denoiser(), reference, states, noise, max_action, timesteps)
-            if sampler == "ddpm":
-                want = transcription.ddpm_chain(*arguments)
-            elif sampler == "dpm-solver++":
-                want = transcription.dpmpp_2m_chain(*arguments)
-            else:
-                want = transcription.ddim_chain(*arguments, stochasticity)
+            extra = (stochasticity,) if stochasticity else ()
+            chain = transcription.CHAINS[sampler.partition(" ")[0]]
+            want = chain(small_denoiser(), reference, states, noise, max_action, timesteps, *extra)
             got = run_table(table, noise, max_action)
             # x_T / sqrt(abar_T) and its like cancel down to the action: 1e-16 of the largest a
             scale = max(row[0] for row in table.rows)
@@ -200,8 +197,15 @@ def test_bad_num_steps(sampler, num_steps):
 
 
 def test_unknown_sampler():
-    with pytest.raises(ValueError, match=r"unknown sampler 'euler'; known: ddpm, ddim, dpm-solver\+\+, or a StepTable"):
-        StepTable.make("euler", NoiseSchedule())
+    known = re.escape(", ".join(SAMPLERS))
+    with pytest.raises(ValueError, match=f"unknown sampler 'none such'; known: {known}, or a StepTable"):
+        StepTable.make("none such", NoiseSchedule())
+
+
+def test_who_takes_a_samplers_name_says_which_there_are():
+    for takes in (sample, DiffusionPolicy.export_onnx, cli.export):
+        for name in SAMPLERS:
+            assert name in (takes.__doc__ or ""), (takes, name)
 
 
 @pytest.mark.parametrize("stochasticity", [-0.1, 1.1, float("nan")])

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dql
 from dql import finite
-from dql.backend.registry import registry
+from dql.backend.registry import of_gpus, registry
 from dql.kernels.cuda import plan as cuda_plan
 from dql.kernels.cuda.plan import Tiling
 from dql.sampler import run_chain
@@ -32,7 +32,7 @@ PRECISIONS = ["fp32", "tf32", "bf16"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # NumPy's, of what is meant here
 
 
-@pytest.fixture(params=["triton", "cuda"])
+@pytest.fixture(params=of_gpus())
 def backend(request, runs_here) -> str:
     return runs_here(request.param)
 

@@ -11,6 +11,8 @@ import torch
 from support.cases import CASES, TOLERANCES, Case, assert_close, make_problem
 
 import dql
+from dql.kernels.layout import ACTIVATIONS
+from dql.schedule import SAMPLERS
 
 onnx = pytest.importorskip("onnx", reason='needs onnx: pip install "diffusion-ql[test]"')
 onnxruntime = pytest.importorskip("onnxruntime", reason='needs onnxruntime: pip install "diffusion-ql[test]"')
@@ -58,8 +60,8 @@ def test_equals_sample(case, tmp_path):
 def test_the_cases_are_of_every_kind():
     cases = [*CASES, *EXTRA]
     for field, kinds in {
-        "sampler": {"ddpm", "ddim", "dpm-solver++"},
-        "activation": {"mish", "relu", "silu"},
+        "sampler": {*SAMPLERS},
+        "activation": {*ACTIVATIONS},
         "predict_epsilon": {True, False},
         "num_hidden": {2, 3, 4},
     }.items():

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dql
-from dql.backend.registry import registry
+from dql.backend.registry import of_gpus, registry
 from dql.checkpoint import CheckpointError, save_tensors
 from dql.networks import Activation
 from dql.sampler import run_chain
@@ -23,10 +23,10 @@ Tensor = torch.Tensor
 SMALL = {"hidden_dim": 16, "num_hidden": 2, "T": 2}
 
 
-@pytest.fixture(params=["cpp", "eager", "triton", "cuda"])
+@pytest.fixture(params=registry())
 def backend(request, runs_here) -> str:
     runs_here(request.param)
-    if torch.cuda.is_available() and request.param in ("triton", "cuda"):
+    if torch.cuda.is_available() and request.param in of_gpus():
         pytest.skip("tensors here are on the CPU")
     return request.param
 

@@ -26,7 +26,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=["cpp", "eager", "triton", "cuda"])
+@pytest.fixture(params=registry())
 def backend(request, runs_here) -> str:
     return runs_here(request.param)
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -14,10 +15,10 @@ from support.cases import CASES, TOLERANCES, Case, assert_close, make_problem
 import dql
 from dql import noise as noise_stream
 from dql import sampler as sampler_module
+from dql.schedule import SAMPLERS
 
 Tensor = torch.Tensor
 S, A, H = 4, 3, 16
-SAMPLERS = ["ddpm", "ddim", "dpm-solver++"]
 
 
 @pytest.fixture(autouse=True)
@@ -415,9 +416,9 @@ def mistakes():
         "too many steps": ({"num_steps": 6}, V, "from 1 to the 5 steps the policy was trained with, got 6"),
         "no steps": ({"num_steps": 0}, V, "from 1 to the 5 steps the policy was trained with, got 0"),
         "unknown sampler": (
-            {"sampler": "euler"},
+            {"sampler": "none such"},
             V,
-            r"unknown sampler 'euler'; known: ddpm, ddim, dpm-solver\+\+, or a",
+            f"unknown sampler 'none such'; known: {re.escape(', '.join(SAMPLERS))}, or a",
         ),
         "table and steps": (
             {"sampler": dql.StepTable.ddim(dql.NoiseSchedule(), 3), "num_steps": 2},

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dql.backend.gpu import GpuBackend
-from dql.backend.registry import registry
+from dql.backend.registry import of_gpus, registry
 from dql.kernels import triton as triton_kernels
 from dql.kernels.cpp import binding
 from dql.kernels.cuda import plan as cuda_plan
@@ -112,7 +112,7 @@ ENTRIES = {
     ),
 }
 NAMES = [name for name in registry() if name != "eager"]  # which all others are measured against
-OF_GPUS = [name for name in NAMES if isinstance(registry()[name], GpuBackend)]
+OF_GPUS = of_gpus()
 
 
 def entry(name: str) -> Entry:

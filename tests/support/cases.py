@@ -245,11 +245,7 @@ def expected(case: Case) -> dict[str, Tensor]:
     schedule = transcription.make_schedule(case.beta_schedule, case.T or case.K)
     timesteps = transcription.spaced_timesteps(schedule.T, case.K)
     noise = problem.noise.reshape(case.K, case.rows, case.A)
-    chain = {
-        "ddpm": transcription.ddpm_chain,
-        "ddim": transcription.ddim_chain,
-        "dpm-solver++": transcription.dpmpp_2m_chain,
-    }[case.sampler]
+    chain = transcription.CHAINS[case.sampler]
     extra = (case.stochasticity,) if case.sampler == "ddim" else ()
     with variant(case):
         repeated = states.repeat_interleave(N, dim=0)  # [R, S]

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import dql
+from dql.backend.registry import of_gpus
 from dql.kernels.capture import mend_after_capture, recorded
 from support.cases import (
     TOLERANCES,
@@ -36,7 +37,7 @@ each_backend = pytest.mark.parametrize(
     [
         pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))
         for name, reason in dql.backends().items()
-        if name in ("triton", "cuda")
+        if name in of_gpus()
     ],
 )
 needs_cuda = pytest.mark.skipif(dql.backends()["cuda"] is not None, reason=f"cuda: {dql.backends()['cuda']}")

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 from hypothesis import strategies as st
 
+from dql.kernels.layout import ACTIVATIONS
+from dql.schedule import BETA_SCHEDULES, SAMPLERS
 from support.cases import Case
 
 
@@ -20,11 +22,11 @@ def random_cases(draw: Callable[..., int], most_rows: int = 20, most_steps: int 
         N=draw(st.one_of(st.none(), st.integers(1, 5))),
         H=draw(st.one_of(st.sampled_from([16, 32, 64, 96]), st.integers(1, 512 if large else 80))),
         num_hidden=draw(st.integers(2, 4)),
-        activation=draw(st.sampled_from(["mish", "relu", "silu"])),
-        sampler=draw(st.sampled_from(["ddpm", "ddim", "dpm-solver++"])),
+        activation=draw(st.sampled_from(ACTIVATIONS)),
+        sampler=draw(st.sampled_from(SAMPLERS)),
         stochasticity=draw(st.sampled_from([0.0, 0.5, 1.0])),
         T=draw(st.one_of(st.none(), st.integers(K, 50))),
-        beta_schedule=draw(st.sampled_from(["vp", "linear", "cosine"])),
+        beta_schedule=draw(st.sampled_from(BETA_SCHEDULES)),
         max_action=draw(st.sampled_from([0.3, 1.0, 3.0, 20.0])),
         predict_epsilon=draw(st.booleans()),
         time_dim=draw(st.one_of(st.just(16), st.integers(2, 32).map(lambda half: 2 * half))),

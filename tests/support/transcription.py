@@ -364,6 +364,9 @@ def dpmpp_2m_chain(
     return torch.clamp(x, -max_action, max_action)
 
 
+CHAINS = {"ddpm": ddpm_chain, "ddim": ddim_chain, "dpm-solver++": dpmpp_2m_chain}  # as `dql.schedule.SAMPLERS`
+
+
 def q_sample(schedule: Schedule, actions: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """sqrt(abar_t) a + sqrt(1 - abar_t) eps (DDPM, equation 4); actions, noise [B, A], t [B] -> [B, A]."""
     rows = []

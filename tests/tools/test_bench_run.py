@@ -65,7 +65,7 @@ def test_checks_that_hang_crash_and_are_wrong(tmp_path):
     out, planted = tmp_path / "out", tmp_path / "planted"
     planted.mkdir()
     (planted / "sitecustomize.py").write_text(PLANTED)
-    code = "import sys; from gpu import run; run.A_CHECK = {'triton': 3, 'cuda': 3}; sys.exit(run.main(sys.argv[1:]))"
+    code = "import sys; from gpu import run; run.A_CALL, run.COMPILED = 3, {}; sys.exit(run.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "triton", "cuda", "--device", "cpu", "--seconds", "100"]
     path = os.pathsep.join([str(planted), str(BENCH), str(BENCH.parent)])
     environment = os.environ | {"OUT": str(out), "PYTHONPATH": path}

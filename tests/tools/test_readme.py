@@ -1,8 +1,10 @@
-"""The README's Python is executed as it stands, block by block, and its commands are those that exist."""
+"""The README's Python is executed as it stands, block by block, its commands are those that exist, and what it and the
+other pages link to is there."""
 
 import re
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from support import ROOT
 from dql import cli
 
 README = (ROOT / "README.md").read_text()
+PAGES = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("bench/**/*.md")))
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -31,6 +34,26 @@ def test_there_is_python_to_run():
 def test_the_two_commands_are_there():
     assert "\npip install -e . && dql demo\n" in README
     assert '\npip install -e ".[test]" && pytest -n auto --dist loadfile\n' in README
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link into the page may end in: its headings, lower case, blanks as hyphens."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_leads_somewhere(page):
+    links = re.findall(r"\]\(\s*([^)\s]+)\s*\)", page.read_text())
+    for link in (link for link in links if "://" not in link):
+        path, _, anchor = link.partition("#")
+        to = (page.parent / path).resolve() if path else page
+        assert to.exists(), link
+        assert not anchor or anchor in anchors(to), link
+
+
+def test_every_page_is_linked_to():
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} == set(re.findall(r"docs/(\w+\.md)", README))
 
 
 def test_every_command_exists(capsys):

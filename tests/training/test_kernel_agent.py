@@ -7,14 +7,14 @@ from support.gpu_agents import CONFIG, DEVICE, A, B, H, S, make_batch
 
 import dql
 from dql.backend.eager import EagerBackend
-from dql.backend.registry import registry
+from dql.backend.registry import of_gpus, registry
 from dql.sampler import run_chain
 from dql.values import q_values, value_and_other
 
 Tensor = torch.Tensor
 
 
-@pytest.fixture(params=["triton", "cuda"])
+@pytest.fixture(params=of_gpus())
 def backend(request, runs_here) -> str:
     """Its kernels on the GPU, or interpreted or emulated where there is none."""
     return runs_here(request.param)
@@ -150,7 +150,7 @@ def test_gradients_added_at_once(backend, time_dim):
     assert policy.denoiser.gradient_leaves(at_once=True) == list(policy.denoiser.parameters())
 
 
-@pytest.mark.parametrize("name", ["eager", "cpp", "triton", "cuda"])
+@pytest.mark.parametrize("name", registry())
 def test_no_rows(name, runs_here):
     """Empty results of the right shapes, and gradients that are zero."""
     runs_here(name)
