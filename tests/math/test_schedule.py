@@ -17,6 +17,7 @@ from dql.schedule import BETA_SCHEDULES, SAMPLERS
 
 LENGTHS = [1, 2, 5, 15, 50, 1000]
 STEPS = [(T, K) for T in LENGTHS for K in (1, 2, 5, 15, 50, 1000) if K <= T]
+KEEP_THE_MEAN = {"ddpm", "ddim", "dpm-solver++"}  # exactly, whatever the size of a step; Euler's method does not
 DERIVED = [
     "betas",
     "alphas_cumprod",
@@ -161,6 +162,8 @@ def test_any_table_is_sound(sampler, name, T, data):
     rows = np.array(table.rows)
     assert np.isfinite(rows).all()
     assert rows[-1, 5] == 0
+    if sampler not in KEEP_THE_MEAN:
+        return
     # without a clamp x' keeps the marginal's mean: x = sqrt(abar) x0 goes to sqrt(abar_next) x0
     bar = NoiseSchedule(name, T).alphas_cumprod[list(table.timesteps)]
     after = np.append(bar[1:], 1.0)

@@ -134,7 +134,7 @@ def test_a_thousand_steps_share_the_weights(tmp_path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"sampler": "euler"}, "unknown sampler 'euler'"),
+        ({"sampler": "none such"}, "unknown sampler 'none such'"),
         ({"num_steps": 8}, "num_steps must be an integer from 1 to the 7 steps"),
         ({"num_candidates": 0}, "num_candidates must be a positive integer or None, got 0"),
         ({"num_candidates": True}, "num_candidates must be a positive integer or None, got True"),
@@ -232,7 +232,7 @@ def test_export_of_a_run(ended_run, dql_here, tmp_path):
 
     dql_here("export", ended_run, "--which", 17).refused("'17'", "[10, 20]")
     dql_here("export", ended_run, "--num-steps", 9).refused("num_steps must be an integer from 1 to the 5 steps")
-    dql_here("export", ended_run, "--sampler", "euler").refused("unknown sampler 'euler'")
+    dql_here("export", ended_run, "--sampler", "none").refused("unknown sampler 'none'")
 
 
 def test_export_of_a_policy_file_and_of_an_agent(policy, dql_here, tmp_path):
