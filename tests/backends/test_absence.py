@@ -71,7 +71,6 @@ def test_without_the_extension_of_cpp():
     said = alone("cpp", hidden="dql.kernels._native")
     assert reason(said, "cpp")
     assert said["variants"] == {}
-    assert said["first"] == "eager" or torch.cuda.is_available()
 
 
 def test_without_the_extension_of_cuda():

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from support.backends import every_variant
+from support.backends import assert_same, every_variant
 from support.calls import SMALL, every_gradient, sample
 from support.cases import TOLERANCES, assert_close
 from support.networks import A, S, make_critic, make_policy, same_bits, states_of
@@ -124,7 +124,7 @@ def test_inputs_of_any_stride_and_place(backend):
         inputs = [states, *policy.denoiser.parameters()]
         with torch.no_grad():
             assert torch.equal(sample(backend, states, policy, noise=given), actions)
-            assert torch.equal(sample(backend, states, policy), sample(backend, plain, policy))
+            assert_same(backend, [sample(backend, states, policy)], [sample(backend, plain, policy)], "by a seed")
         return [actions.detach(), *torch.autograd.grad(actions, inputs, weights)]
 
     def moved(tensor: Tensor) -> Tensor:
@@ -145,17 +145,17 @@ def test_inputs_of_any_stride_and_place(backend):
         return inside.copy_(tensor)
 
     want = outcome(plain, given, weights)
-    assert same_bits(outcome(wide[:, ::2], given, weights), want)
+    assert_same(backend, outcome(wide[:, ::2], given, weights), want, "every second column")
     for change in (moved, turned, sliced):
-        assert same_bits(outcome(change(plain), given, weights), want), change.__name__
-        assert same_bits(outcome(plain, change(given), weights), want), change.__name__
-        assert same_bits(outcome(plain, given, change(weights)), want), change.__name__
+        assert_same(backend, outcome(change(plain), given, weights), want, change.__name__)
+        assert_same(backend, outcome(plain, change(given), weights), want, change.__name__)
+        assert_same(backend, outcome(plain, given, change(weights)), want, change.__name__)
     expanded = sample(backend, plain[:1].expand(6, S), policy, noise=given)
-    assert torch.equal(expanded[0], want[0][0])
+    assert_same(backend, [expanded[0]], [want[0][0]], "expanded")
     plain.requires_grad_(True)
     (d_sum,) = torch.autograd.grad(sample(backend, plain, policy, noise=given).sum(), plain)
     (d_ones,) = torch.autograd.grad(sample(backend, plain, policy, noise=given), plain, torch.ones(6, A))
-    assert torch.equal(d_sum, d_ones)  # the gradient of a sum is an expanded scalar
+    assert_same(backend, [d_sum], [d_ones], "the gradient of a sum is an expanded scalar")
 
 
 def test_no_states(backend):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.backends import REDUCED, every_variant
+from support.backends import every_variant, in_bf16
 from support.calls import SMALL, every_gradient, sample
 from support.networks import A, make_policy, same_bits, states_of
 
@@ -35,7 +35,7 @@ def test_actions_are_the_same_with_and_without_gradients(backend, activation, sa
 
 
 @pytest.mark.parametrize("activation", ["mish", "relu", "silu"])
-@pytest.mark.parametrize(("backend", "reduced"), [way for way in REDUCED if way[1] == "bf16"], indirect=True)
+@in_bf16
 def test_actions_are_the_same_in_bf16(backend, reduced, activation, saved):
     check_actions(backend, make_policy(activation=activation), reduced, saved)
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from support.backends import assert_same, in_bf16
 from support.calls import SMALL, every_gradient, sample
 from support.cases import TOLERANCES, assert_close
-from support.networks import A, S, make_policy, same_bits, states_of
+from support.networks import A, S, make_policy, states_of
 
 Tensor = torch.Tensor
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -23,12 +24,13 @@ def test_a_row_does_not_depend_on_the_others(backend, activation, tiles_of_16_ro
 
     whole = run_rows(states, slice(None))
     for rows in (slice(0, 1), slice(0, 15), slice(0, 16), slice(0, 17), slice(0, 39), slice(16, 40), slice(32, 33)):
-        assert same_bits(run_rows(states, rows), [tensor[rows] for tensor in whole]), rows
+        assert_same(backend, run_rows(states, rows), [tensor[rows] for tensor in whole], rows)
     for rows in (slice(39, 40), slice(7, 30), slice(1, 40)):
         for got, tensor in zip(run_rows(states, rows), whole, strict=True):
             assert_close(got, tensor[rows], TOLERANCES["float32"], what="a row", case=rows)
     others = torch.cat([states_of(20), states[20:]])
-    assert same_bits([tensor[20:] for tensor in run_rows(others, slice(None))], [tensor[20:] for tensor in whole])
+    got = run_rows(others, slice(None))
+    assert_same(backend, [tensor[20:] for tensor in got], [tensor[20:] for tensor in whole], "others")
 
 
 def test_the_tile_changes_last_bits_alone(backend):
@@ -41,10 +43,19 @@ def test_the_tile_changes_last_bits_alone(backend):
             assert_close(part, whole[:B], TOLERANCES["rows"], what="actions", case=f"the first {B} of 70")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("N", [1, 3, 14])
-def test_candidates_share_their_state(backend, N, precision, tiles_of_16_rows):
+def test_candidates_share_their_state(backend, N, tiles_of_16_rows):
     """They are as repeated states, and the state's gradient is the sum of theirs."""
+    check_candidates(backend, N, "fp32")
+
+
+@in_bf16
+@pytest.mark.parametrize("N", [1, 3, 14])
+def test_candidates_share_their_state_in_bf16(backend, reduced, N, tiles_of_16_rows):
+    check_candidates(backend, N, reduced)
+
+
+def check_candidates(backend: str, N: int, precision: str) -> None:
     policy, states = make_policy(**SMALL), states_of(9).requires_grad_(True)
     candidates = sample(backend, states, policy, num_candidates=N, precision=precision)
     repeated = states.detach().repeat_interleave(N, 0).requires_grad_(True)
@@ -57,4 +68,4 @@ def test_candidates_share_their_state(backend, N, precision, tiles_of_16_rows):
         tolerance = TOLERANCES["float32" if precision == "fp32" else "bf16"]
         assert_close(tensor.view(wanted.shape), wanted, tolerance, what=f"tensor {i}")
     one = sample(backend, states[:1].detach(), policy, num_candidates=N, precision=precision)
-    assert torch.equal(one, candidates[:1])
+    assert_same(backend, [one], [candidates[:1]], f"N = {N}")

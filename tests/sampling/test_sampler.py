@@ -15,6 +15,7 @@ from support.cases import CASES, TOLERANCES, Case, assert_close, make_problem
 import dql
 from dql import noise as noise_stream
 from dql import sampler as sampler_module
+from dql.backend.registry import registry
 from dql.schedule import SAMPLERS
 
 Tensor = torch.Tensor
@@ -433,7 +434,7 @@ def mistakes():
         "unknown backend": (
             {"backend": "gpu"},
             V,
-            "unknown backend 'gpu'; this version of dql has: auto, cpp, cuda, triton, eager",
+            f"unknown backend 'gpu'; this version of dql has: auto, {', '.join(registry())}",
         ),
         "unknown precision": ({"precision": "fp8"}, V, "unknown precision 'fp8'; known: fp32, tf32, bf16"),
         "no candidates": ({"num_candidates": 0}, V, "num_candidates must be a positive integer.* got 0"),

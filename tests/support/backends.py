@@ -20,9 +20,10 @@ from dql.kernels import triton as triton_kernels
 from dql.kernels.cpp import binding
 from dql.kernels.cuda import plan as cuda_plan
 from dql.kernels.cuda.plan import Tiling
-from support.cases import CASES, Case, make_problem
+from support.cases import CASES, TOLERANCES, Case, assert_close, make_problem
 from support.checks import CPP, CUDA, TRITON, Rounded
 from support.emulator import compile_emulator, tilings
+from support.networks import same_bits
 
 Draw = Callable[[Any], Any]  # of one of Hypothesis's strategies, which a GPU's machine may be without
 Way = AbstractContextManager[Any]
@@ -30,7 +31,8 @@ Way = AbstractContextManager[Any]
 
 @dataclass(frozen=True)
 class Entry:
-    """What the tests know of a backend. One without an entry is tested in float32, cut into tiles as it likes.
+    """What the tests know of a backend with kernels of its own. One without an entry computes with torch's operators:
+    it is tested in float32, and its last bits are torch's, which depend on other rows and on strides.
 
     Attributes:
         stand_in: makes ready what runs the kernels in a GPU's place; None, or why it cannot.
@@ -119,6 +121,18 @@ def entry(name: str) -> Entry:
     return ENTRIES.get(name, Entry())
 
 
+def has_kernels(name: str) -> bool:
+    """Whether it computes with kernels of its own, which give the same bits whatever the other rows are."""
+    return name in ENTRIES
+
+
+def assert_same(backend: str, got: list[torch.Tensor], want: list[torch.Tensor], case: object) -> None:
+    """To the bit with kernels of its own, else to rounding."""
+    assert same_bits(got, want) or not has_kernels(backend), case
+    for tensor, wanted in zip(got, want, strict=True):
+        assert_close(tensor, wanted, TOLERANCES["float32"], what="a tensor", case=case, backend=backend)
+
+
 def _each(name: str) -> list[Any]:
     """A backend in every variant of its instructions: "cpp-avx2"."""
     return [
@@ -130,6 +144,7 @@ def _each(name: str) -> list[Any]:
 every_variant = pytest.mark.parametrize("backend", [way for name in NAMES for way in _each(name)], indirect=True)
 REDUCED = [(name, precision) for name in NAMES for precision in entry(name).rounded]
 every_precision = pytest.mark.parametrize(("backend", "reduced"), REDUCED, indirect=True)
+in_bf16 = pytest.mark.parametrize(("backend", "reduced"), [way for way in REDUCED if way[1] == "bf16"], indirect=True)
 both_reduced = pytest.mark.parametrize(
     "backend", [name for name in NAMES if {"tf32", "bf16"} <= {*entry(name).rounded}], indirect=True
 )

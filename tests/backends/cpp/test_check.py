@@ -5,8 +5,7 @@ import sys
 
 import pytest
 import torch
-from support.backends import OF_GPUS
-from support.calls import refused
+from support.calls import chain_of, refused
 from support.networks import needs_cpp
 
 import dql
@@ -25,12 +24,14 @@ def test_precision():
         assert refused("cpp", policy, precision="bf16") == sentence
     with pytest.raises(dql.BackendUnavailable) as caught:
         dql.sample(torch.zeros(1, S), policy, precision="tf32")
-    on_gpus = [(name, registry()[name]) for name in OF_GPUS]
-    reasons = "".join(f"{name}: {backend.check() or backend.only_by_name()}; " for name, backend in on_gpus)
-    assert str(caught.value) == (
-        f"no backend can run this problem: cpp: it has no precision='tf32'; use precision='fp32'; {reasons}"
-        "eager: it computes in the parameters' own dtype and has no precision='tf32'; use precision='fp32'"
+    chain = chain_of(policy, policy.step_table(), precision="tf32")
+    reasons = {name: backend.check(chain) or backend.only_by_name() for name, backend in registry().items()}
+    assert reasons["cpp"] == "it has no precision='tf32'; use precision='fp32'"
+    assert reasons["eager"] == (
+        "it computes in the parameters' own dtype and has no precision='tf32'; use precision='fp32'"
     )
+    every = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    assert str(caught.value) == f"no backend can run this problem: {every}"
 
 
 @needs_cpp
