@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from dql.checkpoint import write_atomically
-from dql.kernels.limits import MAX_ROWS
+from dql.kernels.limits import MAX_ROWS, lacking
 from dql.networks import check_finite
 from dql.sampler import checked_table
 from dql.schedule import StepTable
@@ -55,10 +55,13 @@ def chain_model(policy: "DiffusionPolicy", table: StepTable, num_candidates: int
 
     Raises:
         ModuleNotFoundError: the package onnx is missing; the sentence says what to install.
-        ValueError: num_candidates is no positive integer, or a parameter is not finite.
+        ValueError: num_candidates is no positive integer, a parameter is not finite, or the graph lacks what the
+            network has.
     """
     check_finite(policy.denoiser, "the policy")
     N = _candidates(num_candidates)
+    if (lacks := lacking(policy.denoiser.spec)) is not None:
+        raise ValueError(f"the exported graph lacks what this policy has: {lacks}; run it with dql.sample")
     try:
         import onnx
     except ImportError as error:

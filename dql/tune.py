@@ -258,7 +258,7 @@ def tune(
     """
     precisions, passes = _some(precision, PRECISIONS, "--precision"), _some(kinds, KINDS, "--kinds")
     numbers = sorted({_number(text) for text in rows.split(",")})
-    if (limit := limits.too_large(spec)) is not None:
+    if (limit := limits.unfit(spec)) is not None:
         raise ValueError(f"nothing to tune for this network: {limit}")
     if not 1 <= steps <= limits.MAX_STEPS:
         raise ValueError(f"--steps must be from 1 to {limits.MAX_STEPS}, not {steps}")

@@ -8,7 +8,7 @@ import torch
 
 from dql import noise
 from dql.backend.base import Backend
-from dql.backend.cpp import CppBackend, network, step_table, too_large
+from dql.backend.cpp import CppBackend, network, step_table, unfit
 from dql.data import Batch
 from dql.draws import UpdateSeeds
 from dql.kernels.cpp import binding
@@ -25,7 +25,7 @@ def runs_natively(agent: Cloner, backend: Backend) -> bool:
         return False
     modules = agent.modules()
     for module in modules.values():
-        if too_large(module) is not None:
+        if unfit(module) is not None:
             return False
         module.check_intact()
     return all(p.requires_grad for name in agent.trained() for p in modules[name].parameters())

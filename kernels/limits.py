@@ -1,4 +1,7 @@
-"""The sizes that the kernels take, native and Triton's alike: what `eager` alone goes beyond."""
+"""What networks, sizes and memory the kernels take, of every backend alike: `eager` alone goes beyond."""
+
+import dataclasses
+from functools import cache
 
 import torch
 
@@ -6,14 +9,34 @@ from .layout import CriticSpec, DenoiserSpec
 
 MAX_STATE_DIM, MAX_ACTION_DIM, MAX_HIDDEN_DIM, MAX_STEPS, MAX_ROWS = 512, 64, 512, 1000, 1 << 30
 HIDDEN_LAYERS = (2, 4)
+READ = frozenset({"state_dim", "action_dim", "hidden_dim", "num_hidden", "time_dim", "activation"})
+"""The fields of a spec that kernels read. A network in which another one is not as by default is refused, not run
+without it: a new field works with `eager` first."""
 CUT_OFF = "{name} have no memory for {count} numbers: their storage was made smaller; make them anew"
 MANY = 1024
 """Elements from which on it is looked whether a storage was made smaller than its tensor: a third of a microsecond,
 which the state and noise of one robot's action are not to pay."""
 
 
-def too_large(spec: DenoiserSpec | CriticSpec, max_time_dim: int | None = None) -> str | None:
-    """None if the kernels take a network of these sizes, else the limit that it breaks."""
+@cache
+def _not_read(kind: type) -> tuple[dataclasses.Field, ...]:
+    return tuple(field for field in dataclasses.fields(kind) if field.name not in READ)
+
+
+def lacking(spec: DenoiserSpec | CriticSpec, also: frozenset[str] = frozenset()) -> str | None:
+    """None if kernels, or one kernel `also`, read all fields of the network that matter; else the first they do not."""
+    for field in _not_read(type(spec)):
+        if field.name not in also and getattr(spec, field.name) != field.default:
+            return f"it has no {field.name}={getattr(spec, field.name)!r}"
+    return None
+
+
+def unfit(
+    spec: DenoiserSpec | CriticSpec, max_time_dim: int | None = None, also: frozenset[str] = frozenset()
+) -> str | None:
+    """None if the kernels take such a network, else what they lack or the limit that its sizes break."""
+    if (lacks := lacking(spec, also)) is not None:
+        return lacks
     sizes = [
         ("state_dim", spec.state_dim, 1, MAX_STATE_DIM),
         ("action_dim", spec.action_dim, 1, MAX_ACTION_DIM),

@@ -34,7 +34,7 @@ class CppBackend(Backend):
                 return f"it has no precision={chain.precision!r}; use precision='fp32'"
             if not binding.has_bf16():
                 return "precision='bf16' needs a CPU with AVX512_BF16, which this one has not; use precision='fp32'"
-        if (limit := too_large(chain)) is not None:
+        if (limit := unfit(chain)) is not None:
             return f"{limit}; use backend='eager'"
         return limits.too_many(chain.states.size(0) * chain.candidates, chain.table.num_steps)
 
@@ -80,7 +80,7 @@ class CppBackend(Backend):
         return binding.Prepared(network(chain), table, chain.flat, places, held, chain.max_action, bf16).run
 
     def select(self, chain: Chain, critic: TwinCritic, draw_seed: int | Tensor) -> Tensor | None:
-        if too_large(critic) is not None:
+        if unfit(critic) is not None:
             return None  # the chain runs here, this critic in torch
         assert isinstance(chain.seed, int) and isinstance(draw_seed, int)
         return binding.select(
@@ -103,11 +103,11 @@ def _noise_version(chain: Chain) -> int | None:
     return None if chain.noise is None else binding.version(chain.noise)
 
 
-def too_large(owner: Chain | FlatModule) -> str | None:
-    """`limits.too_large` of a chain's denoiser or of a module, looked at once."""
+def unfit(owner: Chain | FlatModule) -> str | None:
+    """`limits.unfit` of a chain's denoiser or of a module, looked at once."""
     limit = owner.kept.get("cpp limit", "")
     if limit == "":
-        limit = owner.kept["cpp limit"] = limits.too_large(owner.spec)
+        limit = owner.kept["cpp limit"] = limits.unfit(owner.spec)
     return limit
 
 

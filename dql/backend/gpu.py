@@ -125,7 +125,7 @@ class GpuBackend(Backend):
             return (
                 f"it takes float32 parameters and this policy is {flat.dtype}; convert it with policy.to(torch.float32)"
             )
-        if (limit := limits.too_large(chain.spec, _MAX_TIME_DIM)) is not None:
+        if (limit := limits.unfit(chain.spec, _MAX_TIME_DIM)) is not None:
             return f"{limit}; use backend='eager'"
         rows, steps = chain.states.size(0) * chain.candidates, chain.table.num_steps
         if (limit := limits.too_many(rows, steps)) is not None:
@@ -178,7 +178,7 @@ class GpuBackend(Backend):
 
     def _takes(self, critic: TwinCritic, precision: str) -> bool:
         """Whether the kernels run critics of these sizes; whether they fit is not the rows' business."""
-        if limits.too_large(critic.spec) is not None:
+        if limits.unfit(critic.spec) is not None:
             return False
         return self.kernels.misfit(critic.spec, precision, 1, 1, critic.buffer.device.index or 0) is None
 

@@ -3,6 +3,7 @@
 import copy
 import math
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from support.networks import A, S, make_critic, make_policy, same_bits, states_o
 
 import dql
 from dql.backend.registry import registry
+from dql.kernels.layout import DenoiserSpec
 from dql.sampler import run_chain
 
 Tensor = torch.Tensor
@@ -45,6 +47,32 @@ def test_the_embeddings_size(gpu_backend):
     policy = dql.DiffusionPolicy(S, A, hidden_dim=16, time_dim=66)
     sentence = "it takes time_dim from 4 to 64, and this network has 66; use backend='eager'"
     assert refused(gpu_backend, policy) == sentence
+
+
+@dataclass(frozen=True)
+class Residual(DenoiserSpec):
+    """A spec with one field more, as a change to the network would add it."""
+
+    residual: bool = False
+
+
+def residual(on: bool) -> dql.DiffusionPolicy:
+    policy = make_policy(**SMALL)
+    policy.denoiser.spec = Residual(**asdict(policy.denoiser.spec), residual=on)
+    return policy
+
+
+def test_a_field_of_the_network_that_kernels_do_not_read(backend):
+    """They refuse it unless it is as by default: nobody gets another network's actions."""
+    policy = residual(True)
+    assert refused(backend, policy) == "it has no residual=True; use backend='eager'"
+    sample(backend, states_of(3), residual(False))
+
+
+def test_a_field_that_the_exported_graph_lacks(tmp_path):
+    with pytest.raises(ValueError, match="lacks what this policy has: it has no residual=True; run it with dql"):
+        residual(True).export_onnx(tmp_path / "policy.onnx")
+    assert not any(tmp_path.iterdir())
 
 
 def test_dtypes(backend):
