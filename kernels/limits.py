@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ which the state and noise of one robot's action are not to pay."""
 
 
 @cache
-def _not_read(kind: type) -> tuple[dataclasses.Field, ...]:
+def _not_read(kind: Any) -> tuple[dataclasses.Field, ...]:
     return tuple(field for field in dataclasses.fields(kind) if field.name not in READ)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.backends import NAMES, OF_GPUS, entry, every_variant
 from support.calls import SMALL, chain_of, refused, sample
+from support.cases import EAGER_ALONE, make_problem
 from support.networks import A, S, make_critic, make_policy, same_bits, states_of
 
 import dql
@@ -41,6 +42,11 @@ def test_sizes(backend, sizes, sentence):
     assert refused(backend, policy, alone=True) == f"{sentence}; use backend='eager'"
     states = torch.zeros(2, policy.state_dim)
     assert torch.equal(sample("auto", states, policy), sample("eager", states, policy))
+
+
+@pytest.mark.parametrize("case", EAGER_ALONE, ids=str)
+def test_what_eager_alone_takes(backend, case):
+    assert refused(backend, make_problem(case, torch.float32).policy, alone=True).endswith("; use backend='eager'")
 
 
 def test_the_embeddings_size(gpu_backend):

@@ -165,6 +165,10 @@ KINDS = [
     Case(B=37, S=11, A=3, K=5, N=3, sampler="dpm-solver++", predict_epsilon=False),
 ]
 CASES = SIZES + KINDS
+EAGER_ALONE = [  # what no other backend takes, yet or ever
+    Case(B=5, S=3, A=3, K=3, H=16, num_hidden=1),
+    Case(B=3, S=520, A=66, K=2, N=2, H=520, num_hidden=5, time_dim=66, max_action=2.5),
+]
 
 
 @dataclass
