@@ -26,7 +26,8 @@ def _not_read(kind: Any) -> tuple[dataclasses.Field, ...]:
 
 def lacking(spec: DenoiserSpec | CriticSpec, also: frozenset[str] = frozenset()) -> str | None:
     """None if kernels, or one kernel `also`, read all fields of the network that matter; else the first they do not."""
-    for field in _not_read(type(spec)):
+    kind: Any = type(spec)
+    for field in _not_read(kind):
         if field.name not in also and getattr(spec, field.name) != field.default:
             return f"it has no {field.name}={getattr(spec, field.name)!r}"
     return None

@@ -56,28 +56,28 @@ def test_the_embeddings_size(gpu_backend):
 
 
 @dataclass(frozen=True)
-class Residual(DenoiserSpec):
+class Grown(DenoiserSpec):
     """A spec with one field more, as a change to the network would add it."""
 
-    residual: bool = False
+    of_tomorrow: bool = False
 
 
-def residual(on: bool) -> dql.DiffusionPolicy:
+def grown(on: bool) -> dql.DiffusionPolicy:
     policy = make_policy(**SMALL)
-    policy.denoiser.spec = Residual(**asdict(policy.denoiser.spec), residual=on)
+    policy.denoiser.spec = Grown(**asdict(policy.denoiser.spec), of_tomorrow=on)
     return policy
 
 
 def test_a_field_of_the_network_that_kernels_do_not_read(backend):
     """They refuse it unless it is as by default: nobody gets another network's actions."""
-    policy = residual(True)
-    assert refused(backend, policy) == "it has no residual=True; use backend='eager'"
-    sample(backend, states_of(3), residual(False))
+    policy = grown(True)
+    assert refused(backend, policy) == "it has no of_tomorrow=True; use backend='eager'"
+    sample(backend, states_of(3), grown(False))
 
 
 def test_a_field_that_the_exported_graph_lacks(tmp_path):
-    with pytest.raises(ValueError, match="lacks what this policy has: it has no residual=True; run it with dql"):
-        residual(True).export_onnx(tmp_path / "policy.onnx")
+    with pytest.raises(ValueError, match="lacks what this policy has: it has no of_tomorrow=True; run it with dql"):
+        grown(True).export_onnx(tmp_path / "policy.onnx")
     assert not any(tmp_path.iterdir())
 
 

@@ -1,5 +1,6 @@
 """DiffusionPolicy: losses against the transcription, files that survive, and what is refused."""
 
+import inspect
 import json
 import os
 import pickle
@@ -82,6 +83,7 @@ def test_save_and_load_round_trip(policy, tmp_path, dtype):
     policy.save(path)
     loaded = dql.DiffusionPolicy.load(path)
     assert loaded.config() == policy.config()
+    assert {*policy.config()} == {*inspect.signature(dql.DiffusionPolicy).parameters} - {"generator"}, "all is saved"
     assert loaded.dtype == dtype
     assert loaded.state_dict().keys() == policy.state_dict().keys()
     for name, value in policy.state_dict().items():

@@ -1,6 +1,7 @@
 """What a Config and a RunConfig take for a value, and what they refuse."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from dql.config import Config, RunConfig
+from dql.kernels.layout import CriticSpec, DenoiserSpec
 
 
 # Values of a RunConfig.
@@ -58,3 +60,9 @@ def test_a_run_config_refuses_what_does_not(changes, sentence):
 def test_a_config_refuses_what_is_of_another_kind(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         Config(**changes)
+
+
+def test_a_config_names_every_field_of_the_networks():
+    """But what the data say, and the embedding's size, the paper's: a field that is left out cannot be trained with."""
+    of_networks = {field.name for spec in (DenoiserSpec, CriticSpec) for field in fields(spec)}
+    assert of_networks - {"state_dim", "action_dim", "time_dim"} <= {field.name for field in fields(Config)}
