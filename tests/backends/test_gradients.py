@@ -76,12 +76,13 @@ def test_gradients_of_states_alone_and_of_some_parameters_alone(backend, saved):
 
 
 @every_variant
-def test_backward_twice_through_one_graph(backend):
-    policy, states = make_policy(**SMALL), states_of(20).requires_grad_(True)
-    actions = sample(backend, states, policy, num_candidates=2)
+@pytest.mark.parametrize("N", [None, 2])
+def test_backward_twice_through_one_graph(backend, N):
+    policy, states = make_policy(**({} if N is None else SMALL)), states_of(20).requires_grad_(True)
+    actions = sample(backend, states, policy, num_candidates=N)
     first, second, third = (every_gradient(actions, states, policy) for _ in range(3))
     assert same_bits(second, first) and same_bits(third, first)
-    again = sample(backend, states, policy, num_candidates=2)
+    again = sample(backend, states, policy, num_candidates=N)
     assert same_bits(every_gradient(again, states, policy), first)
 
 

@@ -1,6 +1,9 @@
 """Random problems, float32, on every backend, cut into tiles at random too where a backend can be told how."""
 
 import pytest
+
+pytest.importorskip("hypothesis")  # a GPU's machine may be without it
+
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.backends import entry

@@ -100,6 +100,10 @@ def test_auto_takes_the_first_that_can(only, policy):
     assert dql.backends()["narrow"] is None  # able to run something, if not this
 
 
+def test_the_order_of_auto():
+    assert list(dql.backends()) == ["cpp", "cuda", "triton", "eager"]
+
+
 def test_auto_with_nobody_able_gives_every_reason(only, policy):
     only(Never("odd"), Narrow("narrow"))
     with pytest.raises(dql.BackendUnavailable) as caught:

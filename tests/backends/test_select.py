@@ -10,7 +10,10 @@ from support.networks import A, S, make_critic, make_policy, states_of
 
 import dql
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning"),  # NumPy's, of what is meant here
+]
 
 
 @every_variant

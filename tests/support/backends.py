@@ -5,6 +5,7 @@ emulator of the CUDA kernels. The tests of `backends/` hand it tensors on the CP
 """
 
 import importlib.metadata
+import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -16,7 +17,6 @@ import torch
 
 from dql.backend.gpu import GpuBackend
 from dql.backend.registry import of_gpus, registry
-from dql.kernels import triton as triton_kernels
 from dql.kernels.cpp import binding
 from dql.kernels.cuda import plan as cuda_plan
 from dql.kernels.cuda.plan import Tiling
@@ -36,7 +36,8 @@ class Entry:
 
     Attributes:
         stand_in: makes ready what runs the kernels in a GPU's place; None, or why it cannot.
-        variants: of its instructions, each with None or why it does not run here; `forced` lets one run.
+        variants: of its instructions, each with None or why it does not run here; `forced` lets one run, `in_use` names
+            the one that does.
         rounded: its reduced precisions, and what tells that they round as they should.
         cases: how large random problems are, see `random_cases`.
         examples: how many of them.
@@ -47,16 +48,17 @@ class Entry:
     stand_in: Callable[[], str | None] = lambda: None
     variants: dict[str, str | None] = field(default_factory=dict)
     forced: Callable[[str], Way] = lambda variant: nullcontext()
+    in_use: Callable[[], str] = lambda: ""
     rounded: dict[str, Rounded] = field(default_factory=dict)
-    cases: dict[str, int] = field(default_factory=dict)
+    cases: dict[str, Any] = field(default_factory=dict)
     examples: int = 15
     any_cut: Callable[[Draw, Case], Way] = lambda draw, case: nullcontext()
     tiles_of_16_rows: Callable[[], Way] = nullcontext
 
 
 def _interpreter() -> str | None:
-    if triton_kernels.unavailable() is not None:
-        return None  # which it says itself
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton (Linux only)"
     versions = importlib.metadata.version("triton"), np.__version__
     triton, numpy = (tuple(int(part) for part in version.split(".")[:2]) for version in versions)
     if triton < (3, 7) and numpy >= (2, 4):  # it takes int() of arrays [1]
@@ -95,8 +97,9 @@ ENTRIES = {
     "cpp": Entry(
         variants=binding.variants(),
         forced=binding.forced,
+        in_use=binding.in_use,
         rounded=CPP,
-        cases={"most_rows": 40, "most_steps": 20, "steps_of_large": 20},
+        cases={"most_rows": 40, "most_steps": 20, "steps_of_large": 20, "often_H": (16, 32, 64, 96)},
         examples=200,
     ),
     "cuda": Entry(
@@ -145,8 +148,10 @@ every_variant = pytest.mark.parametrize("backend", [way for name in NAMES for wa
 REDUCED = [(name, precision) for name in NAMES for precision in entry(name).rounded]
 every_precision = pytest.mark.parametrize(("backend", "reduced"), REDUCED, indirect=True)
 in_bf16 = pytest.mark.parametrize(("backend", "reduced"), [way for way in REDUCED if way[1] == "bf16"], indirect=True)
-both_reduced = pytest.mark.parametrize(
-    "backend", [name for name in NAMES if {"tf32", "bf16"} <= {*entry(name).rounded}], indirect=True
+both_reduced = pytest.mark.parametrize(  # of those whose tf32 is compared with nothing that rounds likewise
+    "backend",
+    [name for name in NAMES if "bf16" in (of := entry(name).rounded) and "tf32" in of and of["tf32"].chain is None],
+    indirect=True,
 )
 
 
@@ -160,15 +165,21 @@ def rounded(cases: list[Case]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("backend", "reduced", "case"), found, indirect=["backend", "reduced"])
 
 
-def cannot_stand_in(name: str) -> str | None:
-    """Why the backend does not run on tensors of the CPU here, or None. Makes ready first what is to run it."""
+def not_ready(name: str) -> str | None:
+    """Why this machine has not what it takes to run the backend on tensors of the CPU, or None; the backend itself is
+    not asked. Makes that ready first."""
     backend = registry()[name]
     if isinstance(backend, GpuBackend) and not backend.stands_in():
         variable, _ = backend.kernels.STAND_IN
         if torch.cuda.is_available():
             return f"a CUDA device is there, for the tests of a GPU; set {variable}=1 to have {name!r} without it"
         return f"{variable}=1 was not set before the tests began"
-    return entry(name).stand_in() or backend.check()
+    return entry(name).stand_in()
+
+
+def cannot_stand_in(name: str) -> str | None:
+    """Why the backend does not run on tensors of the CPU here, or None. Makes ready first what is to run it."""
+    return not_ready(name) or registry()[name].check()
 
 
 def cannot_run(name: str) -> str | None:

@@ -77,7 +77,7 @@ TRITON = {
 
 def check_rounded(case: Case, backend: str, precision: str, rounded: Rounded, what: str = "") -> None:
     """Against float64 that rounds likewise, and the actions against float64 that does not."""
-    where = f"in case {case}, {backend} in {precision} {what}"
+    where = f"in case {case}, {backend} in {precision} {what}".rstrip()
     weights, want = None, {}
     if rounded.chain is not None:
         problem, distances = make_problem(case, torch.float64), []
@@ -91,8 +91,8 @@ def check_rounded(case: Case, backend: str, precision: str, rounded: Rounded, wh
     for name, target in want.items():
         if tolerance := rounded.actions if name == "actions" else rounded.gradients:
             check_rms(got[name], target, TOLERANCES[tolerance], f"{name} {where}")
-    in_all = TOLERANCES["bf16 in all"]
-    check_rms(got["actions"], expected(case)["actions"], replace(in_all, rel=in_all.rel * rounded.in_all), where)
+    in_all = replace(TOLERANCES["bf16 in all"], rel=TOLERANCES["bf16 in all"].rel * rounded.in_all)
+    check_rms(got["actions"], expected(case)["actions"], in_all, f"actions {where}")
 
 
 def check_rms(got: Tensor, want: Tensor, tolerance: Tolerance, what: str) -> None:

@@ -1,6 +1,5 @@
 """The emulator in which the CUDA kernels run without a GPU (csrc/cuda/emulator/): compiling it, and all tilings."""
 
-import fcntl
 import importlib
 import os
 import subprocess
@@ -17,6 +16,8 @@ def compile_emulator() -> str | None:
 
     Of several processes (pytest-xdist's) one does it, and the others wait.
     """
+    import fcntl  # which not every system has
+
     if not (ROOT / "setup.py").exists():
         return "this is no checkout, so there is nothing to compile the emulated kernels from"
     clean = {name: value for name, value in os.environ.items() if name not in ("CXXFLAGS", "LDFLAGS")}

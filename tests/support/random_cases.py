@@ -10,8 +10,14 @@ from support.cases import Case
 
 
 @st.composite
-def random_cases(draw: Callable[..., int], most_rows: int = 20, most_steps: int = 6, steps_of_large: int = 2) -> Case:
-    """Mostly small, now and then large, often no multiple of anything; T at most 50."""
+def random_cases(
+    draw: Callable[..., int],
+    most_rows: int = 20,
+    most_steps: int = 6,
+    steps_of_large: int = 2,
+    often_H: tuple[int, ...] = (),
+) -> Case:
+    """Mostly small, now and then large, often no multiple of anything; half of them of `often_H`; T at most 50."""
     large = draw(st.integers(0, 9)) == 0
     K = draw(st.integers(1, steps_of_large if large else most_steps))
     return Case(
@@ -20,7 +26,7 @@ def random_cases(draw: Callable[..., int], most_rows: int = 20, most_steps: int 
         A=draw(st.one_of(st.integers(1, 8), st.integers(1, 64))),
         K=K,
         N=draw(st.one_of(st.none(), st.integers(1, 5))),
-        H=draw(st.one_of(st.sampled_from([16, 32, 64, 96]), st.integers(1, 512 if large else 80))),
+        H=draw(st.one_of(*([st.sampled_from(often_H)] if often_H else []), st.integers(1, 512 if large else 80))),
         num_hidden=draw(st.integers(2, 4)),
         activation=draw(st.sampled_from(ACTIVATIONS)),
         sampler=draw(st.sampled_from(SAMPLERS)),

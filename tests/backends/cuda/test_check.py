@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from support.backends import NAMES
 from support.calls import SMALL, chain_of, refused
 from support.networks import make_policy
 
@@ -12,10 +11,6 @@ from dql.kernels.cuda import binding
 from dql.kernels.cuda import plan as cuda_plan
 
 pytestmark = pytest.mark.usefixtures("emulated", "poisoned")
-
-
-def test_the_order_of_auto():
-    assert list(dql.backends()) == ["cpp", "cuda", "triton", "eager"] == [*NAMES, "eager"]
 
 
 def test_shared_memory(monkeypatch):
