@@ -25,7 +25,8 @@ from .prologue import edge_precision
 
 Tensor = torch.Tensor
 _SIDE = 64  # of a tile of a gradient
-_CHUNK = 32  # rows at a time
+_CHUNK = 32 if not INTERPRETED else 256  # rows at a time
+_LEAST_ROWS = 128  # of a part
 _STATES = 16  # a program of the states' gradient
 _BLOCK = 1024 if not INTERPRETED else 1 << 15  # elements a program adds
 
@@ -211,7 +212,7 @@ class CriticGradients:
         if need_parameters:
             squares = (s.L - 1) * T * T
             programs += squares + 2 * T + T * triton.cdiv(S, _side(S))
-            parts = max(1, min(triton.cdiv(2 * self.processors, n * squares), RP // (4 * _CHUNK)))
+            parts = max(1, min(triton.cdiv(2 * self.processors, n * squares), RP // _LEAST_ROWS))
         images = torch.empty(parts * P, dtype=torch.float32, device=self.device)
         if programs:
             self.products[need_parameters].launch(

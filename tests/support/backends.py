@@ -20,6 +20,7 @@ from dql.backend.registry import of_gpus, registry
 from dql.kernels.cpp import binding
 from dql.kernels.cuda import plan as cuda_plan
 from dql.kernels.cuda.plan import Tiling
+from support import interpreter
 from support.cases import CASES, TOLERANCES, Case, assert_close, make_problem
 from support.checks import CPP, CUDA, TRITON, Rounded
 from support.emulator import compile_emulator, tilings
@@ -63,6 +64,7 @@ def _interpreter() -> str | None:
     triton, numpy = (tuple(int(part) for part in version.split(".")[:2]) for version in versions)
     if triton < (3, 7) and numpy >= (2, 4):  # it takes int() of arrays [1]
         return f"the interpreter of Triton {versions[0]} cannot use NumPy {versions[1]}; pip install 'numpy<2.4'"
+    interpreter.quicken()
     return None
 
 

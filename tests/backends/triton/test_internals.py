@@ -2,13 +2,17 @@
 
 import importlib.metadata
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import create_autospec
 
 import pytest
 import torch
+from support import ROOT, TESTS
 
 import dql
 from dql.kernels import limits
@@ -163,3 +167,46 @@ def test_numbers_of_32_bits_are_enough():
     states, actions = torch.zeros(1, 3).expand(rows, 3), torch.zeros(1, 2).expand(rows, 2)
     critic = create_autospec(dql.TwinCritic, instance=True, return_value="torch's")
     assert q_values(critic, states, actions, asked) == "torch's"
+
+
+# The interpreter
+
+QUICKENED = """
+import sys
+import torch
+import triton
+import triton.language as tl
+from dql.kernels.triton.launch import Kernel
+from support import interpreter
+from support.cases import CASES, run
+
+@triton.jit
+def twice(x: "*i32"):
+    tl.store(x, tl.load(x) * 2)
+
+def doubled(number):
+    x = torch.tensor([number], dtype=torch.int32)
+    Kernel.of(twice, num_warps=1).launch((1, 1, 1), x)
+    return int(x)
+
+def seen():
+    found = [run(CASES[0], "triton", precision=precision) for precision in ("fp32", "bf16")]
+    return found, [doubled(number) for number in (3, -(1 << 30), 1 << 30)]
+
+own, integers = seen()
+assert interpreter.quicken(), "Triton's insides are others: tests are slow, and right"
+quick, integers_of_quick = seen()
+assert integers == integers_of_quick == [6, -(1 << 31), -(1 << 31)], (integers, integers_of_quick)
+for a, b in zip(own, quick):
+    assert all(torch.equal(a[name], b[name]) for name in a)
+"""
+
+
+def test_the_quickened_interpreter_is_the_interpreter(tmp_path, runs_here):
+    """To the bit, and where integers overflow."""
+    runs_here("triton", on_cpu=True)
+    program = tmp_path / "quickened.py"  # Triton reads a kernel's source from its file
+    program.write_text(QUICKENED)
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), str(ROOT)])}
+    done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
