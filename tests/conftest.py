@@ -33,6 +33,17 @@ def pytest_xdist_auto_num_workers() -> int | None:
     return 1 if torch.cuda.is_available() else None
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks those that tests/slow.txt lists."""
+    from support import TESTS
+    from support.durations import groups_of
+
+    listed = set((TESTS / "slow.txt").read_text().splitlines())
+    for item in items:
+        if not listed.isdisjoint(groups_of(item.nodeid)):
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)

@@ -257,13 +257,17 @@ class Run:
             except OutOfTimeError:
                 return None, True
 
+        first, *others = of_gpus()
+
         def of_backend(backend: str) -> tuple[str | None, bool]:
             a_test = COMPILED.get(backend, A_CALL) if self.device == "cuda" else 60  # what is interpreted is slow
-            limit = ["--timeout", str(a_test), "--only-backend", backend]
+            # the first runs those of no backend, too
+            chosen = ["--no-backend", ",".join(others)] if backend == first else ["--only-backend", backend]
+            limit = ["--timeout", str(a_test), *chosen]
             return run(backend, task.of(f"tests-{backend}"), *each, *limit)
 
         with ThreadPoolExecutor(2) as pool:
-            done = list(pool.map(of_backend, of_gpus()))
+            done = list(pool.map(of_backend, [first, *others]))
         done.append(run("alone", task, "-p", "no:xdist", "--timeout", "60", "-m", "alone"))
         wrong = [why for why, _ in done if why is not None]
         if self.device == "cuda" and ids is None:

@@ -240,7 +240,7 @@ def test_interrupted_make_leaves_nothing(root: Path, existing: bool) -> None:
     before = hdf5_contents(collect.make_dataset("pendulum-mixed", steps=300).path) if existing else None
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from dql.collect import make_dataset\n"
+        "from dql.collect import make, make_dataset\nmake._CHUNK_STEPS = 2_000\n"
         "make_dataset('pendulum-mixed', steps=10_000_000, overwrite=True)"
     )
     child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)

@@ -132,7 +132,7 @@ SIZES = [  # the ugly ones, each at least twice, and every K
     Case(B=37, S=11, A=3, K=2, H=256, max_action=2.5),  # 9,472 elements a layer: the split Mish
     Case(B=1000, S=3, A=3, K=5, H=16),
     Case(B=1000, S=11, A=24, K=2, H=48, num_hidden=4, max_action=10.0),
-    Case(B=1000, S=11, A=3, K=5, H=256, max_action=2.5),
+    Case(B=1000, S=11, A=3, K=2, H=256, max_action=2.5),
 ]
 KINDS = [
     # schedules

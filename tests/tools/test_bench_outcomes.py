@@ -102,9 +102,9 @@ def test_one_backend_alone(folder):
         "def test_b(): pass\n"
     )
     of_cuda = {"test_a[cuda]", "test_a[eager]", "test_b"}  # each test runs in one of the two
-    for backend, wanted in {"triton": {"test_a[triton]"}, "cuda": of_cuda}.items():
+    for option, wanted in {"--only-backend": {"test_a[triton]"}, "--no-backend": of_cuda}.items():
         (folder / "out.jsonl").unlink(missing_ok=True)
-        assert pytest_run(folder, "--only-backend", backend) == 0
+        assert pytest_run(folder, option, "triton") == 0
         assert set(by_name(outcomes.read(folder / "out.jsonl")[1])) == wanted
 
 

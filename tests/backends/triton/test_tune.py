@@ -413,11 +413,11 @@ def test_without_triton_is_one_sentence(dql_here, monkeypatch):
 
 
 def test_dry_run_lists_the_candidates(dql_here, file):
-    small = ["--hidden-dim", "64", "--rows", "1", "--precision", "bf16", "--kinds", "forward", "--jobs", "1"]
+    small = ["--hidden-dim", "32", "--rows", "1", "--precision", "bf16", "--kinds", "forward", "--jobs", "1"]
     done = dql_here("bench", "tune", "--dry-run", "--arch", "sm_90", *small, "--json")
     assert (done.code, done.err) == (0, "")
     rows = json.loads(done.out)
-    assert [Tile(**row["tile"]) for row in rows] == candidates.for_shape(90, Shape("forward", 64, True, 1))
+    assert [Tile(**row["tile"]) for row in rows] == candidates.for_shape(90, Shape("forward", 32, True, 1))
     for row in rows:
         assert (row["arch"], row["kind"], row["precision"], row["refused"]) == (90, "forward", "bf16", None)
         assert 0 < row["report"]["registers"] <= 255 and row["report"]["shared"] > 0
