@@ -8,8 +8,6 @@ from typing import Any
 
 from machine import provenance
 
-from dql.backend.registry import of_gpus
-
 Row = dict[str, Any]
 GPU_BATCH_SIZES = (1, 50, 256, 2500, 65536)
 GPU_PROBLEMS = ("sample, forward", "sample, forward and backward", "select of 50")
@@ -126,15 +124,23 @@ def gpu_summary(report: dict[str, Any]) -> str:
         group = [row for row in measured if row["problem"] == problem]
         sizes = GPU_BATCH_SIZES if problem.startswith("sample") else (1,)
         names = ["published", "compile-lean+graph", *["compile-lean-bf16+graph"] * (problem == GPU_PROBLEMS[0])]
-        names += [f"dql-{backend}-{precision}" for backend in of_gpus() for precision in PRECISIONS]
+        names += [f"dql-{backend}-{precision}" for backend in _gpu_backends(measured) for precision in PRECISIONS]
         lines = [[problem, *(f"B = {B:,}" for B in sizes)]]
         lines += [[_contender(name), *(_gpu_cell(name, B, group) for B in sizes)] for name in names]
         parts.append(_markdown(lines))
     if (processes := len({row.get("process") for row in measured})) > 1:
         parts.append(f"Measured in {processes} processes, each after another broke: a ratio may be of two of them.")
     launched = report.get("tables", {}).get(UPDATE_TITLE, [])
-    parts.append(_update_table(report.get("rows", []), launched))
+    parts.append(_update_table(report.get("rows", []), launched, _gpu_backends(measured)))
     return "\n\n".join(parts)
+
+
+def _gpu_backends(measured: list[Row]) -> list[str]:
+    """Those that there are, and those that were measured and are no more."""
+    from dql.backend.registry import of_gpus  # a report of CPUs needs no dql
+
+    ours = (row["contender"].removeprefix("dql-").split("-") for row in measured if row["contender"].startswith("dql-"))
+    return list(dict.fromkeys([*of_gpus(), *(backend for backend, *precision in ours if precision)]))
 
 
 def _contender(name: str) -> str:
@@ -157,13 +163,13 @@ def _gpu_cell(name: str, B: int, group: list[Row]) -> str:
     return ", ".join([times, *over, *share])
 
 
-def _update_table(rows: list[Row], launched: list[Row]) -> str:
+def _update_table(rows: list[Row], launched: list[Row], backends: list[str]) -> str:
     """An update's time (whole call) and times faster than published; kernels, copies, and the kernels' own time."""
     seen = {(row["problem"], row["contender"]): row for row in launched}
     lines = [["", "contender", "whole call", "times faster than published", "kernels", "copies", "kernels alone"]]
     for problem in UPDATE_PROBLEMS:
         timed = {row["contender"]: row for row in rows if row["problem"] == problem}
-        ours = [f"dql-{backend}{graph}" for backend in ("eager", *of_gpus()) for graph in ("", "+graph")]
+        ours = [f"dql-{backend}{graph}" for backend in ("eager", *backends) for graph in ("", "+graph")]
         for name in ("published", *ours):
             row, launch = timed.get(name), seen.get((problem, name))
             times = [time(row["median_us"]), f"{row['speedup_over']['published']:.3g}x"] if row else [NOT_MEASURED, ""]
@@ -223,4 +229,5 @@ def tables(report: dict[str, Any]) -> str:
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_file():
         sys.exit("usage: python bench/table.py bench/results/REPORT.json")
+    sys.path.append(str(Path(__file__).parents[1]))  # of a checkout without an installation
     print(tables(json.loads(Path(sys.argv[1]).read_text())))

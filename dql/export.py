@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 OPSET, IR_VERSION = 18, 8  # of early 2023: what deployed runtimes read; nothing newer is needed
+# fields of a denoiser that the graph has
+_EXPORTED = frozenset({"state_dim", "action_dim", "hidden_dim", "num_hidden", "time_dim", "activation"})
 
 
 def export_onnx(
@@ -60,7 +62,7 @@ def chain_model(policy: "DiffusionPolicy", table: StepTable, num_candidates: int
     """
     check_finite(policy.denoiser, "the policy")
     N = _candidates(num_candidates)
-    if (lacks := lacking(policy.denoiser.spec)) is not None:
+    if (lacks := lacking(policy.denoiser.spec, _EXPORTED)) is not None:
         raise ValueError(f"the exported graph lacks what this policy has: {lacks}; run it with dql.sample")
     try:
         import onnx

@@ -10,9 +10,10 @@ from .layout import CriticSpec, DenoiserSpec
 
 MAX_STATE_DIM, MAX_ACTION_DIM, MAX_HIDDEN_DIM, MAX_STEPS, MAX_ROWS = 512, 64, 512, 1000, 1 << 30
 HIDDEN_LAYERS = (2, 4)
-READ = frozenset({"state_dim", "action_dim", "hidden_dim", "num_hidden", "time_dim", "activation"})
-"""The fields of a spec that kernels read. A network in which another one is not as by default is refused, not run
-without it: a new field works with `eager` first."""
+READ_OF_CRITICS = frozenset({"state_dim", "action_dim", "hidden_dim", "num_hidden", "activation"})
+READ_OF_DENOISERS = READ_OF_CRITICS | {"time_dim"}
+"""The fields that kernels read. A network in which another one is not as by default is refused, not run without it: a
+new field works with `eager` first."""
 CUT_OFF = "{name} have no memory for {count} numbers: their storage was made smaller; make them anew"
 MANY = 1024
 """Elements from which on it is looked whether a storage was made smaller than its tensor: a third of a microsecond,
@@ -20,24 +21,31 @@ which the state and noise of one robot's action are not to pay."""
 
 
 @cache
-def _not_read(kind: Any) -> tuple[dataclasses.Field, ...]:
-    return tuple(field for field in dataclasses.fields(kind) if field.name not in READ)
+def _others(kind: Any, read: frozenset[str]) -> tuple[dataclasses.Field, ...]:
+    return tuple(field for field in dataclasses.fields(kind) if field.name not in read)
 
 
-def lacking(spec: DenoiserSpec | CriticSpec, also: frozenset[str] = frozenset()) -> str | None:
-    """None if kernels, or one kernel `also`, read all fields of the network that matter; else the first they do not."""
+def lacking(spec: DenoiserSpec | CriticSpec, read: frozenset[str]) -> str | None:
+    """None if all that matters of a network is in the fields that are read, else the first that is not."""
     kind: Any = type(spec)
-    for field in _not_read(kind):
-        if field.name not in also and getattr(spec, field.name) != field.default:
+    for field in _others(kind, read):
+        if getattr(spec, field.name) != field.default:
             return f"it has no {field.name}={getattr(spec, field.name)!r}"
     return None
 
 
 def unfit(
-    spec: DenoiserSpec | CriticSpec, max_time_dim: int | None = None, also: frozenset[str] = frozenset()
+    spec: DenoiserSpec | CriticSpec, max_time_dim: int | None = None, read: frozenset[str] | None = None
 ) -> str | None:
-    """None if the kernels take such a network, else what they lack or the limit that its sizes break."""
-    if (lacks := lacking(spec, also)) is not None:
+    """None if the kernels take such a network, else what they lack or the limit that its sizes break.
+
+    Args:
+        spec: of the network.
+        max_time_dim: of the kernels in question.
+        read: the fields that they read, where those are more than all kernels'.
+    """
+    usual = READ_OF_DENOISERS if isinstance(spec, DenoiserSpec) else READ_OF_CRITICS
+    if (lacks := lacking(spec, read or usual)) is not None:
         return lacks
     sizes = [
         ("state_dim", spec.state_dim, 1, MAX_STATE_DIM),

@@ -266,7 +266,7 @@ class Run:
             limit = ["--timeout", str(a_test), *chosen]
             return run(backend, task.of(f"tests-{backend}"), *each, *limit)
 
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(1 + len(others)) as pool:
             done = list(pool.map(of_backend, [first, *others]))
         done.append(run("alone", task, "-p", "no:xdist", "--timeout", "60", "-m", "alone"))
         wrong = [why for why, _ in done if why is not None]

@@ -25,7 +25,7 @@ from .prologue import edge_precision
 
 Tensor = torch.Tensor
 _SIDE = 64  # of a tile of a gradient
-_CHUNK = 32 if not INTERPRETED else 256  # rows at a time
+_CHUNK = 32 if not INTERPRETED else 128  # rows at a time
 _LEAST_ROWS = 128  # of a part
 _STATES = 16  # a program of the states' gradient
 _BLOCK = 1024 if not INTERPRETED else 1 << 15  # elements a program adds

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,10 @@ def test_save_and_load_round_trip(policy, tmp_path, dtype):
     policy.save(path)
     loaded = dql.DiffusionPolicy.load(path)
     assert loaded.config() == policy.config()
-    assert {*policy.config()} == {*inspect.signature(dql.DiffusionPolicy).parameters} - {"generator"}, "all is saved"
+    parameters = {*inspect.signature(dql.DiffusionPolicy).parameters}
+    assert {*policy.config()} == parameters - {"generator"}, "all is saved"
+    assert {field.name for field in fields(policy.denoiser.spec)} <= parameters
+    assert loaded.denoiser.spec == policy.denoiser.spec
     assert loaded.dtype == dtype
     assert loaded.state_dict().keys() == policy.state_dict().keys()
     for name, value in policy.state_dict().items():

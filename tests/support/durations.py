@@ -1,7 +1,8 @@
 """Which tests are slow: `pytest --durations=0 -vv ... > LOG; python tests/support/durations.py LOG > tests/slow.txt`.
 
-A line of that list is a test function, one with the backend that makes it slow, or a file that all has to wait for what
-its tests share. They are marked `slow`.
+Of the second run in a checkout: in the first one test compiles the emulator for all. A line of that list is a test
+function, one with the backend that makes it slow, or a file that all has to wait for what its tests share. They are
+marked `slow`.
 """
 
 import re

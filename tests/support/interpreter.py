@@ -16,7 +16,7 @@ def quicken() -> bool:
     - A call of one jit function by another looks through all of Triton's language for what is to be exchanged for the
       interpreter's, which the launch has done already.
     - A tensor's dtype is looked up in a table that is made for it.
-    - Two blocks of one shape are broadcast to it.
+    - Two blocks of one shape are compared entry by entry, or (3.6) broadcast to it.
     - Whether an integer overflows is worked out by six operations on tensors, for an assertion that is switched off.
     """
     try:
@@ -40,7 +40,7 @@ def quicken() -> bool:
         if function not in languages:
             seen = function.__globals__.values()
             languages[function] = [lang for lang in (tl, tl.core) if any(value is lang for value in seen)]
-        if all(not is_builtin(lang.load) for lang in languages[function]):
+        if languages[function] and all(not is_builtin(lang.load) for lang in languages[function]):
             return none()  # there is nothing to put back
         return patch_lang(function)
 

@@ -52,13 +52,22 @@ def test_every_link_leads_somewhere(page):
         assert not anchor or anchor in anchors(to), link
 
 
+def test_the_readmes_tables_are_the_pages():
+    """Of what was measured; the pages have more of it, and the reports."""
+    pages = "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
+    rows = re.findall(r"^\| (?:sample|select|update|device time|\| published).*$", README, re.MULTILINE)
+    assert len(rows) >= 12
+    assert [row for row in rows if row not in pages] == []
+
+
 def test_every_page_is_linked_to():
     assert {page.name for page in (ROOT / "docs").glob("*.md")} == set(re.findall(r"docs/(\w+\.md)", README))
 
 
 def test_every_command_exists(capsys):
-    lines = re.findall(r"^dql (.*?)(?:  +#.*)?$", README, re.MULTILINE)
-    assert len(lines) >= 6
+    (block,) = re.findall(r"```\n(dql data .*?)```", README, re.DOTALL)
+    lines = [re.sub(r"  +#.*", "", line).removeprefix("dql ") for line in block.splitlines()]
+    assert len(lines) >= 6 and all(line.startswith("dql ") for line in block.splitlines())
     for line in lines:
         words = shlex.split(line)
         command = words[:2] if words[0] == "data" else words[:1]

@@ -3,13 +3,16 @@
 import json
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
 
+from dql import DiffusionQL
 from dql.config import Config, RunConfig
-from dql.kernels.layout import CriticSpec, DenoiserSpec
+from dql.kernels.layout import ACTIVATIONS, CriticSpec, DenoiserSpec
+from dql.schedule import BETA_SCHEDULES
 
 
 # Values of a RunConfig.
@@ -65,4 +68,16 @@ def test_a_config_refuses_what_is_of_another_kind(changes, sentence):
 def test_a_config_names_every_field_of_the_networks():
     """But what the data say, and the embedding's size, the paper's: a field that is left out cannot be trained with."""
     of_networks = {field.name for spec in (DenoiserSpec, CriticSpec) for field in fields(spec)}
-    assert of_networks - {"state_dim", "action_dim", "time_dim"} <= {field.name for field in fields(Config)}
+    others = {"hidden_dim": 24, "num_hidden": 2, "activation": "relu"}
+    others |= {f.name: not f.default for f in fields(Config) if f.name in of_networks and isinstance(f.default, bool)}
+    assert others.keys() == of_networks - {"state_dim", "action_dim", "time_dim"}
+    agent = DiffusionQL(3, 2, Config(**others))
+    for network in (agent.policy.denoiser, agent.critic):
+        assert {name: getattr(network.spec, name) for name in others if hasattr(network.spec, name)} == {
+            name: value for name, value in others.items() if hasattr(network.spec, name)
+        }
+
+
+def test_a_config_knows_every_activation_and_schedule():
+    kinds = get_type_hints(Config)
+    assert get_args(kinds["activation"]) == ACTIVATIONS and get_args(kinds["beta_schedule"]) == BETA_SCHEDULES

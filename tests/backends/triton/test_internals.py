@@ -190,11 +190,12 @@ def doubled(number):
     return int(x)
 
 def seen():
-    found = [run(CASES[0], "triton", precision=precision) for precision in ("fp32", "bf16")]
+    found = [run(CASES[i], "triton", precision=precision) for i, precision in ((0, "fp32"), (3, "fp32"), (1, "bf16"))]
     return found, [doubled(number) for number in (3, -(1 << 30), 1 << 30)]
 
 own, integers = seen()
-assert interpreter.quicken(), "Triton's insides are others: tests are slow, and right"
+if not interpreter.quicken():
+    sys.exit(77)
 quick, integers_of_quick = seen()
 assert integers == integers_of_quick == [6, -(1 << 31), -(1 << 31)], (integers, integers_of_quick)
 for a, b in zip(own, quick):
@@ -209,4 +210,6 @@ def test_the_quickened_interpreter_is_the_interpreter(tmp_path, runs_here):
     program.write_text(QUICKENED)
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), str(ROOT)])}
     done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, timeout=120)
+    if done.returncode == 77:
+        pytest.skip("this Triton's insides are others: its interpreter stays as it is")
     assert done.returncode == 0, done.stderr
