@@ -1,11 +1,11 @@
 """Prints a bench report as the README's tables: python bench/table.py bench/results/REPORT.json"""
 
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from json_files import read_json
 from machine import provenance
 
 Row = dict[str, Any]
@@ -226,8 +226,16 @@ def tables(report: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_file():
+def main(arguments: list[str]) -> None:
+    """Prints the report that is named."""
+    if len(arguments) != 1 or not Path(arguments[0]).is_file():
         sys.exit("usage: python bench/table.py bench/results/REPORT.json")
+    report = read_json(Path(arguments[0]))
+    if not isinstance(report, dict) or not isinstance(report.get("rows"), list):
+        sys.exit(f"{arguments[0]} is no report of a bench; give one, such as bench/results/REPORT.json")
+    print(tables(report))
+
+
+if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parents[1]))  # of a checkout without an installation
-    print(tables(json.loads(Path(sys.argv[1]).read_text())))
+    main(sys.argv[1:])

@@ -16,7 +16,7 @@ from dql.backend.registry import registry
 @pytest.fixture(params=NAMES)
 def backend(request, runs_here) -> str:
     """The name of each; with `support.backends.every_variant`, in every variant of its instructions."""
-    name, _, variant = request.param.partition("-")
+    name, _, variant = (request.param, "", "") if request.param in NAMES else request.param.rpartition("-")
     runs_here(name, on_cpu=True)
     if not variant:
         yield name

@@ -9,16 +9,19 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 
-BACKENDS = ("cpp", "cuda", "triton")
+from dql.backend.registry import registry
+
+BACKENDS = tuple(name for name in registry() if name != "eager")
 MEAN, LONGEST = 0.8, 3.0  # seconds, in a run of two processes side by side, of a function's tests
 SHARED = 5.0  # seconds of a fixture
 
 
 def backend_of(test: str) -> str | None:
     """Which backend's a test is, by the words of its parameters: "test_it[triton-bf16]"."""
-    words = re.split(r"[-\[\], ]", test.partition("[")[2])
-    return next((name for name in BACKENDS if name in words), None)
+    parameters = test.partition("[")[2]
+    return next((name for name in BACKENDS if re.search(rf"(^|[-, ]){re.escape(name)}([-,\] ]|$)", parameters)), None)
 
 
 def groups_of(test: str) -> list[str]:
@@ -45,5 +48,7 @@ def slow(lines: Iterable[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_file():
+        sys.exit("usage: python tests/support/durations.py LOG, what pytest --durations=0 -vv printed")
     with open(sys.argv[1]) as log:
         print(*slow(log), sep="\n")

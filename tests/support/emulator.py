@@ -27,7 +27,8 @@ def compile_emulator() -> str | None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        return f"the emulated kernels cannot be compiled: {(done.stderr or done.stdout).strip().splitlines()[-1]}"
+        said = (done.stderr or done.stdout).strip().splitlines() or [f"it ended with {done.returncode}"]
+        return f"the emulated kernels cannot be compiled: {said[-1]}"
     importlib.invalidate_caches()  # somebody may have looked for it in this process before it was there
     return None
 

@@ -1,11 +1,14 @@
 """Triton's interpreter, made quicker for tests: what it does for nothing at every operation is left out.
 
-The operations, what they check and their results are its own. Where a release of Triton has other insides than those of
-3.6 to 3.9, all stays as it is.
+The operations, what they check and their results are its own. The interpreter of a release of Triton that was not
+tried, or that has other insides, stays as it is.
 """
 
+import importlib.metadata
 from functools import cache
 from typing import Any
+
+from dql.kernels.triton.internals import TRIED
 
 
 @cache
@@ -19,6 +22,8 @@ def quicken() -> bool:
     - Two blocks of one shape are compared entry by entry, or (3.6) broadcast to it.
     - Whether an integer overflows is worked out by six operations on tensors, for an assertion that is switched off.
     """
+    if ".".join(importlib.metadata.version("triton").split(".")[:2]) not in TRIED:
+        return False
     try:
         from triton.runtime import interpreter
 

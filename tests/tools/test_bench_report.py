@@ -2,6 +2,8 @@
 
 import json
 import re
+import runpy
+import sys
 import tarfile
 
 import pytest
@@ -185,3 +187,15 @@ def test_the_fastest_backend(tmp_path):
     backend, why = fastest_backend(tmp_path)
     assert backend == "cuda+graph"
     assert why == "an update takes 5 us with triton, 4 us with cuda+graph"
+
+
+@pytest.mark.parametrize("text", ["no JSON", "[1]", '{"rows": 3}', '{"parts": 3}'])
+def test_what_is_no_report(text, tmp_path, monkeypatch):
+    """One sentence that names the file, from both that print reports."""
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit, match=r"other.json is no report of a bench; give one, such as bench/results/"):
+        table.main([str(path)])
+    monkeypatch.setattr(sys, "argv", ["report", str(path)])
+    with pytest.raises(SystemExit, match=r"other.json is no report that bench/gpu.sh wrote; give one, such as"):
+        runpy.run_path(gpu_report.__file__, run_name="__main__")

@@ -1,6 +1,8 @@
 """The list of slow tests, from which `-m "not slow"` is made, and what makes it."""
 
 import re
+import subprocess
+import sys
 
 from support import TESTS
 from support.durations import groups_of, slow
@@ -35,3 +37,8 @@ def test_all_that_is_listed_is_there():
         name = rest.partition(" ")[0]
         assert (TESTS / path).is_file(), line
         assert not name or re.search(rf"^def {name}\(", (TESTS / path).read_text(), re.MULTILINE), line
+
+
+def test_a_log_is_asked_for():
+    done = subprocess.run([sys.executable, TESTS / "support" / "durations.py"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and done.stderr.startswith("usage: python tests/")
