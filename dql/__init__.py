@@ -1,7 +1,11 @@
 """Diffusion Q-learning, with interchangeable backends for the reverse chain. See README.md and `dql --help`."""
 
 from dql import noise
-from dql.agent import DiffusionBC, DiffusionQL, load
+from dql.agents.bc import BC, GaussianBC
+from dql.agents.diffusion import DiffusionBC, DiffusionQL
+from dql.agents.iql import IQL
+from dql.agents.registry import load
+from dql.agents.td3_bc import TD3BC
 from dql.backend.base import BackendUnavailable
 from dql.backend.registry import backends
 from dql.checkpoint import CheckpointError
@@ -35,6 +39,10 @@ __all__ = [
     # training
     "DiffusionQL",
     "DiffusionBC",
+    "BC",
+    "GaussianBC",
+    "TD3BC",
+    "IQL",
     "GraphedUpdate",
     "Config",
     "TUNED",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from rich.table import Table
 
-from dql.config import TUNED, Config, RunConfig, tuned_eval_episodes
+from dql.config import DIFFUSION, TUNED, Config, RunConfig, tuned_eval_episodes
 from dql.terminal import make_console
 
 if TYPE_CHECKING:
@@ -165,6 +165,8 @@ class TrainArguments:
     """Newest checkpoints kept, beside those that model selection may ask for."""
     eval_every: int = RunConfig.eval_every
     """Updates between two evaluations, and once at the end; 0 for none."""
+    eval_at_start: bool = RunConfig.eval_at_start
+    """Evaluate the agent before its first update, too."""
     eval_episodes: int = RunConfig.eval_episodes
     """Episodes of an evaluation."""
     eval_max_steps: int | None = None
@@ -197,9 +199,13 @@ def train(arguments: list[str]) -> int:
     from dql import train as training
 
     defaults = TrainArguments()
-    task = _value_of("--tuned", arguments)
+    task, algorithm = _value_of("--tuned", arguments), _value_of("--algorithm", arguments)
+    if algorithm is not None:  # whose own defaults the flags change
+        defaults = replace(defaults, agent=Config(algorithm=algorithm))  # type: ignore[arg-type]
     if task is not None:
-        agent = Config.tuned(task)
+        if defaults.agent.algorithm not in DIFFUSION:
+            raise ValueError(f"--tuned has hyper-parameters of {' and '.join(DIFFUSION)} alone; leave it out")
+        agent = Config.tuned(task, algorithm=defaults.agent.algorithm)
         defaults = replace(
             defaults, tuned=task, agent=agent, top_k=TUNED[task].top_k, eval_episodes=tuned_eval_episodes(task)
         )
@@ -290,7 +296,7 @@ def evaluate(
         as_json: Print JSON.
     """
     from dql import noise
-    from dql.agent import load
+    from dql.agents.registry import load
     from dql.data import DatasetInfo
     from dql.evaluate import evaluate as roll_out
     from dql.rundir import RunDir, find_checkpoint
@@ -364,7 +370,8 @@ def export(
         num_steps: Steps to run; by default as many as the policy was trained with.
         num_candidates: Actions for each state; by default one, without a dimension of its own.
     """
-    from dql.agent import load
+    from dql.agents.diffusion import DiffusionBC
+    from dql.agents.registry import load
     from dql.policy import DiffusionPolicy
 
     if not source.exists():
@@ -375,7 +382,13 @@ def export(
         policy = DiffusionPolicy.load(source)
         target = source.with_suffix(".onnx")
     else:
-        policy = load(source, which).policy
+        agent = load(source, which)
+        if not isinstance(agent, DiffusionBC):
+            raise ValueError(
+                f"{source} holds an agent of {agent.algorithm}: dql export writes the reverse chain of "
+                f"{' or '.join(DIFFUSION)}, and it has none"
+            )
+        policy = agent.policy
         target = source / ("policy.onnx" if which == "last" else f"policy-{which}.onnx")
     target = target if out is None else out
     policy.export_onnx(target, sampler=sampler, num_steps=num_steps, num_candidates=num_candidates)

@@ -75,22 +75,26 @@ def _check_fields(config: Any) -> None:
 class Config:
     """What an agent is made of. The defaults are the paper's; `Config.tuned` gives its choice for a task."""
 
-    algorithm: Literal["diffusion-ql", "diffusion-bc"] = "diffusion-ql"
-    """diffusion-ql, or its ablation diffusion-bc: no critic, no Q term, one sample to act."""
+    algorithm: Literal["diffusion-ql", "diffusion-bc", "bc", "bc-gaussian", "td3-bc", "iql"] = "diffusion-ql"
+    """diffusion-ql; its ablation diffusion-bc: no critic, no Q term, one sample to act; or a baseline: behaviour
+    cloning of an action (bc) or a Gaussian (bc-gaussian), TD3+BC (td3-bc), IQL (iql)."""
     max_action: float = 1.0
     """Actions lie in [-max_action, max_action]; a run takes it from its dataset."""
     hidden_dim: int = 256
     """Width of the hidden layers, denoiser and critics."""
-    num_hidden: int = 3
-    """Hidden layers, denoiser and critics."""
-    activation: Literal["mish", "relu", "silu"] = "mish"
-    """Activation of the hidden layers."""
+    num_hidden: int = 0
+    """Hidden layers of each network; 0 takes the algorithm's own: 3, of the baselines 2."""
+    activation: Literal["auto", "mish", "relu", "silu"] = "auto"
+    """Activation of the hidden layers; auto takes the algorithm's own: mish, of the baselines relu."""
     T: int = 5
     """Diffusion steps."""
     beta_schedule: Literal["vp", "linear", "cosine"] = "vp"
     """Noise schedule."""
     eta: float = 1.0
     """Weight of the Q term in the actor's loss."""
+    actor_gradient: Literal["chain", "one-step"] = "chain"
+    """Where the Q term's action comes from: the whole chain, as in the paper, or EDP's approximation of it from the
+    behaviour-cloning loss's own prediction, in one step (arXiv 2305.20081)."""
     discount: float = 0.99
     """Discount of the return."""
     tau: float = 0.005
@@ -102,9 +106,10 @@ class Config:
     lr: float = 3e-4
     """Adam's learning rate for the actor."""
     critic_lr: float = 3e-4
-    """Adam's learning rate for the critics; the published code never changes it."""
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    """constant (what the published commands amount to), or a cosine to zero over num_updates."""
+    """Adam's learning rate for the critics (and IQL's value); the published code never changes it."""
+    lr_schedule: Literal["auto", "constant", "cosine"] = "auto"
+    """constant (what the published commands amount to), or a cosine to zero over num_updates; auto takes the
+    algorithm's own: constant, of iql (for its actor alone) the cosine."""
     grad_norm: float = 1.0
     """Gradients are clipped to this norm, actor and critics each; 0 for no clipping. diffusion-bc never clips."""
     ema_decay: float = 0.995
@@ -119,6 +124,20 @@ class Config:
     """Length of a run, and of the cosine."""
     num_candidates: int = 50
     """Actions drawn to act, of which one is chosen by softmax(Q)."""
+    alpha: float = 2.5
+    """Of td3-bc: weight of the Q term in the actor's loss."""
+    policy_noise: float = 0.2
+    """Of td3-bc: deviation of the noise on the target's actions, for max_action 1."""
+    noise_clip: float = 0.5
+    """Of td3-bc: bound of that noise, for max_action 1."""
+    policy_delay: int = 2
+    """Of td3-bc: updates between two steps of actor and targets."""
+    expectile: float = 0.7
+    """Of iql: which expectile of Q the value learns."""
+    temperature: float = 3.0
+    """Of iql: inverse temperature of the weights exp(temperature * advantage)."""
+    advantage_clip: float = 100.0
+    """Of iql: bound of those weights."""
     reward_tune: Literal["none", "normalize", "iql_antmaze", "iql_locomotion", "cql_antmaze", "antmaze"] = "none"
     """Transformation of the rewards."""
     backend: str = "auto"
@@ -128,10 +147,15 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        for name, (none, own) in _OWN.items():
+            if getattr(self, name) == none:
+                object.__setattr__(self, name, own.get(self.algorithm, own["else"]))
+        self._refuse_unread()
         for name in (
             "hidden_dim",
             "num_hidden",
             "T",
+            "policy_delay",
             "backup_candidates",
             "ema_every",
             "batch_size",
@@ -140,19 +164,32 @@ class Config:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "critic_lr", "max_action"):
+        for name in ("lr", "critic_lr", "max_action", "temperature", "advantage_clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not 1 / LARGEST <= self.max_action <= LARGEST:
             raise ValueError(f"max_action must be from {1 / LARGEST:g} to {LARGEST:g}, got {self.max_action}")
-        for name in ("discount", "tau", "ema_decay"):
+        for name in ("discount", "tau", "ema_decay", "expectile"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
-        for name in ("eta", "grad_norm", "ema_start"):
+        for name in ("eta", "grad_norm", "ema_start", "alpha", "policy_noise", "noise_clip"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.seed < 1 << 64:
             raise ValueError(f"seed must be from 0 to 2^64 - 1, got {self.seed}")
+
+    def _refuse_unread(self) -> None:
+        """Raises ValueError for a field that was set and that the algorithm does not read: it would do nothing."""
+        for algorithms, names in _READ_BY.items():
+            # diffusion-bc has always taken diffusion-ql's fields: one config serves both
+            if self.algorithm in algorithms or (self.algorithm == "diffusion-bc" and "diffusion-ql" in algorithms):
+                continue
+            for name in names:
+                if getattr(self, name) != _DEFAULTS[name]:
+                    raise ValueError(
+                        f"{name} is read by {' and '.join(algorithms)} alone, and this is {self.algorithm}; "
+                        "leave it out"
+                    )
 
     @classmethod
     def tuned(cls, task: str, **changes: Any) -> "Config":
@@ -190,6 +227,37 @@ class Config:
         return cls(**_known(cls, values))
 
 
+DIFFUSION = ("diffusion-ql", "diffusion-bc")
+"""The algorithms whose policy is a reverse chain."""
+
+# Fields whose default depends on the algorithm: the value that stands for it, and the algorithms' own.
+_OWN: dict[str, tuple[Any, dict[str, Any]]] = {
+    "num_hidden": (0, dict.fromkeys(DIFFUSION, 3) | {"else": 2}),
+    "activation": ("auto", dict.fromkeys(DIFFUSION, "mish") | {"else": "relu"}),
+    "lr_schedule": ("auto", {"iql": "cosine", "else": "constant"}),
+}
+
+# Which algorithms read a field, where it is not all of them.
+_READ_BY: dict[tuple[str, ...], tuple[str, ...]] = {
+    DIFFUSION: ("T", "beta_schedule", "backend"),
+    ("diffusion-ql",): (
+        "eta",
+        "actor_gradient",
+        "max_q_backup",
+        "backup_candidates",
+        "grad_norm",
+        "ema_decay",
+        "ema_every",
+        "ema_start",
+        "num_candidates",
+    ),
+    ("diffusion-ql", "td3-bc", "iql"): ("discount", "tau", "critic_lr"),
+    ("td3-bc",): ("alpha", "policy_noise", "noise_clip", "policy_delay"),
+    ("iql",): ("expectile", "temperature", "advantage_clip"),
+}
+_DEFAULTS = {f.name: f.default for f in fields(Config)}
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """One training run: the data, how long, and what is written when."""
@@ -210,6 +278,8 @@ class RunConfig:
     """Newest checkpoints kept, beside those that model selection may ask for."""
     eval_every: int = 50_000
     """Updates between two evaluations, and once at the end; 0 for none."""
+    eval_at_start: bool = False
+    """Evaluate the agent before its first update, too."""
     eval_episodes: int = 10
     """Episodes of an evaluation."""
     eval_max_steps: int | None = None

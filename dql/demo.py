@@ -1,9 +1,8 @@
-"""`dql demo`: from nothing to a diffusion policy that beats its data, in minutes on a CPU."""
+"""`dql demo`: from nothing to a diffusion policy that beats its data and its clones, in minutes on a CPU."""
 
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -14,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dql import noise
-from dql.agent import DiffusionBC, load
+from dql.agents.base import Agent
+from dql.agents.diffusion import DiffusionBC, DiffusionQL
 from dql.config import Config, RunConfig
 from dql.data import TransitionDataset, load_dataset
 from dql.evaluate import confidence_interval, evaluate
@@ -22,32 +22,33 @@ from dql.policy import DiffusionPolicy
 from dql.report import action_distribution, learning_curve
 from dql.rundir import RunDir, RunError
 from dql.sampler import sample
-from dql.train import resume, train
+from dql.train import OtherSettingsError, complete
 
 T = TypeVar("T")
 CLONE = 5  # updates of DiffusionBC for one of Diffusion-QL, which costs about five: fewer leave it short of its data
 ETA = 20.0  # the paper's 1 leaves the policy near the data, two thirds of whose actions are random
 DATASET = "dql/pendulum/mixed-v0"
-_ALGORITHMS = {"DiffusionBC": "diffusion-bc", "Diffusion-QL": "diffusion-ql"}
+EVALUATIONS = 8  # of a run, beside that of the untrained agent
+_ALGORITHMS = {"BC": "bc", "DiffusionBC": "diffusion-bc", "Diffusion-QL": "diffusion-ql"}
 # angle from upright in degrees, angular velocity in radians per second
 _STATES = ((180.0, 0.0), (120.0, 4.0), (30.0, -1.0), (0.0, 0.0))
 
 
 def demo(folder: Path, *, updates: int, episodes: int, seed: int, fresh: bool, console: Console) -> dict[str, float]:
-    """Makes the data, trains DiffusionBC and Diffusion-QL on it, evaluates both, and writes table and pictures.
+    """Makes the data, trains BC, DiffusionBC and Diffusion-QL on it, evaluates them, and writes table and pictures.
 
     What an earlier, interrupted demo finished is used again.
 
     Args:
         folder: where runs, pictures and the policy go.
-        updates: of Diffusion-QL; DiffusionBC takes CLONE times as many.
+        updates: of Diffusion-QL and BC; DiffusionBC takes CLONE times as many.
         episodes: of the final evaluation.
         seed: of training; the dataset's is always 0.
         fresh: start over, dropping the folder's earlier demo.
         console: where it speaks.
 
     Returns:
-        mean return by name: data, DiffusionBC, Diffusion-QL, and Diffusion-QL's policy alone.
+        mean return by name: data, BC, DiffusionBC, Diffusion-QL, and Diffusion-QL's policy alone.
 
     Raises:
         RunError: the folder holds a demo with other settings.
@@ -68,7 +69,7 @@ def demo(folder: Path, *, updates: int, episodes: int, seed: int, fresh: bool, c
     info = dataset.info
     console.print(f"data: {len(dataset):,} transitions of {DATASET}, {info.num_episodes} episodes")
 
-    agents: dict[str, DiffusionBC] = {}
+    agents: dict[str, Agent] = {}
     for name, run in runs.items():
         console.print(f"training {name} for {run.agent.num_updates:,} updates")
         agents[name], seconds[f"train {name}"] = _timed(partial(_train, run, console))
@@ -79,15 +80,18 @@ def demo(folder: Path, *, updates: int, episodes: int, seed: int, fresh: bool, c
             partial(evaluate, agent, info, episodes=episodes, seed=noise.derive(seed, "demo"))
         )
 
-    alone = _PolicyAlone(agents["Diffusion-QL"].policy)
+    best = agents["Diffusion-QL"]
+    assert isinstance(best, DiffusionQL)
+    alone = _PolicyAlone(best.policy)
     results["Diffusion-QL, policy alone"], seconds["evaluate policy alone"] = _timed(
         partial(evaluate, alone, info, episodes=episodes, seed=noise.derive(seed, "demo"))
     )
 
     table = Table(
         title=f"Pendulum-v1: return (higher is better) of {episodes} episodes, {len(info.episode_returns)} of the data",
-        caption="score: 0 is a random policy, 100 the controller without noise. Diffusion-QL acts as published: of "
-        "50 candidates the critic chooses one. Policy alone: one sample, no critic, as DiffusionBC acts.",
+        caption="score: 0 is a random policy, 100 the controller without noise. BC: an MLP that regresses the action. "
+        "Diffusion-QL acts as published: of 50 candidates the critic chooses one. Policy alone: one sample, no "
+        "critic, as DiffusionBC acts.",
     )
     for header in ("", "mean return", "95% interval", "score"):
         table.add_column(header, justify="left" if not header else "right")
@@ -110,7 +114,8 @@ def demo(folder: Path, *, updates: int, episodes: int, seed: int, fresh: bool, c
         velocities = torch.tensor([velocity for _, velocity in _STATES])
         action_distribution(
             dataset,
-            {name: agent.policy for name, agent in agents.items()} | {"Diffusion-QL, acting": agents["Diffusion-QL"]},
+            {name: agent.policy for name, agent in agents.items() if isinstance(agent, DiffusionBC)}
+            | {"Diffusion-QL, acting": best},
             folder / "actions.png",
             states=torch.stack([radians.cos(), radians.sin(), velocities], dim=1),
             titles=[f"{angle:.0f} deg from upright, {velocity:+.0f} rad/s" for angle, velocity in _STATES],
@@ -118,7 +123,7 @@ def demo(folder: Path, *, updates: int, episodes: int, seed: int, fresh: bool, c
 
     _, seconds["pictures"] = _timed(pictures)
     policy_path = folder / "policy.safetensors"
-    agents["Diffusion-QL"].policy.save(policy_path)
+    best.policy.save(policy_path)
     spent = ", ".join(f"{name} {s:.0f}" for name, s in seconds.items())
     plain = partial(console.print, soft_wrap=True)
     plain(f"seconds: {spent}; {time.perf_counter() - started:.0f} in all, {torch.get_num_threads()} thread(s)")
@@ -157,14 +162,16 @@ def _remove(folder: Path | None) -> None:
 
 
 def _run_config(folder: Path, algorithm: str, updates: int, seed: int) -> RunConfig:
+    own = {} if algorithm == "bc" else {"eta": ETA}
     return RunConfig(
         dataset=DATASET,
-        agent=Config(algorithm=algorithm, num_updates=updates, eta=ETA, seed=seed),  # type: ignore[arg-type]
+        agent=Config(algorithm=algorithm, num_updates=updates, seed=seed, **own),  # type: ignore[arg-type]
         run_dir=folder,
         device="cpu",
         checkpoint_every=500,
         keep=1,
-        eval_every=max(updates // 4, 1),
+        eval_every=max(updates // EVALUATIONS, 1),
+        eval_at_start=True,
         eval_episodes=10,
     )
 
@@ -184,19 +191,17 @@ def _dataset(console: Console) -> TransitionDataset:
     return load_dataset(DATASET)
 
 
-def _train(run: RunConfig, console: Console) -> DiffusionBC:
+def _train(run: RunConfig, console: Console) -> Agent:
     assert run.run_dir is not None
-    folder = RunDir(run.run_dir)
-    if folder.config_path.exists():
-        old = RunConfig.from_dict(folder.read_config()["run"])
-        if replace(old, agent=replace(old.agent, max_action=run.agent.max_action)) != run:
-            raise RunError(f"{run.run_dir} holds a demo with other settings; start over with --fresh, or choose --out")
-        if folder.policy_path.exists():
-            console.print(f"  already trained: {run.run_dir}", soft_wrap=True)
-            return load(folder.checkpoint_path(folder.steps()[-1]))
-        result = resume(run.run_dir, console=console)
-    else:
-        result = train(run, console=console)
-    if result.stopped_by is not None:
-        raise KeyboardInterrupt(f"stopped by {result.stopped_by}; run dql demo again to continue")
-    return result.agent
+    before = RunDir(run.run_dir).steps()
+    if before and before[-1] == run.agent.num_updates:
+        console.print(f"  already trained: {run.run_dir}", soft_wrap=True)
+    try:
+        agent, stopped_by = complete(run, console=console)
+    except OtherSettingsError as error:
+        raise RunError(
+            f"{run.run_dir} holds a demo with other settings; start over with --fresh, or choose --out"
+        ) from error
+    if stopped_by is not None:
+        raise KeyboardInterrupt(f"stopped by {stopped_by}; run dql demo again to continue")
+    return agent

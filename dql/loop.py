@@ -19,7 +19,8 @@ import torch
 from rich.console import Console
 
 from dql import noise
-from dql.agent import DiffusionBC, DiffusionQL
+from dql.agents.base import Agent
+from dql.agents.diffusion import DiffusionBC
 from dql.checkpoint import CheckpointError
 from dql.config import RunConfig
 from dql.data import DatasetInfo, TransitionDataset
@@ -51,7 +52,7 @@ class RunResult:
     """
 
     path: Path
-    agent: DiffusionBC | DiffusionQL
+    agent: Agent
     step: int
     evaluations: list[tuple[int, Evaluation]]
     stopped_by: str | None
@@ -181,7 +182,7 @@ class Loop:
         folder: RunDir,
         data: TransitionDataset,
         info: DatasetInfo,
-        agent: DiffusionBC | DiffusionQL,
+        agent: Agent,
         console: Console,
         origin: dict[str, Any],
         state: LoopState | None = None,
@@ -189,7 +190,10 @@ class Loop:
         evaluates: bool = True,
     ) -> None:
         self.config, self.folder, self.data, self.info, self.agent = run, folder, data, info, agent
-        self.update = GraphedUpdate(agent, run.agent.batch_size).update if run.graphed else agent.update
+        self.update = agent.update
+        if run.graphed:
+            assert isinstance(agent, DiffusionBC)
+            self.update = GraphedUpdate(agent, run.agent.batch_size).update
         self.console, self.origin, self.evaluates = console, origin, evaluates
         self.state = state or LoopState()
         self.saved_step = -1 if state is None else agent.step
@@ -212,6 +216,10 @@ class Loop:
                     self._log(agent.step / max(state.seconds, 1e-9))
                 if state.evaluation_owed:
                     self._evaluate()
+            elif run.eval_at_start and run.eval_every:
+                state.evaluation_owed = True
+                self._save()
+                self._evaluate()
             last_seconds, last_step = state.seconds, agent.step
             started = time.perf_counter() - state.seconds
             while agent.step < run.agent.num_updates and self.stop is None:
@@ -235,7 +243,7 @@ class Loop:
         if self.stop is not None and self.saved_step != agent.step:
             self._save()
         if self.stop is None:
-            agent.policy.save(self.folder.policy_path)
+            agent.save_policy(self.folder.policy_path)
         return RunResult(self.folder.path, agent, agent.step, self.results, self.stop, state.seconds)
 
     def _on_signal(self, name: str) -> None:
@@ -294,10 +302,12 @@ class Loop:
                 f"update {step:,}: the evaluation failed ({said(error)}); its line in evaluations.csv is empty, and "
                 "the run goes on"
             )
-        bc_loss = dict(zip(state.names, state.since_evaluation.read(), strict=True))["actor/bc_loss"]
+        losses = dict(zip(state.names, state.since_evaluation.read(), strict=True))
+        bc_loss = losses.get("actor/bc_loss")  # none before the first update
         described = _NO_RESULT if result is None else result.to_dict()
         append_row(self.folder.evaluations_path, {"step": step} | described | {"bc_loss": bc_loss})
-        state.scored.append(Scored(step, math.nan if result is None else result.return_mean, bc_loss))
+        if bc_loss is not None:  # what has learnt nothing is not to be selected
+            state.scored.append(Scored(step, math.nan if result is None else result.return_mean, bc_loss))
         state.since_evaluation, state.evaluation_owed = _Means(), False
         if result is not None:
             self.results.append((step, result))

@@ -317,7 +317,7 @@ def leaf_gradients(layout: FlatLayout, d_flat: Tensor | None, need: Sequence[boo
     yield from (views[slot.name] if needed else None for slot, needed in zip(layout.slots, need, strict=True))
 
 
-def _sizes(**sizes: Any) -> list[int]:
+def checked_sizes(**sizes: Any) -> list[int]:
     """The sizes as ints, NumPy's integers among them."""
     for name, value in sizes.items():
         whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
@@ -367,7 +367,7 @@ class Denoiser(FlatModule):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        state_dim, action_dim, hidden_dim, num_hidden, time_dim = _sizes(
+        state_dim, action_dim, hidden_dim, num_hidden, time_dim = checked_sizes(
             state_dim=state_dim, action_dim=action_dim, hidden_dim=hidden_dim, num_hidden=num_hidden, time_dim=time_dim
         )
         if time_dim < 4 or time_dim % 2:
@@ -376,13 +376,13 @@ class Denoiser(FlatModule):
         self.layout = self.spec.layout
         self.time_mlp = nn.Sequential(
             TimeEmbedding(time_dim),
-            _linear(time_dim, 2 * time_dim, generator),
+            linear(time_dim, 2 * time_dim, generator),
             Activation(activation),
-            _linear(2 * time_dim, time_dim, generator),
+            linear(2 * time_dim, time_dim, generator),
         )
         inputs = action_dim + time_dim + state_dim
-        self.mid_layer = _hidden_layers(inputs, hidden_dim, num_hidden, activation, generator)
-        self.final_layer = _linear(hidden_dim, action_dim, generator)
+        self.mid_layer = hidden_layers(inputs, hidden_dim, num_hidden, activation, generator)
+        self.final_layer = linear(hidden_dim, action_dim, generator)
         self.flatten_parameters()
 
     def forward(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
@@ -430,15 +430,15 @@ class TwinCritic(FlatModule):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        state_dim, action_dim, hidden_dim, num_hidden = _sizes(
+        state_dim, action_dim, hidden_dim, num_hidden = checked_sizes(
             state_dim=state_dim, action_dim=action_dim, hidden_dim=hidden_dim, num_hidden=num_hidden
         )
         self.spec = CriticSpec(state_dim, action_dim, hidden_dim, num_hidden, activation)
         self.layout = self.spec.layout
 
         def q_model() -> nn.Sequential:
-            hidden = _hidden_layers(state_dim + action_dim, hidden_dim, num_hidden, activation, generator)
-            return nn.Sequential(*hidden, _linear(hidden_dim, 1, generator))
+            hidden = hidden_layers(state_dim + action_dim, hidden_dim, num_hidden, activation, generator)
+            return nn.Sequential(*hidden, linear(hidden_dim, 1, generator))
 
         self.q1_model = q_model()
         self.q2_model = q_model()
@@ -592,7 +592,7 @@ def check_finite(module: FlatModule, what: str) -> None:
     )
 
 
-def _linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
+def linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
     """nn.Linear with its own initial weights, drawn from `generator`: the same numbers as torch's from that state."""
     if generator is None:
         return nn.Linear(inputs, outputs)
@@ -604,12 +604,12 @@ def _linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.
     return layer
 
 
-def _hidden_layers(
+def hidden_layers(
     inputs: int, hidden_dim: int, num_hidden: int, activation: str, generator: torch.Generator | None
 ) -> nn.Sequential:
     layers: list[nn.Module] = []
     for _ in range(num_hidden):
-        layers += [_linear(inputs, hidden_dim, generator), Activation(activation)]
+        layers += [linear(inputs, hidden_dim, generator), Activation(activation)]
         inputs = hidden_dim
     return nn.Sequential(*layers)
 

@@ -18,23 +18,38 @@ import torch
 from rich.console import Console
 
 from dql import __version__
-from dql.agent import DiffusionBC, DiffusionQL, load, make_agent
+from dql.agents.base import Agent
+from dql.agents.registry import load, make_agent
 from dql.checkpoint import FILE, CheckpointError, checked_device, digest_in
-from dql.config import RunConfig
+from dql.config import DIFFUSION, RunConfig
 from dql.data import DatasetError, DatasetInfo, TransitionDataset, load_dataset
 from dql.evaluate import make_limited
 from dql.loop import Loop, LoopState, RunResult, TrainingDivergedError, log_owed
 from dql.rundir import RunDir, RunError, drop_rows_after
 from dql.terminal import make_console
 
-__all__ = ["RunResult", "TrainingDivergedError", "default_run_dir", "resolve_device", "resume", "train"]
+__all__ = [
+    "OtherSettingsError",
+    "RunResult",
+    "TrainingDivergedError",
+    "complete",
+    "default_run_dir",
+    "resolve_device",
+    "resume",
+    "train",
+]
+
+
+class OtherSettingsError(RunError):
+    """The folder of a run holds one with other settings; the message names them."""
 
 
 def default_run_dir(run: RunConfig) -> Path:
-    """runs/<dataset>-<algorithm>-seed<seed>."""
+    """runs/<dataset>-<algorithm>-seed<seed>, with -one-step after an algorithm that takes its gradient so."""
     name = Path(run.dataset).stem if run.dataset.endswith(".hdf5") else run.dataset
     name = "".join(c if c.isalnum() or c in "-." else "-" for c in name).strip("-.")
-    return Path("runs") / f"{name}-{run.agent.algorithm}-seed{run.agent.seed}"
+    algorithm = run.agent.algorithm + ("-one-step" if run.agent.actor_gradient == "one-step" else "")
+    return Path("runs") / f"{name}-{algorithm}-seed{run.agent.seed}"
 
 
 def resolve_device(name: str) -> torch.device:
@@ -50,6 +65,10 @@ def resolve_device(name: str) -> torch.device:
 
 def _device_of(run: RunConfig) -> torch.device:
     device = resolve_device(run.device)
+    if run.graphed and run.agent.algorithm not in DIFFUSION:
+        raise RunError(
+            f"--graphed records an update of {' or '.join(DIFFUSION)}, and this is {run.agent.algorithm}; leave it out"
+        )
     if run.graphed and device.type != "cuda":
         raise RunError(
             f"--graphed records a CUDA graph, and this run is on {device}; leave it out or use --device cuda"
@@ -100,7 +119,7 @@ def train(run: RunConfig, *, dataset: TransitionDataset | None = None, console: 
         run = run.with_agent(max_action=data.max_action)
         info = _evaluation_info(run, data.info, typed=True)
         _check_environment(run, info)
-        agent = make_agent(data.state_dim, data.action_dim, run.agent, device=device)
+        agent = _new_agent(run, data, device)
         fingerprint = _fingerprint(data)
         threads = torch.get_num_threads()
         described = _describe(run, data, info, fingerprint, threads, in_memory=dataset is not None)
@@ -178,7 +197,8 @@ def resume(
         folder.write_json("config.json", described)
         step = agent.step
         drop_rows_after(folder.metrics_path, step - 1 if state is not None and log_owed(run, state, step) else step)
-        drop_rows_after(folder.evaluations_path, step - 1 if state is not None and state.evaluation_owed else step)
+        evaluated = state is not None and not state.evaluation_owed
+        drop_rows_after(folder.evaluations_path, step if evaluated else step - 1)
         if state is not None and not run.eval_every:
             state.evaluation_owed = False
         complete = " (it is complete: --num-updates N lengthens it)" if step >= run.agent.num_updates else ""
@@ -191,6 +211,33 @@ def resume(
             )
         origin = _origin(run, fingerprint, info)
         return Loop(run, folder, data, info, agent, console, origin, state, evaluates=unable is None).run()
+
+
+def complete(run: RunConfig, *, console: Console | None = None) -> tuple[Agent, str | None]:
+    """Takes the run of this config to its end, whatever its folder holds of it: all, a part, or nothing.
+
+    Returns:
+        the agent, and the name of the signal that ended the run early, or None.
+
+    Raises:
+        RunError: the folder holds a run of another config; and as `train`.
+    """
+    folder = RunDir(run.run_dir or default_run_dir(run))
+    if not folder.config_path.exists():
+        result = train(run, console=console)
+        return result.agent, result.stopped_by
+    old = RunConfig.from_dict(folder.read_config()["run"])
+    expected = replace(run.with_agent(max_action=old.agent.max_action), run_dir=old.run_dir)
+    if differing := [name for name, value in vars(expected).items() if getattr(old, name) != value]:
+        raise OtherSettingsError(
+            f"{folder.path} holds a run with other settings ({', '.join(differing)}); remove it, or choose "
+            "another folder"
+        )
+    steps = folder.steps()
+    if steps and steps[-1] == run.agent.num_updates and not folder.read_loop(steps[-1]).get("evaluation_owed"):
+        return load(folder.checkpoint_path(steps[-1]), device=resolve_device(run.device)), None
+    result = resume(folder.path, console=console)
+    return result.agent, result.stopped_by
 
 
 @contextmanager
@@ -226,9 +273,15 @@ def _load_again(run: RunConfig, written: dict[str, Any]) -> TransitionDataset:
         ) from error
 
 
+def _new_agent(run: RunConfig, data: TransitionDataset, device: torch.device) -> Agent:
+    agent = make_agent(data.state_dim, data.action_dim, run.agent, device=device)
+    agent.begin(data)
+    return agent
+
+
 def _last_checkpoint(
     folder: RunDir, run: RunConfig, data: TransitionDataset, info: DatasetInfo, fingerprint: str, device: torch.device
-) -> tuple[DiffusionBC | DiffusionQL, LoopState | None]:
+) -> tuple[Agent, LoopState | None]:
     """Agent and loop of the last checkpoint, known to be this run's; a new agent if none is saved yet.
 
     Raises:
@@ -236,7 +289,7 @@ def _last_checkpoint(
     """
     steps = folder.steps()
     if not steps:  # killed before the first checkpoint: from the start, which is as exact
-        return make_agent(data.state_dim, data.action_dim, run.agent, device=device), None
+        return _new_agent(run, data, device), None
     step = steps[-1]
     path = folder.checkpoint_path(step)
     earlier = f"update {steps[-2]:,}" if len(steps) > 1 else "the beginning"
@@ -249,7 +302,7 @@ def _last_checkpoint(
         raise RunError(f"{error}: {remedy}") from error
     loop = folder.read_loop(step)
     of = loop.pop("of", {"step": step})  # an earlier version wrote none
-    sizes = (agent.policy.state_dim, agent.policy.action_dim)
+    sizes = (agent.state_dim, agent.action_dim)
     digest = loop.pop("agent", None)  # nor that
     differing = run.agent.differences(agent.config)
     if agent.step != step:

@@ -3,22 +3,17 @@
 The other path, of the backend "cpp", is `update_native`; `update_graphed` records this one.
 """
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 
-from dql import noise, update_native
+from dql import update_native
+from dql.actor_loss import bc_loss_of, update_actor
 from dql.backend.base import Backend
 from dql.data import Batch
 from dql.draws import Draws, UpdateSeeds
-from dql.learner import Cloner, Learner, move_averages
-from dql.networks import FlatModule
-from dql.policy import DiffusionPolicy
+from dql.learner import Cloner, Learner, checked_batch, draws_of, move_averages
 from dql.sampler import backend_for, run_chain
-from dql.tensors import plain
-from dql.values import q_values, value_and_other
+from dql.values import q_values
 
 Tensor = torch.Tensor
 
@@ -34,22 +29,11 @@ def update(agent: Cloner, batch: Batch) -> dict[str, Tensor]:
     seeds = UpdateSeeds.of(agent.config.seed, agent.step)
     backend = backend_for(batch.states, agent.policy, agent.config.backend)
     if update_native.runs_natively(agent, backend):
-        metrics = agent.update_natively(batch, seeds)
+        metrics = agent.update_natively(batch, seeds, backend)
     else:
         metrics = agent.compute(batch, draws_of(agent, seeds, len(batch.states)), backend)
     agent.step += 1
     return metrics
-
-
-def draws_of(agent: Cloner, seeds: UpdateSeeds, B: int) -> Draws:
-    """What the agent's next update draws for a batch of B rows, and its schedules."""
-    policy = agent.policy
-    t = noise.integers(seeds.bc_t, policy.T, B)
-    if policy.device.type == "cuda":
-        t = t.pin_memory().to(policy.device, non_blocking=True)  # from other memory the copy may wait for the GPU
-    maximised = 1 if int(noise.integers(seeds.coin, 2, 1)) else 2
-    lr_scale, ema_weight = agent.lr_scale(), agent.ema_weight(agent.step)
-    return Draws(seeds.target, seeds.bc_noise, seeds.actor, t, maximised, lr_scale, ema_weight)
 
 
 # An update but for its step's number: everything that a device does, and nothing that waits for it.
@@ -57,7 +41,7 @@ def draws_of(agent: Cloner, seeds: UpdateSeeds, B: int) -> Draws:
 
 def clone(agent: Cloner, batch: Batch, draws: Draws, backend: Backend) -> dict[str, Tensor]:
     """Of DiffusionBC: the actor down the bc_loss."""
-    loss = _bc_loss(agent.policy, batch, draws, backend)
+    loss = bc_loss_of(agent.policy, batch, draws, backend)
     return {"actor/bc_loss": loss.detach(), "actor/grad_norm": agent.actor_adam.step(loss, draws.lr_scale)}
 
 
@@ -99,78 +83,3 @@ def target_q(agent: Learner, batch: Batch, seed: int | Tensor, backend: Backend 
     if c.max_q_backup:
         q1, q2 = q1.amax(dim=1), q2.amax(dim=1)
     return batch.rewards + batch.masks * c.discount * torch.minimum(q1, q2)
-
-
-def update_actor(agent: Learner, batch: Batch, draws: Draws, backend: Backend) -> dict[str, Tensor]:
-    """The actor a step down bc_loss + eta * q_loss; returns the metrics."""
-    bc_loss = _bc_loss(agent.policy, batch, draws, backend)
-    name = agent.config.backend
-    actions = run_chain(batch.states, agent.policy, backend=name, picked=backend, seed=draws.actor, at_once=True)
-    with _frozen(agent.critic):
-        q_loss = _q_loss(agent, batch.states, actions, draws.maximised, backend)
-    loss = bc_loss + agent.config.eta * q_loss
-    norm = agent.actor_adam.step(loss, draws.lr_scale)
-    return {
-        "actor/loss": loss.detach(),
-        "actor/bc_loss": bc_loss.detach(),
-        "actor/q_loss": q_loss.detach(),
-        "actor/grad_norm": norm,
-    }
-
-
-def _bc_loss(policy: DiffusionPolicy, batch: Batch, draws: Draws, backend: Backend) -> Tensor:
-    B, A = batch.actions.shape
-    eps = backend.normal(draws.bc_noise, 1, B, A, policy.denoiser.buffer)[0]
-    return policy.bc_loss(batch.states, batch.actions, draws.t, eps)
-
-
-def _q_loss(agent: Learner, states: Tensor, actions: Tensor, maximised: int | Tensor, backend: Backend) -> Tensor:
-    """-mean(Q_i) / mean|Q_j|, without a gradient through the divisor."""
-    if isinstance(maximised, Tensor):
-        q = torch.stack(q_values(agent.critic, states, actions, backend))  # [2, B]
-        return -(q.mean(dim=1) * maximised).sum() / (q.detach().abs().mean(dim=1) * (1 - maximised)).sum()
-    q, other = value_and_other(agent.critic, maximised, states, actions, backend)
-    return -q.mean() / other.abs().mean()
-
-
-@contextlib.contextmanager
-def _frozen(module: FlatModule) -> Iterator[None]:
-    """Gradients pass through the module to its inputs, but none is computed for its parameters."""
-    module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        module.requires_grad_(True)
-
-
-def checked_batch(batch: Batch, policy: DiffusionPolicy, least: int = 1) -> Batch:
-    """The batch as plain data, of `least` rows; refuses what does not fit, and what would broadcast (published rewards
-    are [B, 1])."""
-    if not isinstance(batch, Batch):
-        raise TypeError(f"batch must be a dql.Batch, got {type(batch).__name__}; use dql.Batch(states, actions, ...)")
-    for name, value in vars(batch).items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"batch.{name} must be a torch.Tensor, got {type(value).__name__}; use torch.as_tensor")
-        if value.is_nested or value.layout is not torch.strided:
-            plain(f"batch.{name}", value)  # says so
-    B, S, A = len(batch.states), policy.state_dim, policy.action_dim
-    if least > B:
-        raise ValueError("the batch is empty: an update needs at least one transition")
-    for name, shape in (
-        ("states", [B, S]),
-        ("actions", [B, A]),
-        ("rewards", [B]),
-        ("next_states", [B, S]),
-        ("masks", [B]),
-    ):
-        tensor = getattr(batch, name)
-        if list(tensor.shape) != shape:
-            raise ValueError(f"batch.{name} must be {shape}, got {list(tensor.shape)}; reshape it")
-        if tensor.dtype != policy.dtype or tensor.device != policy.device:
-            raise ValueError(
-                f"batch.{name} is {tensor.dtype} on {tensor.device}, the agent is {policy.dtype} on {policy.device}; "
-                "convert one of them"
-            )
-    return Batch(
-        *(plain(f"batch.{name}", value, whole=True).detach().contiguous() for name, value in vars(batch).items())
-    )

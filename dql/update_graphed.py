@@ -7,14 +7,14 @@ import numpy as np
 import torch
 
 from dql import draws
-from dql.agent import DiffusionBC, DiffusionQL
+from dql.agents.diffusion import DiffusionBC, DiffusionQL
 from dql.config import Config
 from dql.data import Batch
 from dql.draws import SEEDS, Draws
 from dql.kernels.capture import prove, recorded
+from dql.learner import checked_batch
 from dql.sampler import backend_for
 from dql.shown import shown
-from dql.update import checked_batch
 
 Tensor = torch.Tensor
 _WARM_UPS = 2  # load kernels and tables, and let cuBLAS choose, which a graph cannot hold

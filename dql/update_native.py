@@ -7,12 +7,13 @@ run may continue on the other path: the results differ by rounding.
 import torch
 
 from dql import noise
+from dql.actor_loss import update_actor
 from dql.backend.base import Backend
 from dql.backend.cpp import CppBackend, network, step_table, unfit
 from dql.data import Batch
 from dql.draws import UpdateSeeds
 from dql.kernels.cpp import binding
-from dql.learner import Cloner, Learner, move_averages
+from dql.learner import Cloner, Learner, draws_of, move_averages
 from dql.networks import Denoiser, FlatModule
 from dql.policy import DiffusionPolicy
 
@@ -31,20 +32,24 @@ def runs_natively(agent: Cloner, backend: Backend) -> bool:
     return all(p.requires_grad for name in agent.trained() for p in modules[name].parameters())
 
 
-def clone(agent: Cloner, batch: Batch, seeds: UpdateSeeds) -> dict[str, Tensor]:
+def clone(agent: Cloner, batch: Batch, seeds: UpdateSeeds, backend: Backend) -> dict[str, Tensor]:
     """`update.clone`."""
     loss = bc_gradient(agent.policy, batch, seeds)
     return _scalars({"actor/bc_loss": loss, "actor/grad_norm": agent.actor_adam.step_natively(agent.lr_scale())})
 
 
-def learn(agent: Learner, batch: Batch, seeds: UpdateSeeds) -> dict[str, Tensor]:
+def learn(agent: Learner, batch: Batch, seeds: UpdateSeeds, backend: Backend) -> dict[str, Tensor]:
     """`update.learn`."""
     metrics = critic_gradient(agent, batch, seeds)
     metrics["critic/grad_norm"] = agent.critic_adam.step_natively(agent.lr_scale())
-    metrics |= actor_gradient(agent, batch, seeds)
-    metrics["actor/grad_norm"] = agent.actor_adam.step_natively(agent.lr_scale())
+    if agent.config.actor_gradient == "one-step":  # one call of the denoiser: autograd's
+        actor = update_actor(agent, batch, draws_of(agent, seeds, len(batch.states)), backend)
+    else:
+        metrics |= actor_gradient(agent, batch, seeds)
+        metrics["actor/grad_norm"] = agent.actor_adam.step_natively(agent.lr_scale())
+        actor = {}
     move_averages(agent, binding.lerp, agent.ema_weight(agent.step))
-    return _scalars(metrics)
+    return _scalars(metrics) | actor
 
 
 def _scalars(values: dict[str, float]) -> dict[str, Tensor]:

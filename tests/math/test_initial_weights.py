@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dql.agent import make_agent
+from dql.agents.registry import make_agent
 from dql.config import Config
 from dql.policy import DiffusionPolicy
 

@@ -12,6 +12,7 @@ from support.agents import CONFIG, A, B, H, S, as_dict, hyper, initial_state, ma
 from support.cases import TOLERANCES, assert_close
 
 import dql
+from dql.agents.registry import make_agent
 from dql.backend.eager import EagerBackend
 from dql.update import update_actor, update_critic
 
@@ -296,7 +297,7 @@ def test_the_seed_alone_makes_the_agent():
 @pytest.mark.parametrize("algorithm", ["diffusion-ql", "diffusion-bc"])
 def test_a_saved_agent_continues_bit_identically(tmp_path, algorithm):
     config = replace(CONFIG, algorithm=algorithm, lr_schedule="cosine", num_updates=20)
-    agent = dql.agent.make_agent(S, A, config)
+    agent = make_agent(S, A, config)
     assert type(agent) is (dql.DiffusionQL if algorithm == "diffusion-ql" else dql.DiffusionBC)
     for step in range(5):
         agent.update(make_batch(step, torch.float32))

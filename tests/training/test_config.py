@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dql import DiffusionQL
+from dql.agents.registry import ALGORITHMS
 from dql.config import Config, RunConfig
 from dql.kernels.layout import ACTIVATIONS, CriticSpec, DenoiserSpec
 from dql.schedule import BETA_SCHEDULES
@@ -56,7 +57,10 @@ def test_a_run_config_refuses_what_does_not(changes, sentence):
         ({"lr": "1e-3"}, "lr must be a finite number, got '1e-3'"),
         ({"eta": 10**400}, "eta must be a finite number"),
         ({"backend": None}, "backend must be a string, got None"),
-        ({"algorithm": ["diffusion-ql"]}, "algorithm must be one of diffusion-ql, diffusion-bc, got"),
+        (
+            {"algorithm": ["diffusion-ql"]},
+            "algorithm must be one of diffusion-ql, diffusion-bc, bc, bc-gaussian, td3-bc, iql, got",
+        ),
         ({"hidden_dim": np.float64(16)}, "hidden_dim must be an integer"),
     ],
 )
@@ -79,4 +83,36 @@ def test_a_config_names_every_field_of_the_networks():
 
 def test_a_config_knows_every_activation_and_schedule():
     kinds = get_type_hints(Config)
-    assert get_args(kinds["activation"]) == ACTIVATIONS and get_args(kinds["beta_schedule"]) == BETA_SCHEDULES
+    assert get_args(kinds["activation"]) == ("auto", *ACTIVATIONS)
+    assert get_args(kinds["beta_schedule"]) == BETA_SCHEDULES
+
+
+def test_algorithms_have_defaults_of_their_own():
+    """The published networks: three layers of Mish for a denoiser, two of ReLU for the baselines."""
+    assert get_args(get_type_hints(Config)["algorithm"]) == tuple(ALGORITHMS)
+    for algorithm in ALGORITHMS:
+        config = Config(algorithm=algorithm)
+        own = (3, "mish") if algorithm.startswith("diffusion") else (2, "relu")
+        assert (config.num_hidden, config.activation) == own
+        assert config.lr_schedule == ("cosine" if algorithm == "iql" else "constant")
+        assert Config.from_dict(config.to_dict()) == config
+    assert Config(algorithm="iql", num_hidden=3, activation="silu", lr_schedule="constant").num_hidden == 3
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "changes", "sentence"),
+    [
+        ("diffusion-ql", {"alpha": 1.0}, "alpha is read by td3-bc alone, and this is diffusion-ql; leave it out"),
+        ("td3-bc", {"expectile": 0.9}, "expectile is read by iql alone"),
+        ("iql", {"eta": 2.0}, "eta is read by diffusion-ql alone"),
+        ("bc", {"discount": 0.9}, "discount is read by diffusion-ql and td3-bc and iql alone"),
+        ("td3-bc", {"backend": "cpp"}, "backend is read by diffusion-ql and diffusion-bc alone"),
+        ("bc-gaussian", {"T": 3}, "T is read by diffusion-ql and diffusion-bc alone"),
+        ("td3-bc", {"policy_delay": 0}, "policy_delay must be at least 1, got 0"),
+        ("iql", {"expectile": 1.5}, r"expectile must be from 0 to 1, got 1\.5"),
+        ("iql", {"temperature": 0.0}, r"temperature must be positive, got 0\.0"),
+    ],
+)
+def test_a_field_that_the_algorithm_does_not_read_is_refused(algorithm, changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Config(algorithm=algorithm, **changes)

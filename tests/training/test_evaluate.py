@@ -7,7 +7,7 @@ from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dql.agent import DiffusionBC
+from dql.agents.diffusion import DiffusionBC
 from dql.config import Config
 from dql.datasets.info import DatasetInfo
 from dql.evaluate import Evaluation, Scored, confidence_interval, evaluate, select_checkpoints, worth_keeping

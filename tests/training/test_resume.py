@@ -77,7 +77,7 @@ def assert_everything_is_compared(reference):
     for adam in ("actor_adam", "critic_adam"):
         assert {f"{adam}.step", f"{adam}.exp_avg", f"{adam}.exp_avg_sq"} <= tensors.keys()
     initial = RunConfig.from_dict(RunDir(reference).read_config()["run"]).agent
-    from dql.agent import make_agent
+    from dql.agents.registry import make_agent
 
     fresh = make_agent(about["state_dim"], about["action_dim"], initial).tensors()
     averaged = [n for n in fresh if n.startswith("ema_actor.") and not torch.equal(fresh[n], tensors[n])]

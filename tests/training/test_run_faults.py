@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from support.runs import Pendulum, assert_one_sentence, assert_same_agent, brief_run, quietly
 
-from dql.agent import DiffusionBC
+from dql.agents.diffusion import DiffusionBC
 from dql.config import Config, RunConfig
 from dql.data import DatasetError, load_dataset
 from dql.environments import make_env

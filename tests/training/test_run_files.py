@@ -18,7 +18,8 @@ import pytest
 import torch
 from support.runs import assert_one_sentence, brief_run, quietly
 
-from dql.agent import DiffusionBC, load
+from dql.agents.diffusion import DiffusionBC
+from dql.agents.registry import load
 from dql.checkpoint import CheckpointError, load_tensors, save_tensors
 from dql.config import Config
 from dql.data import DatasetError
@@ -440,7 +441,7 @@ _AS_ANOTHER = """
 import os, sys
 from pathlib import Path
 import dql
-from dql.agent import load
+from dql.agents.registry import load
 from dql.checkpoint import CheckpointError, load_tensors
 from dql.rundir import RunDir, RunError, read_rows
 import safetensors.torch, torch, dql.datasets.info

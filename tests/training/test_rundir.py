@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dql.agent import DiffusionBC
+from dql.agents.diffusion import DiffusionBC
 from dql.checkpoint import CheckpointError
 from dql.config import Config, RunConfig
 from dql.rundir import RunDir, RunError, append_row, drop_rows_after, find_checkpoint, read_rows

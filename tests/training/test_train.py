@@ -14,7 +14,8 @@ from support.data_files import d4rl_file
 
 import dql
 from dql import progress
-from dql.agent import DiffusionBC, DiffusionQL, load
+from dql.agents.diffusion import DiffusionBC, DiffusionQL
+from dql.agents.registry import load
 from dql.checkpoint import load_tensors
 from dql.config import Config, RunConfig
 from dql.data import DatasetError, load_dataset
