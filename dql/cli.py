@@ -1,4 +1,4 @@
-"""The command line: `dql demo | data | train | eval | export | kernels | bench | doctor`."""
+"""The command line: `dql demo | data | train | eval | figure | export | kernels | bench | doctor`."""
 
 import contextlib
 import io
@@ -524,6 +524,7 @@ _HELP = """usage: dql COMMAND ...
   data     list | info ID | make RECIPE: datasets on this machine
   train    --dataset ID, or --resume RUN
   eval     RUN: roll out its checkpoints
+  figure   bandit | steps | eta | candidates: the paper's claims as pictures, with their numbers
   export   RUN: its policy as one ONNX file
   kernels  what the compiler makes of the Triton kernels, per architecture, without a GPU
   bench    tune: measures the best layout of the kernels on this GPU, and keeps it
@@ -544,13 +545,19 @@ def _dispatch(arguments: list[str]) -> int:
     command, rest = arguments[0], arguments[1:]
     if command == "train":
         return train(rest)
+    if command == "figure":
+        from dql.figures.command import figure
+
+        return figure(rest)
     if command == "data":
         return tyro.extras.subcommand_cli_from_dict(_DATA, args=rest, prog="dql data")
     if command == "bench":
         return tyro.extras.subcommand_cli_from_dict(_BENCH, args=rest, prog="dql bench")
     if command in _COMMANDS:
         return tyro.cli(_COMMANDS[command], args=rest, prog=f"dql {command}")
-    raise ValueError(f"unknown command {command!r}; dql has demo, data, train, eval, export, kernels, bench and doctor")
+    raise ValueError(
+        f"unknown command {command!r}; dql has demo, data, train, eval, figure, export, kernels, bench and doctor"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -90,6 +90,31 @@ def confidence_interval(values: np.ndarray, level: float = 0.95, resamples: int 
     return float(low), float(high)
 
 
+def seed_interval(values: np.ndarray) -> tuple[float, float]:
+    """95% t interval of the mean over seeds, whose results are taken as normal: [n] -> (low, high).
+
+    Of three to ten numbers the bootstrap's is too narrow (of three it covers the mean in about 3 cases of 4). Of one
+    number there is none: both ends are that number.
+    """
+    values = np.asarray(values, np.float64)
+    if len(values) < 2:
+        return float(values[0]), float(values[0])
+    half = _t_quantile(len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    mean = float(values.mean())
+    return mean - half, mean + half
+
+
+def _t_quantile(freedom: int) -> float:
+    """The 97.5% quantile of Student's t: of few degrees of freedom as tabulated, else by Cornish and Fisher's series
+    in 1 / freedom, which is right to 0.001 from 5 on."""
+    if freedom <= 4:
+        return (12.7062, 4.3027, 3.1824, 2.7764)[freedom - 1]
+    z, n = 1.959964, freedom
+    series = (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+    series += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
+    return z + series
+
+
 class EvaluationStopped(Exception):
     """`evaluate` was asked to stop; the episodes so far say nothing."""
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from dql.drawing import COLORS, DPI, new_figure
 from dql.evaluate import confidence_interval
 from dql.policy import DiffusionPolicy
 from dql.rundir import RunDir, read_rows
@@ -20,21 +21,10 @@ if TYPE_CHECKING:
     from dql.data import TransitionDataset
     from dql.evaluate import Actor
 
-# One colour a subject in every figure, distinguishable without red-green vision (Okabe and Ito).
-COLORS = {"data": "#7f7f7f", "DiffusionBC": "#0072B2", "Diffusion-QL": "#D55E00", "Diffusion-QL, acting": "#E69F00"}
 _OTHER_COLORS = ("#009E73", "#CC79A7", "#56B4E9", "#000000", "#F0E442", "#0072B2", "#D55E00", "#E69F00")
 _NEIGHBOURS = 400  # transitions whose states are nearest, as a sample of the data's actions at a state
 _SAMPLES = 2000  # actions drawn from a policy
 _CHOICES = 200  # actions chosen by an agent, each from its own candidates
-
-
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple["Figure", np.ndarray]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def learning_curve(runs: Mapping[str, Path | Sequence[Path]], behaviour_returns: np.ndarray, path: Path) -> "Figure":
@@ -59,7 +49,7 @@ def learning_curve(runs: Mapping[str, Path | Sequence[Path]], behaviour_returns:
     path, behaviour_returns = Path(path), np.asarray(behaviour_returns, np.float64)
     if behaviour_returns.ndim != 1 or not len(behaviour_returns) or not np.isfinite(behaviour_returns).all():
         raise ValueError(f"behaviour_returns must be finite numbers [E], got {shown(behaviour_returns)}")
-    figure, axes = _figure(1, 1, 6.4, 4.0)
+    figure, axes = new_figure(1, 1, 6.4, 4.0)
     ax = axes[0, 0]
     low, high = confidence_interval(behaviour_returns)
     mean = float(np.mean(behaviour_returns))
@@ -78,7 +68,7 @@ def learning_curve(runs: Mapping[str, Path | Sequence[Path]], behaviour_returns:
     ax.legend(frameon=False, fontsize=9)
     ax.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=DPI)
     return figure
 
 
@@ -156,7 +146,7 @@ def action_distribution(
     dims = min(dataset.action_dim, 3)
     bound = dataset.max_action
     edges = np.linspace(-bound, bound, 41)
-    figure, axes = _figure(dims, len(states), 2.6 * len(states), 2.3 * dims + 0.6)
+    figure, axes = new_figure(dims, len(states), 2.6 * len(states), 2.3 * dims + 0.6)
     scale = dataset.states.std(0).clamp_min(1e-6)
     colors = _colors(["data", *policies])
     for column, state in enumerate(states):
@@ -183,4 +173,4 @@ def action_distribution(
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=DPI)

@@ -46,10 +46,14 @@ class OtherSettingsError(RunError):
 
 def default_run_dir(run: RunConfig) -> Path:
     """runs/<dataset>-<algorithm>-seed<seed>, with -one-step after an algorithm that takes its gradient so."""
-    name = Path(run.dataset).stem if run.dataset.endswith(".hdf5") else run.dataset
-    name = "".join(c if c.isalnum() or c in "-." else "-" for c in name).strip("-.")
     algorithm = run.agent.algorithm + ("-one-step" if run.agent.actor_gradient == "one-step" else "")
-    return Path("runs") / f"{name}-{algorithm}-seed{run.agent.seed}"
+    return Path("runs") / f"{dataset_name(run.dataset)}-{algorithm}-seed{run.agent.seed}"
+
+
+def dataset_name(dataset: str) -> str:
+    """What folders are called after a dataset."""
+    name = Path(dataset).stem if dataset.endswith(".hdf5") else dataset
+    return "".join(c if c.isalnum() or c in "-." else "-" for c in name).strip("-.")
 
 
 def resolve_device(name: str) -> torch.device:

@@ -1,0 +1,1 @@
+"""`dql figure`: the paper's three claims, each as a picture with its numbers."""
