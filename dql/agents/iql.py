@@ -89,7 +89,8 @@ class IQL(Agent):
             q = self.critic_target.q_min(batch.states, batch.actions)  # [B]
 
         v = self.value(batch.states)[:, 0]  # [B]
-        weight = torch.where(q > v.detach(), c.expectile, 1 - c.expectile)
+        # torch.where of two Python numbers would round them to float32
+        weight = (1 - c.expectile) + (2 * c.expectile - 1) * (q > v).to(v.dtype)
         value_loss = (weight * (q - v) ** 2).mean()
         value_norm = self.value_adam.step(value_loss, 1.0)
 

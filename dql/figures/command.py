@@ -27,7 +27,7 @@ class AblationArguments:
     dataset: str
     """A Minari dataset id, ids joined by +, a folder of one, or a D4RL .hdf5 file."""
     out: Path | None = None
-    """Folder of the runs and pictures, by default runs/figures-<dataset>; figures share the runs that they both need."""
+    """Folder of the runs and pictures, by default runs/figures-<dataset>; figures share the runs that both need."""
     seeds: str = "0-2"
     """Of training: numbers and ranges, joined by commas."""
     values: str | None = None
