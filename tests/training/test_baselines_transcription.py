@@ -310,6 +310,13 @@ def test_td3_bcs_actor_takes_the_first_critic_alone() -> None:
     assert losses[0] == losses[1] and losses[0][2] != losses[2][2]
 
 
+def test_td3_bcs_lambda_is_of_sizes_not_of_the_sizes_of_means() -> None:
+    critic = twin_of((1.0, 0.0), 0.0, (0.0, 0.0), 0.0)  # Q1(s, a) = s
+    actor, s = one(net_0_weight=0.0, net_0_bias=0.0), vector(-3.0, 1.0, 5.0, 1.0)[:, None]
+    loss_q, loss_bc, weight = bl.td3_bc_losses(actor, critic, s, 0.5 * torch.ones_like(s), bl.TD3BCHyper(alpha=2.0))
+    assert (float(loss_q), float(loss_bc), weight) == pytest.approx((-0.8, 0.25, 0.8), rel=1e-14)
+
+
 def test_td3_bc_gradients() -> None:
     batch, hyper = make_batch(1, 1.5), bl.TD3BCHyper(max_action=1.5)
     s, actions, y = batch["states"], batch["actions"], normal(9, B)
@@ -360,7 +367,8 @@ def test_the_actors_rate_falls_as_a_cosine_to_zero() -> None:
     assert bl.iql_actor_lr(5, dataclasses.replace(hyper, num_updates=None)) == 0.4
 
 
-def test_iql_by_hand() -> None:
+@pytest.mark.parametrize("mask", [0.0, 1.0])
+def test_iql_by_hand(mask: float) -> None:
     """The first update of linear networks, in the order of the published code."""
     hyper = bl.IQLHyper(
         max_action=2.0, discount=0.9, tau=0.1, temperature=0.5, lr=0.01, critic_lr=0.02, value_lr=0.03, num_updates=2
@@ -368,7 +376,7 @@ def test_iql_by_hand() -> None:
     actor = one(net_0_weight=0.2, net_0_bias=0.1) | {"log_std": vector(0.3)}
     critic = twin_of((1.0, 2.0), 0.5, (-1.0, 1.0), 4.0)
     state = bl.initial_state(actor, critic, one(net_0_weight=0.4, net_0_bias=-0.2))
-    batch = row(states=2.0, actions=1.0, next_states=3.0, rewards=0.3, masks=1.0)
+    batch = row(states=2.0, actions=1.0, next_states=3.0, rewards=0.3, masks=mask)
     new = bl.update_iql(state, batch, hyper)
 
     q1, q2 = 2 + 2 + 0.5, -2 + 1 + 4.0
@@ -388,7 +396,7 @@ def test_iql_by_hand() -> None:
     gradient = -w * z / math.exp(0.3) * slope
     assert float(new["actor"]["net.0.bias"]) == pytest.approx(adams_first(0.1, gradient, 0.01), rel=1e-12)
 
-    y = 0.3 + 0.9 * (3 * weight + bias)  # of the new value
+    y = 0.3 + mask * 0.9 * (3 * weight + bias)  # of the new value
     assert new["metrics"]["critic_loss"] == pytest.approx((q1 - y) ** 2 + (q2 - y) ** 2, rel=1e-12)
     moved = adams_first(4.0, 2 * (q2 - y), 0.02)
     assert float(new["critic"]["q2_model.0.bias"]) == pytest.approx(moved, rel=1e-12)
