@@ -41,8 +41,10 @@ class Settings:
         seeds: of training.
         updates: of each run.
         T, eta, num_candidates: where the figure does not vary it.
+        hidden_dim, batch_size, reward_tune: as in `Config`.
         evaluations: of a run, the last three of which make its score.
         episodes: of an evaluation.
+        env, eval_max_steps: as in `RunConfig`.
     """
 
     dataset: str
@@ -53,6 +55,8 @@ class Settings:
     num_candidates: int = 50
     evaluations: int = 8
     episodes: int = 20
+    hidden_dim: int = 256
+    batch_size: int = 256
     reward_tune: str = "none"
     env: str | None = None
     eval_max_steps: int | None = None
@@ -87,10 +91,12 @@ def cells_of(name: Name, values: Sequence[float], settings: Settings, out: Path)
                 fields[FIELDS[name]] = value if name == "eta" else int(value)
             numbers = {int(fields["num_candidates"]), _ALONE}
             if name == "candidates":
-                numbers |= {int(value) for value in values}
+                numbers |= {Config(num_candidates=int(value)).num_candidates for value in values}  # which refuses 0
             agent = Config(
                 num_updates=settings.updates,
                 seed=seed,
+                hidden_dim=settings.hidden_dim,
+                batch_size=settings.batch_size,
                 reward_tune=settings.reward_tune,  # type: ignore[arg-type]
                 **fields,  # type: ignore[arg-type]
             )
@@ -132,7 +138,7 @@ def ablation(
 
     Raises:
         ValueError: a value that makes no agent.
-        RunError: a folder in `out` holds a run with other settings, or every run of a value failed.
+        RunError: a folder in `out` holds a run with other settings, or every run failed.
         DatasetError: the dataset cannot be used.
         KeyboardInterrupt: a signal; the same call goes on.
     """
@@ -188,7 +194,15 @@ def draw(name: Name, rows: Sequence[dict[str, Any]], behaviour_returns: np.ndarr
     titles = {"steps": "Denoising steps T", "eta": "Weight of the Q term", "candidates": "Candidates to act"}
     ax.set_title(f"{titles[name]}: {settings.dataset}", fontsize=10)
     if name == "steps":
-        _line(axes[0, 1], rows, values, name, "ms_per_update", "#000000", "an update of 256 transitions")
+        _line(
+            axes[0, 1],
+            rows,
+            values,
+            name,
+            "ms_per_update",
+            "#000000",
+            f"an update of {settings.batch_size} transitions",
+        )
         axes[0, 1].set_ylabel("milliseconds, one CPU thread")
         axes[0, 1].set_ylim(bottom=0)
         axes[0, 1].set_title("Time of an update", fontsize=10)

@@ -119,13 +119,13 @@ def finish(cell: Cell, console: Console) -> None:
         if number == cell.run.agent.num_candidates:
             found = [(row["return_mean"], row["normalized_score"]) for row in rows]
         else:
-            found = [_evaluated(cell, folder, int(row["step"]), number) for row in rows]
+            found = [evaluated(cell, folder, int(row["step"]), number) for row in rows]
         returns, scores = zip(*found, strict=True)
         results[number] = Result(float(np.mean(returns)), float(np.mean(scores)), ms)
     write_csv(cell.results_path, [{"num_candidates": number} | vars(result) for number, result in results.items()])
 
 
-def _evaluated(cell: Cell, folder: RunDir, step: int, candidates: int) -> tuple[float, float]:
+def evaluated(cell: Cell, folder: RunDir, step: int, candidates: int) -> tuple[float, float]:
     """(return, score) of a checkpoint, acting among another number of candidates in the same episodes."""
     agent = load(folder.checkpoint_path(step))
     agent.config = replace(agent.config, num_candidates=candidates)

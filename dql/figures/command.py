@@ -44,6 +44,10 @@ class AblationArguments:
     """Of each run; the last three make its score."""
     episodes: int = 20
     """Episodes of an evaluation."""
+    hidden_dim: int = 256
+    """Width of the hidden layers."""
+    batch_size: int = 256
+    """Transitions per update."""
     reward_tune: str = "none"
     """Transformation of the rewards, as in dql train."""
     env: str | None = None
