@@ -1,6 +1,7 @@
 """Diffusion Q-learning, with interchangeable backends for the reverse chain. See README.md and `dql --help`."""
 
 from dql import noise
+from dql.agents.base import Agent
 from dql.agents.bc import BC, GaussianBC
 from dql.agents.diffusion import DiffusionBC, DiffusionQL
 from dql.agents.iql import IQL
@@ -39,6 +40,7 @@ __all__ = [
     # training
     "DiffusionQL",
     "DiffusionBC",
+    "Agent",
     "BC",
     "GaussianBC",
     "TD3BC",

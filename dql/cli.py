@@ -28,11 +28,11 @@ _SIGNALS = {"SIGINT": 130, "SIGTERM": 143}  # exit codes, as a shell reports the
 def demo(
     out: Path = Path("runs/demo"), updates: int = 4000, episodes: int = 50, seed: int = 0, fresh: bool = False
 ) -> int:
-    """Make a dataset, train DiffusionBC and Diffusion-QL on it, compare them, draw pictures: minutes on a CPU.
+    """Make a dataset, train BC, DiffusionBC and Diffusion-QL on it, compare them, draw pictures: minutes on a CPU.
 
     Args:
         out: Folder of runs, pictures and the policy.
-        updates: Updates of Diffusion-QL; behaviour cloning takes five times as many, which cost as much.
+        updates: Updates of Diffusion-QL and BC; DiffusionBC takes five times as many.
         episodes: Episodes of the final evaluation.
         seed: Of training.
         fresh: Drop the folder's earlier demo and start over.

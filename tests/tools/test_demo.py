@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from dql.demo import CLONE
+from dql.demo import CLONE, EVALUATIONS
 from dql.rundir import RunDir, read_rows
 
 SHORT = ("--updates", "20", "--episodes", "2")
@@ -46,7 +46,7 @@ def test_it_makes_the_dataset_and_says_so(shown):
 
 def test_the_table(shown):
     _, _, said = shown
-    for name in (r"data \(behaviour\)", "DiffusionBC", "Diffusion-QL"):
+    for name in (r"data \(behaviour\)", "BC", "DiffusionBC", "Diffusion-QL"):
         row = re.search(rf"│ {name}\s+│\s*(-?[\d.]+) │\s*\[(-?[\d.]+), (-?[\d.]+)\] │\s*(-?[\d.]+) │", said)
         assert row, (name, said)
         mean, low, high, _ = map(float, row.groups())
@@ -58,7 +58,7 @@ def test_the_table(shown):
 def test_it_says_where_the_seconds_went(shown):
     _, _, said = shown
     line = " ".join(said[said.index("seconds: ") :].split())
-    for part in ("data", "train DiffusionBC", "train Diffusion-QL", "evaluate DiffusionBC", "pictures"):
+    for part in ("data", "train BC", "train DiffusionBC", "train Diffusion-QL", "evaluate DiffusionBC", "pictures"):
         assert re.search(rf"{part} \d+", line), part
     assert re.search(r"\d+ in all, \d+ thread\(s\)", line)
 
@@ -74,13 +74,14 @@ def test_the_pictures(shown):
         assert len(data) > 10_000, "the picture is empty"
 
 
-def test_both_runs_are_there(shown):
+def test_all_runs_are_there(shown):
     place, _, _ = shown
-    for algorithm, times in {"diffusion-bc": CLONE, "diffusion-ql": 1}.items():  # which cost about the same
+    for algorithm, times in {"bc": 1, "diffusion-bc": CLONE, "diffusion-ql": 1}.items():
         folder = RunDir(place / "runs" / "demo" / algorithm)
         assert folder.steps()[-1] == 20 * times
         evaluated = [row["step"] for row in read_rows(folder.evaluations_path)]
-        assert evaluated == [5 * times, 10 * times, 15 * times, 20 * times]
+        every = 20 * times // EVALUATIONS
+        assert evaluated == sorted({*range(0, 20 * times + 1, every), 20 * times}), "from the untrained agent on"
         assert folder.read_config()["run"]["agent"]["algorithm"] == algorithm
 
 
@@ -102,7 +103,7 @@ def test_again_uses_what_is_there(shown, dql_command):
     (place / "runs" / "demo" / "actions.png").unlink()
     done = run(dql_command("demo", *SHORT), place, env)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("already trained") == 2
+    assert done.stdout.count("already trained") == 3
     assert "making" not in done.stdout
     assert table(done.stdout) == table(first), "the same agents, the same episodes"
     assert {p: p.stat().st_mtime_ns for p in (place / "runs" / "demo").rglob("agent.safetensors")} == checkpoints
@@ -129,7 +130,7 @@ def test_fresh_starts_over(shown, dql_command):
     shutil.copytree(place / "runs" / "demo", place / "fresh")
     done = run(dql_command("demo", "--updates", "1", "--episodes", "1", "--fresh", "--out", "fresh"), place, env)
     assert done.returncode == 0, done.stderr
-    for algorithm, times in {"diffusion-bc": CLONE, "diffusion-ql": 1}.items():
+    for algorithm, times in {"bc": 1, "diffusion-bc": CLONE, "diffusion-ql": 1}.items():
         assert RunDir(place / "fresh" / algorithm).steps()[-1] == times
     json.loads((place / "fresh" / "diffusion-ql" / "config.json").read_text())
 
