@@ -66,9 +66,12 @@ class Cell:
     def results(self) -> dict[int, "Result"]:
         """What `finish` wrote, by number of candidates."""
         found = {}
-        for row in read_rows(self.results_path):
-            number = int(row.pop("num_candidates"))
-            found[number] = Result(**row)
+        try:
+            for row in read_rows(self.results_path):
+                number = int(row.pop("num_candidates"))
+                found[number] = Result(**row)
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(f"{self.results_path} is damaged ({error}); remove it, and it is made anew") from error
         return found
 
 
