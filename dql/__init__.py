@@ -18,6 +18,7 @@ from dql.networks import Denoiser, TwinCritic
 from dql.policy import DiffusionPolicy
 from dql.sampler import sample, select, set_policy
 from dql.schedule import NoiseSchedule, StepTable
+from dql.selection import Selection
 from dql.update_graphed import GraphedUpdate
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     # the calls
     "sample",
     "select",
+    "Selection",
     "set_policy",
     "GraphedSampler",
     "check_states",

@@ -5,7 +5,7 @@ import numbers
 from collections.abc import Callable
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
@@ -18,6 +18,7 @@ from dql.kernels.cpp import binding
 from dql.networks import Denoiser, TwinCritic, leaf_gradients
 from dql.policy import DiffusionPolicy, check_bound_fits
 from dql.schedule import StepTable, check_rows
+from dql.selection import Selection, drawn_index
 from dql.shown import shown
 from dql.tensors import (
     HIDING,
@@ -182,7 +183,7 @@ def _sample_outside(states: Tensor, policy: DiffusionPolicy | None, **options: A
     return sample(states, policy, **options)
 
 
-def _select_outside(*arguments: Any, **options: Any) -> Tensor:
+def _select_outside(*arguments: Any, **options: Any) -> Tensor | Selection:
     refuse_unseen("dql.select", *arguments)
     return select(*arguments, **options)
 
@@ -242,6 +243,7 @@ def _prepare(states: Tensor, policy: DiffusionPolicy, backend: str, sampler: str
     return runner.prepare(chain, *denoiser.places(held))
 
 
+@overload
 def select(
     states: Tensor,
     policy: DiffusionPolicy | None = None,
@@ -254,7 +256,58 @@ def select(
     sampler: str | StepTable = "ddpm",
     num_steps: int | None = None,
     precision: str = "fp32",
-) -> Tensor:
+    details: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def select(
+    states: Tensor,
+    policy: DiffusionPolicy | None = None,
+    critic: TwinCritic | None = None,
+    *,
+    num_candidates: int = 50,
+    backend: str = "auto",
+    noise: Tensor | None = None,
+    seed: int | None = None,
+    sampler: str | StepTable = "ddpm",
+    num_steps: int | None = None,
+    precision: str = "fp32",
+    details: Literal[True],
+) -> Selection: ...
+
+
+@overload
+def select(
+    states: Tensor,
+    policy: DiffusionPolicy | None = None,
+    critic: TwinCritic | None = None,
+    *,
+    num_candidates: int = 50,
+    backend: str = "auto",
+    noise: Tensor | None = None,
+    seed: int | None = None,
+    sampler: str | StepTable = "ddpm",
+    num_steps: int | None = None,
+    precision: str = "fp32",
+    details: bool,
+) -> Tensor | Selection: ...
+
+
+def select(
+    states: Tensor,
+    policy: DiffusionPolicy | None = None,
+    critic: TwinCritic | None = None,
+    *,
+    num_candidates: int = 50,
+    backend: str = "auto",
+    noise: Tensor | None = None,
+    seed: int | None = None,
+    sampler: str | StepTable = "ddpm",
+    num_steps: int | None = None,
+    precision: str = "fp32",
+    details: bool = False,
+) -> Tensor | Selection:
     """The published acting rule: N candidates a state, one drawn from softmax(min(Q_1, Q_2)).
 
     It is not in the paper but in its code. The draw is the first candidate whose cumulative probability exceeds
@@ -267,13 +320,15 @@ def select(
         num_candidates: N.
         noise: [K, B, N, A]; `seed` then only draws the candidate.
         seed, backend, sampler, num_steps, precision: as in `sample`.
+        details: give a `dql.Selection`: beside the actions what both critics say of them, which candidates they are and
+            how far the candidates spread. The actions are to the bit those of a call without, on every backend.
 
     Returns:
-        [B, A].
+        [B, A]; with details a `dql.Selection`.
 
     Raises:
         ValueError, BackendUnavailable: as `sample`; ValueError also for a critic that does not fit the policy.
-        TypeError: `critic` is none.
+        TypeError: `critic` is none, or `details` neither True nor False.
     """
     if torch.compiler.is_compiling():
         if torch.compiler.is_exporting():
@@ -289,9 +344,12 @@ def select(
             sampler=sampler,
             num_steps=num_steps,
             precision=precision,
+            details=details,
         )
     if unseen():
         refuse_unseen("dql.select", states)
+    if details is not False and details is not True:
+        raise TypeError(f"details must be True or False, got {shown(details)}")
     policy = _policy(policy)
     states = check_states_fit(states, policy)
     critic = _check_critic(critic, policy)
@@ -317,19 +375,25 @@ def select(
         finite.raise_if_set(states.device)
         if first:
             _check_finite("states", states)
-        if states.shape[0] == 0:
-            return states.new_zeros(0, policy.action_dim)
+        B = states.shape[0]
+        if B == 0:
+            return Selection.of_none(states, policy.action_dim) if details else states.new_zeros(0, policy.action_dim)
         denoiser.check_intact()
         critic.check_intact()
         if runner.finds_bad_states:
             policy.kept[seen] = True
-        if (chosen := runner.select(chain, critic, draw_seed)) is not None:
+        if not details and (chosen := runner.select(chain, critic, draw_seed)) is not None:
             return _checked_actions(chosen, policy, runner)
-        candidates = runner.forward(chain, save=False)[0].view(states.shape[0], chain.candidates, -1)  # [B, N, A]
-        cumulative = critic.q_min(states, candidates).softmax(dim=1).cumsum(dim=1)  # [B, N]
-        draw = noise_stream.uniform(draw_seed, states.shape[0]).to(cumulative, non_blocking=True)[:, None]
-        index = (cumulative <= draw * cumulative[:, -1:]).sum(dim=1).clamp_(max=candidates.shape[1] - 1)  # [B]
-        return _checked_actions(candidates[torch.arange(states.shape[0], device=index.device), index], policy, runner)
+        drawn = runner.draw(chain, critic, draw_seed) if details else None
+        if drawn is not None:
+            candidates, index = drawn
+            candidates = candidates.view(B, chain.candidates, -1)  # [B, N, A]
+        else:
+            candidates = runner.forward(chain, save=False)[0].view(B, chain.candidates, -1)  # [B, N, A]
+            index = drawn_index(critic, states, candidates, draw_seed)  # [B]
+        actions = candidates[torch.arange(B, device=index.device), index]
+        actions = _checked_actions(actions, policy, runner)
+        return Selection.of(critic, states, candidates, index, actions, runner) if details else actions
 
 
 def run_chain(

@@ -60,18 +60,14 @@ void chain(const ChainCall& call, SavedChain* saved) {
                [&](int64_t first, int rows, float* scratch) { kernels().chain_tile(job, first, rows, scratch); });
 }
 
-constexpr int64_t SMALL = 1 << 14;
-
-void select(const ChainCall& call, const Packed& critic, uint64_t draw_seed, float* chosen) {
+// All candidates into actions [R][A], and which of its N a state takes: take(b, n). q_min [R] is scratch.
+template <class Take>
+static void draw_among(const ChainCall& call, const Packed& critic, uint64_t draw_seed, float* actions, float* q_min,
+                       const Take& take) {
     ChainJob job = chain_job(call);
-    const int64_t A = job.net->X, N = call.N;
-    const int64_t needed = job.R * (A + 1);
-    thread_local Buffer small(SMALL);  // a robot's calls allocate nothing
-    Buffer large;
-    if (needed > SMALL) large = Buffer(needed);
-    const Buffer& memory = needed > SMALL ? large : small;
-    job.actions = memory.data();
-    job.q_min = memory.data() + job.R * A;
+    const int64_t N = call.N;
+    job.actions = actions;
+    job.q_min = q_min;
     job.critic = critic.trunks;
     const int64_t floats = kernels().scratch_floats(*job.net, job.K) + kernels().scratch_floats(critic.trunks[0], 1);
     over_tiles(call.threads, job.R, floats,
@@ -85,8 +81,28 @@ void select(const ChainCall& call, const Packed& critic, uint64_t draw_seed, flo
         const float draw = static_cast<float>(kernels().uniform(draw_seed, 0, static_cast<uint32_t>(b))) * total;
         int64_t index = 0;  // of a critic that has become NaN, the first: no comparison holds
         while (index + 1 < N && q[index] <= draw) ++index;
-        std::memcpy(chosen + b * A, job.actions + (b * N + index) * A, sizeof(float) * static_cast<size_t>(A));
+        take(b, index);
     }
+}
+
+constexpr int64_t SMALL = 1 << 14;
+
+void select(const ChainCall& call, const Packed& critic, uint64_t draw_seed, float* chosen) {
+    const int64_t A = call.packed->trunks[0].X, N = call.N, R = call.B * N;
+    const int64_t needed = R * (A + 1);
+    thread_local Buffer small(SMALL);  // a robot's calls allocate nothing
+    Buffer large;
+    if (needed > SMALL) large = Buffer(needed);
+    const Buffer& memory = needed > SMALL ? large : small;
+    const float* actions = memory.data();
+    draw_among(call, critic, draw_seed, memory.data(), memory.data() + R * A, [&](int64_t b, int64_t n) {
+        std::memcpy(chosen + b * A, actions + (b * N + n) * A, sizeof(float) * static_cast<size_t>(A));
+    });
+}
+
+void draw(const ChainCall& call, const Packed& critic, uint64_t draw_seed, int64_t* index) {
+    const Buffer q_min(call.B * call.N);
+    draw_among(call, critic, draw_seed, call.actions, q_min.data(), [&](int64_t b, int64_t n) { index[b] = n; });
 }
 
 static void d_states(const Trunk& t, const float* d_part, int64_t B, float* out, int threads) {

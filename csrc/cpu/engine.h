@@ -142,6 +142,9 @@ void chain(const ChainCall& call, SavedChain* saved);
 // The published acting rule: of each state's N actions one, drawn from softmax(min(Q_1, Q_2)).
 void select(const ChainCall& call, const Packed& critic, uint64_t draw_seed, float* chosen);
 
+// The same draw, with all that it is from: the call's actions are all candidates [B N][A], index [B] is which was taken.
+void draw(const ChainCall& call, const Packed& critic, uint64_t draw_seed, int64_t* index);
+
 struct Gradients {
     float* flat;     // or null
     bool accumulate;

@@ -216,6 +216,23 @@ PyObject* py_select(PyObject*, PyObject* const* items, Py_ssize_t count) {
     });
 }
 
+PyObject* py_draw(PyObject*, PyObject* const* items, Py_ssize_t count) {
+    return guarded([&] {
+        Arguments args(items, count, 18, "draw");
+        ChainCall call = chain_call(args, FORWARD);
+        NetworkHandle& critic = args.handle<NetworkHandle>();
+        check_critic(critic);
+        const std::shared_ptr<Packed> weights = packed(args, critic, FORWARD);
+        const uint64_t draw_seed = args.seed();
+        int64_t* index = reinterpret_cast<int64_t*>(args.pointer());
+        {
+            WithoutGil released;
+            draw(call, *weights, draw_seed, index);
+        }
+        return none();
+    });
+}
+
 PyObject* py_q_values(PyObject*, PyObject* const* items, Py_ssize_t count) {
     return guarded([&] {
         Arguments args(items, count, 10, "q_values");
@@ -399,6 +416,7 @@ PyMethodDef methods[] = {
     DQL_FUNCTION(chain_backward, "network, saved, table, states, B, d_actions, R, d_scale, d_flat or 0, "
                                  "accumulate, d_states or 0, threads -> whether saved was unused"),
     DQL_FUNCTION(select, DQL_CHAIN_DOC " [B, A], critic, flat, version, draw seed"),
+    DQL_FUNCTION(draw, DQL_CHAIN_DOC " [B N, A], critic, flat, version, draw seed, index int64 [B]"),
     DQL_FUNCTION(q_values, "critic, flat, version, states, B, actions, N, q1, q2, threads"),
     DQL_FUNCTION(target_q, "critic, flat, version, states, B, actions, N, rewards, masks, discount, out, threads "
                            "-> mean"),

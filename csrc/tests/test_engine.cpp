@@ -226,13 +226,14 @@ struct Problem {
         const std::shared_ptr<Packed> packed = critic.packed(critic_net.flat.data(), 0, FORWARD);
         fresh([&] { select(call(threads, true, bf16, false, unused), *packed, SEED, chosen.data()); });
         fresh([&] { chain(call(threads, true, bf16, false, candidates), nullptr); });
-        for (int b = 0; b < z.B; ++b) {
-            bool found = false;
-            for (int n = 0; n < z.N; ++n) {
-                const float* candidate = candidates.data() + (b * z.N + n) * z.A;
-                found = found || std::memcmp(chosen.data() + b * z.A, candidate, sizeof(float) * z.A) == 0;
-            }
-            CHECK(found);  // what is chosen is one of the state's own candidates
+        Floats all;
+        std::vector<int64_t> index(static_cast<size_t>(z.B), -1);
+        fresh([&] { draw(call(threads, true, bf16, false, all), *packed, SEED, index.data()); });
+        CHECK(same_bits(all, candidates));
+        for (int b = 0; b < z.B; ++b) {  // what is chosen is the one of the state's own candidates that `draw` names
+            CHECK(index[b] >= 0 && index[b] < z.N);
+            const float* candidate = candidates.data() + (b * z.N + index[b]) * z.A;
+            CHECK(std::memcmp(chosen.data() + b * z.A, candidate, sizeof(float) * z.A) == 0);
         }
         return {{"chosen", chosen}};
     }

@@ -1,7 +1,7 @@
 """The contract of backends: what they are handed, and what they do with it.
 
-A backend is `check` (None, or one sentence with the reason and the remedy), `forward` and `backward`; `select`,
-`prepare`, `critic` and `normal` are for those that can do better there than with the three.
+A backend is `check` (None, or one sentence with the reason and the remedy), `forward` and `backward`; `select` (with
+`draw`), `prepare`, `critic` and `normal` are for those that can do better there than with the three.
 The same sentence serves `BackendUnavailable`, `dql.backends()`, `dql doctor` and the tests' skip reasons.
 """
 
@@ -133,6 +133,11 @@ class Backend(ABC):
 
     def select(self, chain: Chain, critic: "TwinCritic", draw_seed: int | Tensor) -> Tensor | None:
         """Of each state's N actions one, drawn from softmax(min(Q_1, Q_2)): [B, A]. None: it has no call for that."""
+        return None
+
+    def draw(self, chain: Chain, critic: "TwinCritic", draw_seed: int | Tensor) -> tuple[Tensor, Tensor] | None:
+        """(Every candidate [B * N, A], which of its N a state takes, int64 [B]): those that `select` takes, to the bit.
+        None where `select` gives None, and only there."""
         return None
 
 

@@ -82,21 +82,29 @@ class CppBackend(Backend):
     def select(self, chain: Chain, critic: TwinCritic, draw_seed: int | Tensor) -> Tensor | None:
         if unfit(critic) is not None:
             return None  # the chain runs here, this critic in torch
-        assert isinstance(chain.seed, int) and isinstance(draw_seed, int)
-        return binding.select(
-            network(chain),
-            chain.flat,
-            step_table(chain.table, chain.spec.time_dim),
-            network(critic),
-            critic.buffer,
-            chain.states,
-            chain.candidates,
-            chain.noise,
-            chain.seed,
-            draw_seed,
-            chain.max_action,
-            chain.precision == "bf16",
-        )
+        return binding.select(*_drawing(chain, critic, draw_seed))
+
+    def draw(self, chain: Chain, critic: TwinCritic, draw_seed: int | Tensor) -> tuple[Tensor, Tensor] | None:
+        return None if unfit(critic) is not None else binding.draw(*_drawing(chain, critic, draw_seed))
+
+
+def _drawing(chain: Chain, critic: TwinCritic, draw_seed: int | Tensor) -> tuple[Any, ...]:
+    """The arguments of `binding.select` and of `binding.draw`."""
+    assert isinstance(chain.seed, int) and isinstance(draw_seed, int)
+    return (
+        network(chain),
+        chain.flat,
+        step_table(chain.table, chain.spec.time_dim),
+        network(critic),
+        critic.buffer,
+        chain.states,
+        chain.candidates,
+        chain.noise,
+        chain.seed,
+        draw_seed,
+        chain.max_action,
+        chain.precision == "bf16",
+    )
 
 
 def _noise_version(chain: Chain) -> int | None:

@@ -168,13 +168,30 @@ class GpuBackend(Backend):
     def select(self, chain: Chain, critic: TwinCritic, draw_seed: int | Tensor) -> Tensor | None:
         if not self._takes(critic, chain.precision):
             return None  # the chain runs here, this critic in torch
+        with on_device_of(chain.flat):
+            actions, q = self._candidates(chain, critic)
+            return self.kernels.choose(q, actions, chain.candidates, draw_seed)
+
+    def draw(self, chain: Chain, critic: TwinCritic, draw_seed: int | Tensor) -> tuple[Tensor, Tensor] | None:
+        if not self._takes(critic, chain.precision):
+            return None
+        N = chain.candidates
+        with on_device_of(chain.flat):
+            actions, q = self._candidates(chain, critic)
+            # The kernel of `select`, which copies the numbers of candidates where there it copies their actions: so it
+            # takes the same. Below 2^24 they are exact.
+            numbers = torch.arange(N, dtype=torch.float32, device=q.device).repeat(q.shape[1] // N)  # [R]
+            numbers = numbers[:, None].expand(actions.shape).contiguous()  # [R, A]
+            return actions, self.kernels.choose(q, numbers, N, draw_seed)[:, 0].to(torch.int64)
+
+    def _candidates(self, chain: Chain, critic: TwinCritic) -> tuple[Tensor, Tensor]:
+        """(Actions [R, A], their values [2, R]), row b * N + n being candidate n of state b."""
         states, N = chain.states.contiguous(), chain.candidates
         noise = None if chain.noise is None else chain.noise.contiguous()
-        with on_device_of(chain.flat):
-            chains, critics = self.chain_runner(chain), self.critic_runner(critic, chain.precision)
-            actions, _ = chains.forward(chain.flat, states, N, noise, chain.seed, False, _told(chain))  # [R, A]
-            q, _ = critics.forward(critic.buffer, states, actions, N, (0, 1), save=False)  # [2, R]
-            return self.kernels.choose(q, actions, N, draw_seed)
+        chains, critics = self.chain_runner(chain), self.critic_runner(critic, chain.precision)
+        actions, _ = chains.forward(chain.flat, states, N, noise, chain.seed, False, _told(chain))
+        q, _ = critics.forward(critic.buffer, states, actions, N, (0, 1), save=False)
+        return actions, q
 
     def _takes(self, critic: TwinCritic, precision: str) -> bool:
         """Whether the kernels run critics of these sizes; whether they fit is not the rows' business."""

@@ -342,6 +342,38 @@ def select(
     return chosen
 
 
+def draw(
+    network: Network,
+    flat: Tensor,
+    table: Table,
+    critic: Network,
+    critic_flat: Tensor,
+    states: Tensor,
+    candidates: int,
+    noise: Tensor | None,
+    seed: int,
+    draw_seed: int,
+    max_action: float,
+    bf16: bool,
+) -> tuple[Tensor, Tensor]:
+    """What `select` takes of what: (all candidates [R, A], which of its N each state takes, int64 [B])."""
+    if (critic.state_dim, critic.action_dim) != (network.state_dim, network.action_dim):
+        raise ValueError("the critic was made for other sizes of states and actions than the denoiser")
+    B = states.size(0)
+    actions = _empty(B * candidates, network.action_dim)  # [R, A]
+    index = torch.empty(B, dtype=torch.int64, device="cpu")
+    states, noise = states.contiguous(), None if noise is None else noise.contiguous()
+    _native.draw(
+        *_arguments(network, flat, table, states, candidates, noise, seed, max_action, bf16, actions),
+        critic.handle,
+        _at("critic_flat", critic_flat, critic.size),
+        version(critic_flat),
+        draw_seed,
+        index.data_ptr(),
+    )
+    return actions, index
+
+
 def q_values(critic: Network, flat: Tensor, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
     """(Q_1, Q_2), each [R], of states [B, S] and actions [R, A], R = B * N."""
     states, actions = states.contiguous(), actions.contiguous()

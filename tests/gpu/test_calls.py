@@ -115,6 +115,14 @@ def test_select_in_a_graph(backend):
     torch.cuda.manual_seed(1)
     graph.replay()
     assert torch.equal(chosen, results[0])
+    graph, details = captured(lambda: dql.select(states, policy, critic, backend=backend, details=True))
+    torch.cuda.manual_seed(1)
+    graph.replay()
+    assert torch.equal(details.actions, results[0])
+    for i, q in ((1, details.q1), (2, details.q2)):
+        with torch.no_grad():
+            assert_close(q, critic.q(i, states, details.actions), TOLERANCES["float32"], what=f"q{i}", backend=backend)
+    assert (details.index.unique().numel() > 1) and details.spread.isfinite().all()
 
 
 def test_a_side_stream_waits_for_no_other(backend):
@@ -308,6 +316,7 @@ def test_repeated_calls_wait_for_nothing(backend):
     calls = [
         lambda: sample(states, policy, backend),
         lambda: dql.select(states, policy, critic, backend=backend),
+        lambda: dql.select(states, policy, critic, backend=backend, details=True),
         lambda: sampler.run(states),
     ]
     with torch.no_grad():

@@ -111,6 +111,11 @@ def test_select_takes_what_eager_takes(precision, backend):
     # where a draw falls within rounding of two candidates' border either may be taken
     same = (got - want).abs().amax(dim=1) < {"fp32": 1e-3, "tf32": 1e-2, "bf16": 1e-1}[precision]
     assert int(same.sum()) >= {"fp32": 49, "tf32": 45, "bf16": 35}[precision]
+    details = dql.select(states, policy, critic, seed=SEED, backend=backend, precision=precision, details=True)
+    assert torch.equal(details.actions, got)
+    with torch.no_grad():
+        candidates = sample(states, policy, backend, seed=SEED, num_candidates=50, precision=precision)
+    assert torch.equal(candidates[torch.arange(50, device="cuda"), details.index], got)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -15,13 +15,19 @@ import pytest
 from support import ROOT
 
 USER = """
-import dql
+import torch, dql
 from dql.kernels.layout import DenoiserSpec
 
 policy = dql.DiffusionPolicy(state_dim=3, action_dim=2)
 reveal_type(policy)
 reveal_type(DenoiserSpec(3, 2, 64))
 wrong: int = DenoiserSpec(3, 2, 64)
+
+
+def of(critic: dql.TwinCritic, states: torch.Tensor) -> None:
+    reveal_type(dql.select(states, policy, critic, details=True))
+    chosen: torch.Tensor = dql.select(states, policy, critic)
+    same: torch.Tensor = dql.select(states, policy, critic, details=False)
 """
 
 
@@ -83,7 +89,7 @@ def test_type_checkers_see_the_package(installed, tmp_path, checker):
     if checker == "pyright" and "user.py" not in said:
         pytest.skip(f"pyright cannot fetch itself here: {(said.strip().splitlines() or ['nothing said'])[-1][:200]}")
     assert done.returncode == 1, said  # for the line that is wrong
-    for type_ in ("dql.policy.DiffusionPolicy", "dql.kernels.layout.DenoiserSpec"):
+    for type_ in ("dql.policy.DiffusionPolicy", "dql.kernels.layout.DenoiserSpec", "dql.selection.Selection"):
         name = type_ if checker == "mypy" else type_.rpartition(".")[2]
         assert f'Revealed type is "{name}"' in said or f'is "{name}"' in said, said
     assert "user.py:8" in said and "ssignment" in said, said

@@ -141,6 +141,7 @@ def test_tracers(backend, tracer):
     calls = [
         lambda s: dql.sample(s, policy, backend=backend, seed=1),
         lambda s: dql.select(s, policy, critic, num_candidates=2, backend=backend, seed=1),
+        lambda s: dql.select(s, policy, critic, num_candidates=2, backend=backend, seed=1, details=True).q1,
     ]
     for call in calls:
         for gradients in (True, False):
