@@ -28,7 +28,8 @@ _SAMPLES = 2000  # actions drawn from a policy
 _CHOICES = 200  # actions chosen by an agent, each from its own candidates
 
 
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple["Figure", np.ndarray]:
+def new_figure(rows: int, columns: int, width: float, height: float) -> tuple["Figure", np.ndarray]:
+    """(figure of `width` by `height` inches, its panels [rows, columns]); drawn without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -59,13 +60,13 @@ def learning_curve(runs: Mapping[str, Path | Sequence[Path]], behaviour_returns:
     path, behaviour_returns = Path(path), np.asarray(behaviour_returns, np.float64)
     if behaviour_returns.ndim != 1 or not len(behaviour_returns) or not np.isfinite(behaviour_returns).all():
         raise ValueError(f"behaviour_returns must be finite numbers [E], got {shown(behaviour_returns)}")
-    figure, axes = _figure(1, 1, 6.4, 4.0)
+    figure, axes = new_figure(1, 1, 6.4, 4.0)
     ax = axes[0, 0]
     low, high = confidence_interval(behaviour_returns)
     mean = float(np.mean(behaviour_returns))
     ax.axhline(mean, color=COLORS["data"], linestyle="--", label=f"data, mean of {len(behaviour_returns)} episodes")
     ax.axhspan(low, high, color=COLORS["data"], alpha=0.2, linewidth=0)
-    for name, color in _colors(runs).items():
+    for name, color in colors_of(runs).items():
         folders = runs[name]
         several = [folders] if isinstance(folders, (str, Path)) else list(folders)
         steps, means, lows, highs = _curve(name, several)
@@ -82,7 +83,7 @@ def learning_curve(runs: Mapping[str, Path | Sequence[Path]], behaviour_returns:
     return figure
 
 
-def _colors(names: Iterable[str]) -> dict[str, str]:
+def colors_of(names: Iterable[str]) -> dict[str, str]:
     """A colour for each name: its own where it has one, else the next that none of the others has."""
     names = list(names)
     free = itertools.cycle([c for c in _OTHER_COLORS if c not in {COLORS.get(name) for name in names}])
@@ -156,9 +157,9 @@ def action_distribution(
     dims = min(dataset.action_dim, 3)
     bound = dataset.max_action
     edges = np.linspace(-bound, bound, 41)
-    figure, axes = _figure(dims, len(states), 2.6 * len(states), 2.3 * dims + 0.6)
+    figure, axes = new_figure(dims, len(states), 2.6 * len(states), 2.3 * dims + 0.6)
     scale = dataset.states.std(0).clamp_min(1e-6)
-    colors = _colors(["data", *policies])
+    colors = colors_of(["data", *policies])
     for column, state in enumerate(states):
         nearest = ((dataset.states - state) / scale).norm(dim=1).topk(min(_NEIGHBOURS, len(dataset)), largest=False)
         drawn: dict[str, torch.Tensor] = {"data": dataset.actions[nearest.indices]}

@@ -1,0 +1,1 @@
+"""Figures of the paper, drawn from what is trained on the spot."""
