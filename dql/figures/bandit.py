@@ -57,7 +57,7 @@ UPDATES = 3000
 PER_QL_UPDATE = 4
 LR = 6e-3
 CRITIC_LR = 2e-2
-QL_LR, QL_CRITIC_LR = 2e-3, 3e-4  # the critic has learnt by then
+QL_CRITIC_LR = 3e-4  # it has learnt by then
 T = 50
 SAMPLES = 4000  # of a method, for its numbers
 _SHOWN = 1000  # of them, as points
@@ -199,7 +199,7 @@ def train(dataset: TransitionDataset, seed: int, updates: int, console: Console)
         actions[name] = method.sample(SAMPLES)
     _run("DiffusionBC", lambda step: cloner.update(dataset.sample(BATCH, seed, step)), updates, console)
     ql_updates = max(updates // PER_QL_UPDATE, 1)
-    config = diffusion(lr=QL_LR, critic_lr=QL_CRITIC_LR, eta=methods.ETA, num_updates=ql_updates)
+    config = diffusion(lr=LR, critic_lr=QL_CRITIC_LR, eta=methods.ETA, num_updates=ql_updates)
     learner = DiffusionQL(methods.STATE_DIM, methods.ACTION_DIM, config)
     for module, start in (
         (learner.policy, cloner.policy),

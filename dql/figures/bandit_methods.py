@@ -74,7 +74,7 @@ class Method:
         return nn.Sequential(*layers[:-1])
 
     def adam(self, parameters: Iterable[Tensor], lr: float | None = None) -> torch.optim.Adam:
-        return torch.optim.Adam(list(parameters), lr=lr or self.lr)
+        return torch.optim.Adam(list(parameters), lr=lr or self.lr, fused=True)
 
     def descend(self, adam: torch.optim.Adam, loss: Tensor) -> float:
         """One step of `adam` down the loss, at the rate of this update; returns the loss."""
@@ -95,9 +95,11 @@ class Method:
 
     def q_term(self, critic: TwinCritic, actions: Tensor) -> Tensor:
         """-mean Q_i(a) / mean|Q_j(a)|, without a gradient through the divisor; (i, j) by a coin."""
-        values = critic(zero_states(len(actions)), actions)
-        i = int(torch.randint(2, (), generator=self.generator))
-        return -values[i].mean() / values[1 - i].detach().abs().mean()
+        states = zero_states(len(actions))
+        i = int(torch.randint(1, 3, (), generator=self.generator))
+        with torch.no_grad():
+            divisor = critic.q(3 - i, states, actions).abs().mean()
+        return -critic.q(i, states, actions).mean() / divisor
 
 
 class RewardCritic:
