@@ -53,10 +53,10 @@ STD, REWARD_STD = 0.05, 0.5
 RADIUS = 3 * STD
 SIZE = 10_000  # actions of the data
 BATCH = 100
-UPDATES = 3000
-PER_QL_UPDATE = 4
-LR = 6e-3
-CRITIC_LR = 2e-2
+UPDATES = 2000
+PER_QL_UPDATE = 2
+LR = 1.5e-2
+CRITIC_LR = 3e-2
 QL_CRITIC_LR = 3e-4  # it has learnt by then
 T = 50
 SAMPLES = 4000  # of a method, for its numbers
@@ -235,7 +235,7 @@ def _run(name: str, update: Callable[[int], object], updates: int, console: Cons
 
 def draw(actions: dict[str, Tensor], rewards: Tensor | None) -> "Figure":
     """A panel for each name, with the numbers of its actions; the data's in the colours of their rewards, if given."""
-    figure, axes = new_figure(1, len(actions), 8.0, 2.75)
+    figure, axes = new_figure(1, len(actions), 8.0, 2.6)
     colors = colors_of(actions)
     for ax, (name, points) in zip(axes[0], actions.items(), strict=True):
         found = numbers(points)

@@ -127,12 +127,12 @@ class GaussianMLE(Method):
         self.net = self.mlp(STATE_DIM, 2 * ACTION_DIM)
         self.actor_adam = self.adam(self.net.parameters())
 
-    def distribution(self, n: int) -> torch.distributions.Normal:
-        mean, log_std = self.net(zero_states(n)).chunk(2, dim=1)  # [n, A] each
+    def distribution(self) -> torch.distributions.Normal:
+        mean, log_std = self.net(zero_states(1)).chunk(2, dim=1)  # [1, A] each: all states are the same
         return torch.distributions.Normal(mean, log_std.clamp(-20, 2).exp(), validate_args=False)
 
     def loss(self, actions: Tensor) -> Tensor:
-        return -self.distribution(len(actions)).log_prob(actions).sum(1).mean()
+        return -self.distribution().log_prob(actions).sum(1).mean()
 
     def update(self, actions: Tensor, rewards: Tensor) -> dict[str, float]:
         loss = self.descend(self.actor_adam, self.loss(actions))
@@ -141,7 +141,7 @@ class GaussianMLE(Method):
 
     def draw(self, n: int) -> Tensor:
         """`sample` with a gradient. The Gaussian is not cut off at the bounds of the actions."""
-        d = self.distribution(n)
+        d = self.distribution()
         return d.mean + d.stddev * self.normal(n, ACTION_DIM)
 
     @torch.no_grad()
@@ -242,13 +242,13 @@ class MMD(CVAE):
     def mmd_loss(self, n: int) -> Tensor:
         with torch.no_grad():
             x = self.decode(self.latents(n * self.matched)).view(n, self.matched, ACTION_DIM)
-        mean, log_std = self.actor(zero_states(n))[:, None].chunk(2, dim=2)  # [n, 1, A] each
+        mean, log_std = self.actor(zero_states(1)).chunk(2, dim=1)  # [1, A] each: all states are the same
         y = mean + log_std.exp() * self.normal(n, self.matched, ACTION_DIM).clamp(-_LATENT_CLIP, _LATENT_CLIP)
         return mmd(x, y, self.sigma).mean()
 
     def draw(self, n: int) -> Tensor:
         """`sample` with a gradient; its noise is not clipped."""
-        mean, log_std = self.actor(zero_states(n)).chunk(2, dim=1)
+        mean, log_std = self.actor(zero_states(1)).chunk(2, dim=1)
         return torch.tanh(mean + log_std.exp() * self.normal(n, ACTION_DIM))
 
     def update(self, actions: Tensor, rewards: Tensor) -> dict[str, float]:
