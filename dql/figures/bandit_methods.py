@@ -263,7 +263,7 @@ class MMD(CVAE):
 
 
 class BEARMMD(MMD):
-    """BEAR-MMD: loss lambda * mmd + q_term(draws); lambda, between e^-5 and e^10, ascends lambda * (mmd - 0.05)."""
+    """BEAR-MMD: loss lambda * mmd + q_term(draws); lambda, from e^-5 to e^10, ascends lambda * (mmd - 0.05)."""
 
     threshold = 0.05
 
