@@ -216,9 +216,10 @@ def test_a_critic_is_moved_by_no_method():
 def test_the_seed_alone_says_what_comes_out(monkeypatch):
     monkeypatch.setattr(figures, "SAMPLES", 50)
     torch.manual_seed(5)
-    state = torch.get_rng_state()
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
     first = figures.train(bandit_data(0), 0, 2, QUIET)
     assert torch.equal(torch.get_rng_state(), state), "torch's generator is left alone"
+    assert torch.get_num_threads() == threads
     torch.manual_seed(6)
     again, other = (figures.train(bandit_data(seed), seed, 2, QUIET) for seed in (0, 1))
     assert list(first) == [*figures.CLONING[1:], *figures.IMPROVEMENT[1:]]
