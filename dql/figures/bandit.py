@@ -5,7 +5,7 @@ rewards are normal, deviation 0.5, around a mean for each mode: 3 (upper left), 
 (lower right). `bandit` clones the data by four methods and improves on them by four, as the authors' toy experiments do
 (commit d871f5c): T = 50, 128 hidden units, batch 100, eta 2.5, one sample of a policy for an action.
 
-What differs from these experiments, so that it takes a minute or two and not hours:
+What differs from these experiments, so that it takes minutes at most:
 
 1. `UPDATES` updates in place of 100,000, at a learning rate of 50 times 3e-4, `LR`, which falls to 0 by a cosine.
 2. One critic for TD3+BC, BCQ, BEAR-MMD and Diffusion-QL, learnt before them; there each has its own, learnt beside its
