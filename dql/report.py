@@ -55,7 +55,7 @@ def learning_curve(runs: Mapping[str, Path | Sequence[Path]], behaviour_returns:
     mean = float(np.mean(behaviour_returns))
     ax.axhline(mean, color=COLORS["data"], linestyle="--", label=f"data, mean of {len(behaviour_returns)} episodes")
     ax.axhspan(low, high, color=COLORS["data"], alpha=0.2, linewidth=0)
-    for name, color in _colors(runs).items():
+    for name, color in colors_of(runs).items():
         folders = runs[name]
         several = [folders] if isinstance(folders, (str, Path)) else list(folders)
         steps, means, lows, highs = _curve(name, several)
@@ -72,7 +72,7 @@ def learning_curve(runs: Mapping[str, Path | Sequence[Path]], behaviour_returns:
     return figure
 
 
-def _colors(names: Iterable[str]) -> dict[str, str]:
+def colors_of(names: Iterable[str]) -> dict[str, str]:
     """A colour for each name: its own where it has one, else the next that none of the others has."""
     names = list(names)
     free = itertools.cycle([c for c in _OTHER_COLORS if c not in {COLORS.get(name) for name in names}])
@@ -148,7 +148,7 @@ def action_distribution(
     edges = np.linspace(-bound, bound, 41)
     figure, axes = new_figure(dims, len(states), 2.6 * len(states), 2.3 * dims + 0.6)
     scale = dataset.states.std(0).clamp_min(1e-6)
-    colors = _colors(["data", *policies])
+    colors = colors_of(["data", *policies])
     for column, state in enumerate(states):
         nearest = ((dataset.states - state) / scale).norm(dim=1).topk(min(_NEIGHBOURS, len(dataset)), largest=False)
         drawn: dict[str, torch.Tensor] = {"data": dataset.actions[nearest.indices]}

@@ -174,8 +174,8 @@ def test_a_run_that_fails_is_named_and_the_others_are_drawn(settings, tmp_path):
 def test_stopped_and_started_again_it_ends_the_same(settings, tmp_path, dql_command):
     """SIGTERM to the command alone: its runs write checkpoints and end; the same command goes on."""
     flags = ["--dataset", settings.dataset, "--seeds", "0-1", "--values", "2,3", "--updates", "60",
-             "--evaluations", "3", "--episodes", "1", "--num-candidates", "4", "--hidden-dim", "16", "--batch-size", "16",
-             "--eval-max-steps", "9", "--jobs", "2"]  # fmt: skip
+             "--evaluations", "3", "--episodes", "1", "--num-candidates", "4", "--hidden-dim", "16",
+             "--batch-size", "16", "--eval-max-steps", "9", "--jobs", "2"]  # fmt: skip
 
     def start(out):
         return subprocess.Popen(dql_command("figure", "steps", *flags, "--out", str(out)), stderr=subprocess.PIPE,

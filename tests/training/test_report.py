@@ -16,7 +16,7 @@ from dql.data import TransitionDataset
 from dql.datasets.info import DatasetInfo
 from dql.evaluate import confidence_interval
 from dql.policy import DiffusionPolicy
-from dql.report import COLORS, _colors, action_distribution, learning_curve, spread_states
+from dql.report import COLORS, action_distribution, colors_of, learning_curve, spread_states
 from dql.rundir import RunDir, append_row
 
 
@@ -137,7 +137,7 @@ def test_each_curve_has_one_colour_and_says_what_its_band_is(tmp_path):
 
 
 def test_many_names_have_their_own_colours():
-    colors = _colors([*"abcdefg", "data"])
+    colors = colors_of([*"abcdefg", "data"])
     assert len(set(colors.values())) == 8
 
 
