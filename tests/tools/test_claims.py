@@ -1,0 +1,44 @@
+"""The numbers of docs/claims.md are those of the files that it names."""
+
+import csv
+import re
+import sys
+
+import pytest
+from support import ROOT
+
+sys.path.insert(0, str(ROOT / "bench"))
+import claims
+
+PAGE = (ROOT / "docs" / "claims.md").read_text()
+
+
+def test_the_comparison_is_what_its_runs_wrote():
+    assert claims.table(ROOT / "docs" / "results") in PAGE
+    for folder in ("hopper-medium-expert", "pendulum-mixed"):
+        found = claims.scores(ROOT / "docs" / "results" / folder)
+        assert list(found) == list(claims.NAMES) and {len(seeds) for seeds in found.values()} == {3}
+        for path in (ROOT / "docs" / "results" / folder).glob("*.csv"):
+            with open(path) as file:
+                rows = list(csv.DictReader(file))
+            assert [int(row["step"]) for row in rows] == [*range(2500, 20_001, 2500)], path
+            assert {row["episodes"] for row in rows} == {"20"}, path
+
+
+def test_a_score_by_hand(tmp_path):
+    for seed, returns in ((0, (9, 9, 1, 2, 3)), (1, (0, 4, 4, 4)), (7, (1, 1, 1))):
+        lines = "".join(f"{i},{value}\n" for i, value in enumerate(returns))
+        (tmp_path / f"bc-seed{seed}.csv").write_text("step,return_mean\n" + lines)
+    assert claims.scores(tmp_path) == {"bc": [2, 4, 1]}
+    # mean 7/3; s = 1.5275; t = 4.3027: half = 4.3027 * 1.5275 / sqrt(3) = 3.79
+    assert claims.cell([2.0, 4.0, 1.0]) == "2 ± 4 (2, 4, 1)"
+    (tmp_path / "bc-seed8.csv").write_text("step,return_mean\n1,2\n")
+    with pytest.raises(ValueError, match="has 1 evaluations, fewer than 3"):
+        claims.scores(tmp_path)
+
+
+def test_the_commands_are_those_of_the_algorithms():
+    from dql.agents.registry import ALGORITHMS
+
+    named = set(re.findall(r"--algorithm ([\w-]+)", PAGE))
+    assert named == set(ALGORITHMS) - {"bc-gaussian"}
