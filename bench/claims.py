@@ -4,7 +4,6 @@ A folder a dataset, in it ALGORITHM-seedN.csv, the evaluations.csv of that run. 
 three evaluations; beside the mean over seeds stands half the 95% t interval over seeds, and every seed's score.
 """
 
-import csv
 import re
 import sys
 from collections import defaultdict
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dql.evaluate import seed_interval
+from dql.rundir import read_rows
 
 LAST = 3
 NAMES = {
@@ -27,10 +27,9 @@ NAMES = {
 
 def score(path: Path) -> float:
     """Mean return of the last three evaluations of a run."""
-    with open(path, newline="") as file:
-        returns = [float(row["return_mean"]) for row in csv.DictReader(file)]
-    if len(returns) < LAST:
-        raise ValueError(f"{path} has {len(returns)} evaluations, fewer than {LAST}")
+    returns = [row["return_mean"] for row in read_rows(path)]
+    if len(returns) < LAST or not np.isfinite(returns[-LAST:]).all():
+        raise ValueError(f"{path} has not {LAST} evaluations at its end that succeeded")
     return float(np.mean(returns[-LAST:]))
 
 

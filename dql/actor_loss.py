@@ -1,8 +1,5 @@
 """The actor's loss by autograd: bc_loss + eta * q_loss, with the Q term's action from the chain or in one step."""
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 
@@ -10,7 +7,7 @@ from dql.backend.base import Backend
 from dql.data import Batch
 from dql.draws import Draws
 from dql.learner import Learner
-from dql.networks import FlatModule
+from dql.networks import frozen
 from dql.policy import DiffusionPolicy
 from dql.sampler import run_chain
 from dql.values import q_values, value_and_other
@@ -73,13 +70,3 @@ def _q_loss(agent: Learner, states: Tensor, actions: Tensor, maximised: int | Te
         return -(q.mean(dim=1) * maximised).sum() / (q.detach().abs().mean(dim=1) * (1 - maximised)).sum()
     q, other = value_and_other(agent.critic, maximised, states, actions, backend)
     return -q.mean() / other.abs().mean()
-
-
-@contextlib.contextmanager
-def frozen(module: FlatModule) -> Iterator[None]:
-    """Gradients pass through the module to its inputs, but none is computed for its parameters."""
-    module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        module.requires_grad_(True)

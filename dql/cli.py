@@ -263,12 +263,13 @@ def _only(allowed: tuple[str, ...], arguments: list[str]) -> None:
 
 
 def _value_of(flag: str, arguments: list[str]) -> str | None:
+    value = None  # the last one counts, as in the parser
     for i, argument in enumerate(arguments):
         if argument.replace("_", "-") == flag and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if argument.replace("_", "-").startswith(f"{flag}="):
-            return argument.split("=", 1)[1]
-    return None
+            value = arguments[i + 1]
+        if argument.split("=", 1)[0].replace("_", "-") == flag and "=" in argument:
+            value = argument.split("=", 1)[1]
+    return value
 
 
 def evaluate(

@@ -73,7 +73,11 @@ def _check_fields(config: Any) -> None:
 
 @dataclass(frozen=True)
 class Config:
-    """What an agent is made of. The defaults are the paper's; `Config.tuned` gives its choice for a task."""
+    """What an agent is made of. The defaults are the paper's; `Config.tuned` gives its choice for a task.
+
+    Where a default is the algorithm's own, it is set when the config is made: of another algorithm make another config,
+    for `dataclasses.replace(config, algorithm=...)` takes the values over.
+    """
 
     algorithm: Literal["diffusion-ql", "diffusion-bc", "bc", "bc-gaussian", "td3-bc", "iql"] = "diffusion-ql"
     """diffusion-ql; its ablation diffusion-bc: no critic, no Q term, one sample to act; or a baseline: behaviour
@@ -181,10 +185,12 @@ class Config:
     def _refuse_unread(self) -> None:
         """Raises ValueError for a field that was set and that the algorithm does not read: it would do nothing."""
         for algorithms, names in _READ_BY.items():
-            # diffusion-bc has always taken diffusion-ql's fields: one config serves both
-            if self.algorithm in algorithms or (self.algorithm == "diffusion-bc" and "diffusion-ql" in algorithms):
+            if self.algorithm in algorithms:
                 continue
             for name in names:
+                # but for the newest, diffusion-bc takes diffusion-ql's fields: one config serves both
+                if self.algorithm == "diffusion-bc" and "diffusion-ql" in algorithms and name != "actor_gradient":
+                    continue
                 if getattr(self, name) != _DEFAULTS[name]:
                     raise ValueError(
                         f"{name} is read by {' and '.join(algorithms)} alone, and this is {self.algorithm}; "
@@ -200,6 +206,11 @@ class Config:
         """
         if not isinstance(task, str) or task not in TUNED:
             raise ValueError(f"no tuned hyper-parameters for {shown(task)}; known: {', '.join(TUNED)}")
+        if changes.get("algorithm", "diffusion-ql") not in DIFFUSION:
+            raise ValueError(
+                f"the paper's hyper-parameters are of {' and '.join(DIFFUSION)} alone, not of "
+                f"{shown(changes['algorithm'])}; leave the task out"
+            )
         t = TUNED[task]
         values: dict[str, Any] = {
             "lr": t.lr,
@@ -322,6 +333,9 @@ class RunConfig:
         return cls(**values | {"agent": Config.from_dict(values["agent"])})
 
     def with_agent(self, **changes: Any) -> "RunConfig":
+        """The run with these fields of its agent changed; another algorithm has its own defaults."""
+        if changes.get("algorithm", self.agent.algorithm) != self.agent.algorithm:
+            changes = {name: none for name, (none, _) in _OWN.items()} | changes
         return replace(self, agent=replace(self.agent, **changes))
 
 

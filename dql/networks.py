@@ -4,6 +4,7 @@ Each network's parameters are views into one flat buffer (`FlatModule.flat`), la
 optimiser, the gradient norm, EMA and the target update are one elementwise pass each, and a kernel takes one pointer.
 """
 
+import contextlib
 import math
 import numbers
 from collections.abc import Iterator, Mapping, Sequence
@@ -299,6 +300,16 @@ class FlatModule(nn.Module):
                 "load_state_dict(assign=True) would take the parameters out of their flat buffer; leave assign out"
             )
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+@contextlib.contextmanager
+def frozen(module: FlatModule) -> Iterator[None]:
+    """Gradients pass through the module to its inputs, but none is computed for its parameters."""
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)
 
 
 def _lies_at(parameter: Tensor | None, address: int) -> bool:

@@ -5,7 +5,7 @@ metrics.csv            a line every log_every updates
 evaluations.csv        a line an evaluation; one that failed has its step and bc_loss, and is empty otherwise
 selection.json         which checkpoint is last, best and offline
 checkpoints/step-N/    agent.safetensors (networks, optimizers) and loop.json (the loop's own state)
-policy.safetensors     the last policy alone, when the run has ended
+policy.safetensors     of a diffusion agent the last policy alone, when the run has ended
 
 The JSON files hold a digest of the rest of them: a bit that flipped on a disk would be another run's numbers.
 

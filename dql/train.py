@@ -124,7 +124,7 @@ def train(run: RunConfig, *, dataset: TransitionDataset | None = None, console: 
         info = _evaluation_info(run, data.info, typed=True)
         _check_environment(run, info)
         agent = _new_agent(run, data, device)
-        fingerprint = _fingerprint(data)
+        fingerprint = fingerprint_of(data)
         threads = torch.get_num_threads()
         described = _describe(run, data, info, fingerprint, threads, in_memory=dataset is not None)
         folder.write_json("config.json", described)
@@ -184,12 +184,8 @@ def resume(
         torch.set_num_threads(written["threads"])  # sums over rows depend on how threads split them
         data = (_load_again(run, written) if dataset is None else dataset).to(device)
         _check_reward_tune(run, data)
-        fingerprint = _fingerprint(data)
-        if fingerprint != written["dataset"]["fingerprint"]:
-            raise RunError(
-                f"dataset {run.dataset} is not the one this run began with (fingerprint {fingerprint}, it was "
-                f"{written['dataset']['fingerprint']}); restore it or start a new run"
-            )
+        fingerprint = fingerprint_of(data)
+        check_fingerprint(run, fingerprint, written)
         info = _evaluation_info(run, data.info, typed=env is not None)
         unable = _why_not_evaluated(run, info)
         if unable is not None and env is not None:
@@ -238,7 +234,14 @@ def complete(run: RunConfig, *, console: Console | None = None) -> tuple[Agent, 
             "another folder"
         )
     steps = folder.steps()
-    if steps and steps[-1] == run.agent.num_updates and not folder.read_loop(steps[-1]).get("evaluation_owed"):
+    written = folder.policy_path.exists() or run.agent.algorithm not in DIFFUSION
+    if (
+        steps
+        and steps[-1] == run.agent.num_updates
+        and written
+        and not folder.read_loop(steps[-1]).get("evaluation_owed")
+    ):
+        check_fingerprint(run, fingerprint_of(_load(run)), folder.read_config())
         return load(folder.checkpoint_path(steps[-1]), device=resolve_device(run.device)), None
     result = resume(folder.path, console=console)
     return result.agent, result.stopped_by
@@ -376,7 +379,18 @@ def _why_not_evaluated(run: RunConfig, info: DatasetInfo) -> RunError | DatasetE
     return None
 
 
-def _fingerprint(data: TransitionDataset) -> str:
+def check_fingerprint(run: RunConfig, found: str, written: dict[str, Any]) -> None:
+    """Raises RunError if that is not the dataset of the run whose config.json holds `written`."""
+    began = written["dataset"]["fingerprint"]
+    if found != began:
+        raise RunError(
+            f"dataset {run.dataset} is not the one this run began with (fingerprint {found}, it was {began}); restore "
+            "it or start a new run"
+        )
+
+
+def fingerprint_of(data: TransitionDataset) -> str:
+    """A digest of all transitions."""
     digest = hashlib.blake2b(digest_size=8)
     for tensor in (data.states, data.actions, data.rewards, data.next_states, data.masks):
         digest.update(tensor.cpu().contiguous().numpy().data)

@@ -19,7 +19,7 @@ from dql.agents.mlp import MLP, check_shapes, checked_file_sizes, checked_states
 from dql.config import Config
 from dql.data import Batch
 from dql.learner import checked_batch
-from dql.networks import FlatModule, TwinCritic
+from dql.networks import FlatModule, TwinCritic, frozen
 from dql.optimizer import FlatAdam
 
 if TYPE_CHECKING:
@@ -74,7 +74,10 @@ class TD3BC(Agent):
 
         Raises:
             ValueError: of another size, none, or not finite.
+            TypeError: no tensor.
         """
+        if not isinstance(states, Tensor):
+            raise TypeError(f"states must be a tensor, got {type(states).__name__}; use torch.as_tensor")
         if states.dim() != 2 or states.shape[1] != self.state_dim or not len(states):
             raise ValueError(f"states must be [n, {self.state_dim}], the data's, got {list(states.shape)}")
         std, mean = torch.std_mean(states.double(), dim=0, correction=0)
@@ -84,7 +87,7 @@ class TD3BC(Agent):
         self.state_std.copy_(std + _LEAST_STD)
 
     def _standard(self, states: Tensor) -> Tensor:
-        return (states - self.state_mean) / self.state_std
+        return (states - self.state_mean.to(states)) / self.state_std.to(states)
 
     def _pi(self, actor: MLP, states: Tensor) -> Tensor:
         return self.config.max_action * torch.tanh(actor(states))
@@ -109,19 +112,18 @@ class TD3BC(Agent):
         norm = self.critic_adam.step(critic_loss, self.lr_scale())
 
         moves = (self.step + 1) % c.policy_delay == 0
-        self.critic.requires_grad_(False)  # it passes the gradient on and gets none itself
-        with torch.set_grad_enabled(moves):
+        with frozen(self.critic), torch.set_grad_enabled(moves):
             actions = self._pi(self.actor, states)
             q = self.critic.q(1, states, actions)
             q_loss = -q.mean() / q.detach().abs().mean()
             bc_loss = F.mse_loss(actions, batch.actions)
             loss = bc_loss + c.alpha * q_loss
+            if moves:
+                self.actor_adam.step(loss, self.lr_scale())
         if moves:
-            self.actor_adam.step(loss, self.lr_scale())
             with torch.no_grad():
                 self.critic_target.flat.lerp_(self.critic.flat, c.tau)
                 self.actor_target.flat.lerp_(self.actor.flat, c.tau)
-        self.critic.requires_grad_(True)
         self.step += 1
         return {
             "critic/loss": critic_loss.detach(),
@@ -164,6 +166,8 @@ class TD3BC(Agent):
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         super().load_tensors(tensors)
         mean, std = tensors["states.mean"], tensors["states.std"]
+        if not (mean.is_floating_point() and std.is_floating_point()):
+            raise ValueError(f"its states' mean and deviation are {mean.dtype} and {std.dtype}, no floats")
         if mean.shape != self.state_mean.shape or std.shape != self.state_std.shape:
             raise ValueError(f"its states' mean and deviation are {list(mean.shape)} and {list(std.shape)}")
         if not bool(mean.isfinite().all()) or not bool((std.isfinite() & (std > 0)).all()):

@@ -20,8 +20,9 @@ from dql.config import Config
 from dql.data import load_dataset
 from dql.drawing import COLORS, new_figure, write_figure
 from dql.evaluate import seed_interval
-from dql.figures.cells import LAST, Cell, check_cells, last_error, run_all, run_config, write_csv
+from dql.figures.cells import LAST, Cell, check_cells, run_all, run_config, write_csv
 from dql.rundir import RunError
+from dql.schedule import NoiseSchedule
 from dql.shown import shown
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def cells_of(name: Name, values: Sequence[float], settings: Settings, out: Path)
                 reward_tune=settings.reward_tune,  # type: ignore[arg-type]
                 **fields,  # type: ignore[arg-type]
             )
+            NoiseSchedule(agent.beta_schedule, agent.T)  # which refuses what is no number of steps
             run = run_config(
                 settings.dataset,
                 out / "runs" / f"T{agent.T}-eta{agent.eta:g}-N{agent.num_candidates}-seed{seed}",
@@ -138,7 +140,8 @@ def ablation(
 
     Raises:
         ValueError: a value that makes no agent.
-        RunError: a folder in `out` holds a run with other settings, or every run failed.
+        RunError: a folder in `out` holds a run with other settings or of other data; or runs failed: the others are
+            drawn.
         DatasetError: the dataset cannot be used.
         KeyboardInterrupt: a signal; the same call goes on.
     """
@@ -150,9 +153,9 @@ def ablation(
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     cells = cells_of(name, values, settings, out)
-    distinct = list({cell.results_path: cell for cell in cells.values()}.values())
-    check_cells(distinct)
     data = load_dataset(settings.dataset, reward_tune=settings.reward_tune)
+    check_cells([*cells.values()], data)
+    distinct = list({cell.results_path: cell for cell in cells.values()}.values())
     console.print(
         f"{name}: {len(distinct)} runs of {settings.updates:,} updates on {settings.dataset}, {jobs} at once",
         soft_wrap=True,
@@ -166,13 +169,20 @@ def ablation(
     rows = []
     for (value, seed), cell in cells.items():
         for number, result in cell.results().items():
-            if name != "candidates" or number == value:
+            # the file may have what another figure asked for, too
+            if number == value if name == "candidates" else number in cell.candidates:
                 rows.append({FIELDS[name]: value, "seed": seed, "candidates": number} | vars(result))
     if not rows:
-        raise RunError("every run failed, the last because: " + last_error(failed[-1]))
+        raise RunError(f"every run failed, the last because: {failed[-1][1]}")
     write_csv(out / f"{name}.csv", rows)
     figure = draw(name, rows, data.info.episode_returns, settings)
-    return [out / f"{name}.csv", *write_figure(figure, out / name)]
+    written = [out / f"{name}.csv", *write_figure(figure, out / name)]
+    if failed:
+        raise RunError(
+            f"{len(failed)} of {len(distinct)} runs failed, and {written[1]} is without them; mend that, and the same "
+            f"command does them alone; the last because: {failed[-1][1]}"
+        )
+    return written
 
 
 def draw(name: Name, rows: Sequence[dict[str, Any]], behaviour_returns: np.ndarray, settings: Settings) -> "Figure":
@@ -216,10 +226,10 @@ def draw(name: Name, rows: Sequence[dict[str, Any]], behaviour_returns: np.ndarr
     seen = [row["return_mean"] for row in rows if np.isfinite(row["return_mean"])] + [behaviour_returns.mean()]
     room = max(0.25 * (max(seen) - min(seen)), 1e-3)
     ax.set_ylim(min(seen) - room, max(seen) + room)
-    if name == "eta":
+    if name == "eta" and values[0] == 0 and len(values) > 1:
         for at, text, side in ((0, "behaviour cloning", "left"), (len(values) - 1, "improvement", "right")):
             ax.annotate(text, (at, 0.02), xycoords=("data", "axes fraction"), ha=side, fontsize=9, style="italic")
-    seeds = len(settings.seeds)
+    seeds = len({row["seed"] for row in rows})
     band = f"band: 95% t interval over {seeds} seeds" if seeds > 1 else "one seed: no interval"
     figure.supxlabel(
         f"{settings.updates:,} updates; mean of the last {LAST} evaluations of {settings.episodes} episodes"

@@ -1,6 +1,6 @@
 """Runs side by side: each cell of a figure is a run and its evaluations, in a process of its own, and never done twice.
 
-A cell's numbers do not depend on how many run at once: each has one CPU thread.
+A cell's returns do not depend on how many run at once, for each has one CPU thread; the time of its updates does.
 """
 
 import contextlib
@@ -8,26 +8,29 @@ import csv
 import io
 import json
 import multiprocessing
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from dql import noise
 from dql.agents.registry import load
 from dql.checkpoint import write_atomically
 from dql.config import RunConfig
-from dql.data import DatasetInfo
+from dql.data import DatasetInfo, TransitionDataset
 from dql.evaluate import evaluate
 from dql.rundir import RunDir, RunError, read_rows
-from dql.train import complete
+from dql.train import check_fingerprint, complete, fingerprint_of
 
 LAST = 3  # evaluations at the end of a run whose mean is its score: one alone swings by hundreds
 _INTERRUPTED = 130
@@ -107,22 +110,35 @@ def run_config(
 def finish(cell: Cell, console: Console) -> None:
     """Takes a cell to its end and writes its results.
 
+    An evaluation that failed in training is done again.
+
     Raises:
         KeyboardInterrupt: a signal ended the run, after a checkpoint.
-        Exception: whatever a run raises.
+        Exception: whatever a run or an environment raises.
     """
     _, stopped_by = complete(cell.run, console=console)
     if stopped_by is not None:
         raise KeyboardInterrupt(stopped_by)
     folder = RunDir(cell.folder)
+    folder.lock()  # against another figure that has this cell, too
+    try:
+        _evaluate(cell, folder)
+    finally:
+        folder.unlock()
+
+
+def _evaluate(cell: Cell, folder: RunDir) -> None:
     rows = read_rows(folder.evaluations_path)[-LAST:]
     ms = float(np.median([1e3 / row["updates_per_second"] for row in read_rows(folder.metrics_path)]))
     results = cell.results()
     for number in cell.missing():
-        if number == cell.run.agent.num_candidates:
-            found = [(row["return_mean"], row["normalized_score"]) for row in rows]
-        else:
-            found = [evaluated(cell, folder, int(row["step"]), number) for row in rows]
+        own = number == cell.run.agent.num_candidates
+        found = [
+            (row["return_mean"], row["normalized_score"])
+            if own and np.isfinite(row["return_mean"])
+            else evaluated(cell, folder, int(row["step"]), number)
+            for row in rows
+        ]
         returns, scores = zip(*found, strict=True)
         results[number] = Result(float(np.mean(returns)), float(np.mean(scores)), ms)
     write_csv(cell.results_path, [{"num_candidates": number} | vars(result) for number, result in results.items()])
@@ -152,49 +168,65 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_atomically(path, text.getvalue().encode())
 
 
-def _work(cell: Cell) -> None:
-    """The body of a process: its progress and errors go to the cell's log."""
+def _work(cell: Cell, told: Connection) -> None:
+    """The body of a process: its progress goes to the cell's log, its error to who started it."""
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(cell.log_path, "a", errors="backslashreplace") as log:
         try:
             finish(cell, Console(file=log, width=120))
         except KeyboardInterrupt:
             sys.exit(_INTERRUPTED)
         except Exception as error:
-            print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=log)
+            told.send(" ".join(str(error).split())[:1000] or type(error).__name__)
             sys.exit(1)
 
 
-def run_all(cells: Sequence[Cell], *, jobs: int, console: Console, name: Callable[[Cell], str]) -> list[Cell]:
+def _end_with_parent() -> None:
+    """Whoever kills the command does not want its runs to go on unseen: they write a checkpoint and end."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run_all(
+    cells: Sequence[Cell], *, jobs: int, console: Console, name: Callable[[Cell], str]
+) -> list[tuple[Cell, str]]:
     """Takes all cells to their end, `jobs` at once; those that have ended are left alone.
 
     Returns:
-        the cells that failed; each has said why.
+        (cell, reason) of those that failed.
 
     Raises:
         KeyboardInterrupt: a signal; every run has written a checkpoint, and the same call goes on.
     """
     waiting = [cell for cell in cells if cell.missing()]
-    done, failed = len(cells) - len(waiting), []
+    done = len(cells) - len(waiting)
+    failed: list[tuple[Cell, str]] = []
     context = multiprocessing.get_context("spawn")
-    running: dict[BaseProcess, Cell] = {}
+    running: dict[BaseProcess, tuple[Cell, Connection]] = {}
     with _terminating(running):
         while waiting or running:
             while waiting and len(running) < jobs:
                 cell = waiting.pop(0)
                 cell.folder.parent.mkdir(parents=True, exist_ok=True)
-                process: BaseProcess = context.Process(target=_work, args=(cell,))
+                told, tell = context.Pipe(duplex=False)
+                process: BaseProcess = context.Process(target=_work, args=(cell, tell))
                 process.start()
-                running[process] = cell
+                tell.close()
+                running[process] = (cell, told)
             ended = wait([process.sentinel for process in running])
             for process in [p for p in running if p.sentinel in ended]:
                 process.join()
-                cell = running.pop(process)
+                cell, told = running.pop(process)
                 if process.exitcode == _INTERRUPTED:
                     raise KeyboardInterrupt("a run was stopped; the same command goes on")
                 done += 1
-                if process.exitcode:
-                    failed.append(cell)
-                    said = f"failed: {last_error(cell)}"
+                if process.exitcode or cell.missing():
+                    reason = _said(told) or f"its process died; see {cell.log_path}"
+                    failed.append((cell, reason))
+                    said = f"failed: {reason}"
                 else:
                     results = cell.results()
                     said = ", ".join(f"{results[n].return_mean:.1f} among {n}" for n in cell.candidates)
@@ -203,17 +235,16 @@ def run_all(cells: Sequence[Cell], *, jobs: int, console: Console, name: Callabl
     return failed
 
 
-def last_error(cell: Cell) -> str:
-    """The last line of a cell's log, if it is an error's."""
-    with contextlib.suppress(OSError):
-        lines = cell.log_path.read_text(errors="replace").strip().splitlines()
-        if lines and lines[-1].startswith("error: "):
-            return lines[-1].removeprefix("error: ")
-    return f"its process died; see {cell.log_path}"
+def _said(told: Connection) -> str | None:
+    """What a process that has ended said of its failure."""
+    with contextlib.suppress(EOFError, OSError):
+        if told.poll():
+            return str(told.recv())
+    return None
 
 
 @contextlib.contextmanager
-def _terminating(running: dict[BaseProcess, Cell]) -> Iterator[None]:
+def _terminating(running: dict[BaseProcess, Any]) -> Iterator[None]:
     """Whatever ends the block early asks the processes to write a checkpoint and end, and waits for them."""
 
     def interrupt(number: int, _frame: Any) -> None:
@@ -235,18 +266,27 @@ def _terminating(running: dict[BaseProcess, Cell]) -> Iterator[None]:
             signal.signal(signal.SIGTERM, previous)
 
 
-def check_cells(cells: Sequence[Cell]) -> None:
-    """Refuses runs of another figure before any work is done.
+def check_cells(cells: Sequence[Cell], data: TransitionDataset) -> None:
+    """Refuses runs of another figure, or of other data, before any work is done.
 
     Raises:
-        RunError: a cell's folder holds a run with other settings.
+        RunError: a cell's folder holds a run with other settings, or one that began with another dataset.
+        ValueError: two different runs have the same folder.
     """
+    of: dict[Path, RunConfig] = {}
+    for cell in cells:
+        if of.setdefault(cell.folder, cell.run) != cell.run:
+            raise ValueError(f"two values are too near to each other for folders of their own: {cell.folder.name}")
+    found = None
     for cell in cells:
         folder = RunDir(cell.folder)
         if not folder.config_path.exists():
             if cell.results_path.exists():
                 raise RunError(f"{cell.results_path} has results of a run that is not there; remove it")
             continue
-        old = RunConfig.from_dict(folder.read_config()["run"])
+        written = folder.read_config()
+        found = fingerprint_of(data) if found is None else found
+        check_fingerprint(cell.run, found, written)
+        old = RunConfig.from_dict(written["run"])
         if replace(cell.run.with_agent(max_action=old.agent.max_action), run_dir=old.run_dir) != old:
             raise RunError(f"{cell.folder} holds a run with other settings; remove it, or choose another --out")

@@ -1,5 +1,6 @@
 """`dql figure steps | eta | candidates`: which runs, what they come to, pictures, and going on after a kill."""
 
+import copy
 import csv
 import io
 import signal
@@ -12,11 +13,13 @@ import pytest
 from rich.console import Console
 
 from dql.config import RunConfig
+from dql.data import load_dataset
 from dql.evaluate import seed_interval
 from dql.figures.ablations import Settings, ablation, cells_of, default_values, draw
 from dql.figures.cells import Cell, check_cells, evaluated, finish, run_all
 from dql.figures.command import _seeds, figure
 from dql.rundir import RunDir, RunError, read_rows
+from dql.train import complete
 
 QUIET = Console(file=io.StringIO(), width=200)
 
@@ -80,10 +83,40 @@ def test_only_what_is_missing_is_done(settings, tmp_path):
 def test_a_folder_with_another_run_is_refused_before_any_work(settings, tmp_path):
     cells = [*cells_of("steps", (2, 3), settings, tmp_path).values()]
     finish(cells[0], QUIET)
-    check_cells(cells)
+    data = load_dataset(settings.dataset)
+    check_cells(cells, data)
     with pytest.raises(RunError, match="holds a run with other settings"):
         ablation("steps", replace(settings, updates=9), tmp_path, values=(2, 3), console=QUIET)
+    other = copy.copy(data)
+    other.rewards = data.rewards + 1  # made anew under the same name
+    with pytest.raises(RunError, match="is not the one this run began with"):
+        check_cells(cells, other)
     assert not cells[2].folder.exists()
+
+
+def test_a_figure_has_no_more_than_was_asked_for(settings, tmp_path):
+    """Though another one left more in the folder that they share."""
+    seeds = replace(settings, seeds=(0,))
+    for cell in cells_of("candidates", (1, 3, 4), seeds, tmp_path).values():
+        finish(cell, QUIET)
+    ablation("steps", seeds, tmp_path, values=(5,), console=QUIET)
+    assert [row["candidates"] for row in read_rows(tmp_path / "steps.csv")] == [4, 1]
+    ablation("candidates", seeds, tmp_path, values=(3, 4), console=QUIET)
+    assert [row["num_candidates"] for row in read_rows(tmp_path / "candidates.csv")] == [3, 4]
+
+
+def test_an_evaluation_that_failed_in_training_is_done_again(settings, tmp_path, monkeypatch):
+    from dql import loop
+
+    whole = cells_of("steps", (2,), settings, tmp_path / "whole")[2, 0]
+    finish(whole, QUIET)
+    cell = cells_of("steps", (2,), settings, tmp_path / "failed")[2, 0]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", lambda *_, **__: 1 / 0)
+        complete(cell.run, console=QUIET)
+    assert np.isnan(read_rows(RunDir(cell.folder).evaluations_path)[-1]["return_mean"])
+    finish(cell, QUIET)
+    assert [r.return_mean for r in cell.results().values()] == [r.return_mean for r in whole.results().values()]
 
 
 @pytest.mark.parametrize(
@@ -99,6 +132,8 @@ def test_a_folder_with_another_run_is_refused_before_any_work(settings, tmp_path
         ("steps", {"evaluations": 2}, None, "evaluations must be at least 3, got 2"),
         ("steps", {"updates": 2}, None, "2 updates are fewer than 3 evaluations"),
         ("steps", {"dataset": "no/such-v0"}, None, "no/such-v0"),
+        ("steps", {}, (2, 2000), "T must be an integer from 1 to 1000, got 2000"),
+        ("eta", {}, (1.0, 1.0000002), "two values are too near to each other"),
     ],
 )
 def test_what_makes_no_figure_is_refused(name, changes, values, sentence, settings, tmp_path):
@@ -144,6 +179,10 @@ def test_the_picture_shows_the_rows(name, field, lines):
     low, high = ax.get_ylim()
     assert low < -50 and high > 200 - 1 + 2 - (50 if len(lines) == 1 else 1)
     texts = {text.get_text() for text in ax.texts}
+    if name == "eta":
+        without = draw(name, rows_of(field, (2, 20), (0,)), np.array([-30.0]), Settings("a/b-v0"))
+        assert not without.axes[0].texts, "where no value is 0, no end is behaviour cloning"
+        assert "one seed" in without.get_supxlabel()
     assert texts == ({"behaviour cloning", "improvement"} if name == "eta" else set())
     assert len(picture.axes) == (2 if name == "steps" else 1)
 
@@ -167,8 +206,8 @@ def test_a_run_that_fails_is_named_and_the_others_are_drawn(settings, tmp_path):
     broken = Cell(replace(cells[1].run, dataset="no/such-v0"), cells[1].candidates)
     said = io.StringIO()
     failed = run_all([cells[0], broken], jobs=2, console=Console(file=said, width=300), name=lambda c: c.folder.name)
-    assert failed == [broken] and not cells[0].missing()
-    assert "failed: " in said.getvalue() and "no/such-v0" in said.getvalue()
+    assert [cell for cell, _ in failed] == [broken] and not cells[0].missing()
+    assert "no/such-v0" in failed[0][1] and f"failed: {failed[0][1]}" in " ".join(said.getvalue().split())
 
 
 def test_stopped_and_started_again_it_ends_the_same(settings, tmp_path, dql_command):

@@ -33,7 +33,7 @@ def test_a_score_by_hand(tmp_path):
     # mean 7/3; s = 1.5275; t = 4.3027: half = 4.3027 * 1.5275 / sqrt(3) = 3.79
     assert claims.cell([2.0, 4.0, 1.0]) == "2 ± 4 (2, 4, 1)"
     (tmp_path / "bc-seed8.csv").write_text("step,return_mean\n1,2\n")
-    with pytest.raises(ValueError, match="has 1 evaluations, fewer than 3"):
+    with pytest.raises(ValueError, match="has not 3 evaluations at its end that succeeded"):
         claims.scores(tmp_path)
 
 

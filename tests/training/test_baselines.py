@@ -17,7 +17,7 @@ from dql.agents.registry import ALGORITHMS, load, make_agent
 from dql.config import DIFFUSION, Config, RunConfig
 from dql.data import load_dataset
 from dql.rundir import RunDir, RunError, read_rows
-from dql.train import default_run_dir, train
+from dql.train import OtherSettingsError, complete, default_run_dir, train
 
 BASELINES = [name for name in ALGORITHMS if name not in DIFFUSION]
 SMALL = {"hidden_dim": 24, "batch_size": B, "seed": 5, "lr": 1e-3}
@@ -265,6 +265,47 @@ def test_bad_states_and_batches_are_refused(algorithm):
     assert agent.step == 0
 
 
+def test_an_update_that_is_interrupted_leaves_the_agent_whole():
+    agent = make_agent(S, A, small("td3-bc", policy_delay=1))
+    step, agent.actor_adam.step = agent.actor_adam.step, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        agent.update(make_batch(0, torch.float32))
+    agent.actor_adam.step = step
+    agent.update(make_batch(0, torch.float32))
+    assert all(p.requires_grad for p in agent.critic.parameters())
+
+
+def test_the_last_flag_counts_in_defaults_too(run_config):
+    """--algorithm bc --algorithm iql is IQL with its cosine."""
+    from dql.cli import main
+
+    run = run_config("iql")
+    flags = ["--algorithm", "bc", "--algorithm=iql", "--hidden-dim", "16", "--batch-size", "16", "--num-updates", "2"]
+    assert main(["train", "--dataset", run.dataset, *flags, "--eval-every", "0", "--run-dir", str(run.run_dir)]) == 0
+    agent = RunConfig.from_dict(RunDir(run.run_dir).read_config()["run"]).agent
+    assert (agent.algorithm, agent.lr_schedule, agent.num_hidden) == ("iql", "cosine", 2)
+
+
+def test_a_complete_run_is_completed(run_config):
+    """Once: then it is read. What a kill took after the last checkpoint is made up for; other data are refused."""
+    run = run_config("diffusion-ql", eval_every=0)
+    agent, stopped = complete(run)
+    assert agent.step == 25 and stopped is None
+    folder = RunDir(run.run_dir)
+    folder.policy_path.unlink()
+    complete(run)
+    assert folder.policy_path.exists()
+    before = folder.checkpoint_path(25).stat().st_mtime_ns
+    assert complete(run)[0].step == 25 and folder.checkpoint_path(25).stat().st_mtime_ns == before
+    with pytest.raises(OtherSettingsError, match=r"other settings \(agent\)"):
+        complete(run.with_agent(eta=2.0))
+    written = folder.read_config()
+    written["dataset"]["fingerprint"] = "another"
+    folder.write_json("config.json", written)
+    with pytest.raises(RunError, match="is not the one this run began with"):
+        complete(run)
+
+
 def test_a_config_of_another_algorithm_is_refused():
     for cls, algorithm in ((dql.TD3BC, "diffusion-ql"), (dql.IQL, "td3-bc"), (dql.DiffusionQL, "iql")):
         with pytest.raises(ValueError, match=f"the config is of {algorithm}"):
@@ -273,14 +314,16 @@ def test_a_config_of_another_algorithm_is_refused():
     assert (dql.TD3BC(S, A).config.num_hidden, dql.IQL(S, A).config.activation) == (2, "relu")
 
 
-def test_what_only_a_reverse_chain_has_is_refused(tmp_path, run_config):
+def test_what_only_a_reverse_chain_has_is_refused(tmp_path, run_config, capsys):
     make_agent(S, A, small("td3-bc")).save(tmp_path)
     with pytest.raises(ValueError, match="an agent of td3-bc, which has no reverse chain"):
         load(tmp_path, backend="eager")
     from dql.cli import main
 
     assert main(["export", str(tmp_path)]) == 1
+    assert "an agent of td3-bc: dql export writes the reverse chain of diffusion-ql" in capsys.readouterr().err
     assert main(["train", "--tuned", "hopper-medium-v2", "--algorithm", "iql", "--dataset", "x"]) == 1
+    assert "--tuned has hyper-parameters of diffusion-ql and diffusion-bc alone" in capsys.readouterr().err
     with pytest.raises(RunError, match="--graphed records an update of diffusion-ql or diffusion-bc"):
         quietly(train, run_config("iql", graphed=True))
 

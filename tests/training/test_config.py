@@ -111,8 +111,22 @@ def test_algorithms_have_defaults_of_their_own():
         ("td3-bc", {"policy_delay": 0}, "policy_delay must be at least 1, got 0"),
         ("iql", {"expectile": 1.5}, r"expectile must be from 0 to 1, got 1\.5"),
         ("iql", {"temperature": 0.0}, r"temperature must be positive, got 0\.0"),
+        ("diffusion-bc", {"actor_gradient": "one-step"}, "actor_gradient is read by diffusion-ql alone"),
     ],
 )
 def test_a_field_that_the_algorithm_does_not_read_is_refused(algorithm, changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         Config(algorithm=algorithm, **changes)
+
+
+def test_another_algorithm_in_a_run_has_its_own_defaults():
+    run = RunConfig("x", Config(lr=1e-3)).with_agent(algorithm="iql")
+    assert run.agent == Config(algorithm="iql", lr=1e-3)
+    assert run.with_agent(seed=3).agent == Config(algorithm="iql", lr=1e-3, seed=3)
+
+
+def test_the_papers_hyper_parameters_are_of_its_algorithm():
+    for task in ("hopper-medium-v2", "walker2d-medium-v2"):
+        with pytest.raises(ValueError, match="are of diffusion-ql and diffusion-bc alone, not of 'iql'"):
+            Config.tuned(task, algorithm="iql")
+    assert Config.tuned("walker2d-medium-v2", algorithm="diffusion-bc").algorithm == "diffusion-bc"
