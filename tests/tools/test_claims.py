@@ -42,3 +42,21 @@ def test_the_commands_are_those_of_the_algorithms():
 
     named = set(re.findall(r"--algorithm ([\w-]+)", PAGE))
     assert named == set(ALGORITHMS) - {"bc-gaussian"}
+
+
+def test_the_bandits_table_is_what_its_runs_wrote():
+    tables = []
+    for seed in (0, 1, 2):
+        with open(ROOT / "docs" / "results" / "bandit" / f"seed{seed}.csv") as file:
+            tables.append({row["method"]: row for row in csv.DictReader(file)})
+    for method in tables[0]:
+        cells = []
+        for table in tables:
+            within, *modes, reward = (float(value) for name, value in table[method].items() if name != "method")
+            cells.append(f"{within:.1%}; {', '.join(f'{100 * share:.0f}' for share in modes)}; {reward:.2f}")
+        assert f"| {' | '.join(cells)} |" in PAGE, method
+    for table in tables:
+        cloned, improved = table["DiffusionBC"], table["Diffusion-QL"]
+        assert float(cloned["within"]) >= 0.95
+        assert all(0.2 <= float(share) <= 0.3 for share in list(cloned.values())[2:6])
+        assert float(improved["within"]) * float(improved["lower_right"]) >= 0.95, "of all samples"
