@@ -23,6 +23,7 @@ VARIANTS = {
     "plain": {},
     "max_q_backup, cosine": {"max_q_backup": True, "lr_schedule": "cosine", "num_updates": 9},
     "no clipping": {"grad_norm": 0.0, "eta": 0.3},
+    "one-step": {"actor_gradient": "one-step", "eta": 3.0},
 }
 
 
@@ -179,7 +180,7 @@ def test_an_optimizer_that_was_loaded_is_noticed(tmp_path, record_update):
     update = record_update(agent)
     update.update(make_batch(0))
     agent.save(tmp_path)
-    agent._load(dql.load(tmp_path, device=DEVICE).tensors())
+    agent.load_tensors(dql.load(tmp_path, device=DEVICE).tensors())
     with pytest.raises(RuntimeError, match="an optimizer of the agent was loaded or replaced"):
         update.update(make_batch(1))
     assert agent.step == 1
