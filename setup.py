@@ -205,7 +205,8 @@ assert version is not None, "dql/__init__.py states no __version__"
 limited = {} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"bdist_wheel": {"py_limited_api": "cp311"}}
 
 # those of the folder kernels/ are dql.kernels
-PACKAGES = ["dql", *(f"dql.{name}" for name in ("backend", "behaviours", "collect", "datasets", "figures", "kernels"))]
+INSIDE = {path.parent.name for path in (ROOT / "dql").glob("*/__init__.py")} | {"behaviours", "kernels"}
+PACKAGES = ["dql", *(f"dql.{name}" for name in sorted(INSIDE))]
 PACKAGES += [f"dql.kernels.{path.parent.name}" for path in sorted((ROOT / "kernels").glob("*/__init__.py"))]
 
 setup(
