@@ -32,7 +32,7 @@ def demo(
 
     Args:
         out: Folder of runs, pictures and the policy.
-        updates: Updates of Diffusion-QL and BC; DiffusionBC takes five times as many.
+        updates: Updates of Diffusion-QL and BC; DiffusionBC takes four times as many.
         episodes: Episodes of the final evaluation.
         seed: Of training.
         fresh: Drop the folder's earlier demo and start over.

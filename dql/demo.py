@@ -25,7 +25,7 @@ from dql.sampler import sample
 from dql.train import OtherSettingsError, complete
 
 T = TypeVar("T")
-CLONE = 5  # updates of DiffusionBC for one of Diffusion-QL, which costs about five: fewer leave it short of its data
+CLONE = 4  # updates of DiffusionBC for one of Diffusion-QL, which costs five: fewer leave it short of its data
 ETA = 20.0  # the paper's 1 leaves the policy near the data, two thirds of whose actions are random
 DATASET = "dql/pendulum/mixed-v0"
 EVALUATIONS = 8  # of a run, beside that of the untrained agent
