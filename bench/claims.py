@@ -1,7 +1,8 @@
-"""Prints the comparison of docs/claims.md from what its runs wrote: python bench/claims.py docs/results
+"""Prints the tables of docs/claims.md from what its runs wrote: python bench/claims.py docs/results
 
-A folder a dataset, in it ALGORITHM-seedN.csv, the evaluations.csv of that run. A run's score is the mean of its last
-three evaluations; beside the mean over seeds stands half the 95% t interval over seeds, and every seed's score.
+A folder a dataset, in it ALGORITHM-seedN.csv, the evaluations.csv of that run; and a folder `ablations` of the CSVs
+that `dql figure eta`, `steps` and `candidates` wrote. A run's score is the mean of its last three evaluations; beside
+the mean over seeds stands half the 95% t interval over seeds, and every seed's score.
 """
 
 import re
@@ -61,7 +62,30 @@ def table(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def ablation_table(path: Path) -> str:
+    """The table of what `dql figure` wrote, as Markdown: a row a value, a column a way to act."""
+    rows = read_rows(path)
+    value = next(iter(rows[0]))
+    ways: dict[float | None, str] = {None: "return"}  # of num_candidates, the ways to act are the values themselves
+    if value != "num_candidates":
+        numbers = sorted({row["candidates"] for row in rows}, reverse=True)
+        ways = {n: "policy alone" if n == 1 else f"one of {n:.0f} candidates" for n in numbers}
+    timed = ["ms an update"] if value == "T" else []
+    head = [value.replace("num_", ""), *ways.values(), *timed]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for which in sorted({row[value] for row in rows}):
+        these = sorted((row for row in rows if row[value] == which), key=lambda row: row["seed"])
+        cells = [cell([row["return_mean"] for row in these if way in (None, row["candidates"])]) for way in ways]
+        if timed:
+            cells.append(f"{np.mean([row['ms_per_update'] for row in these]):.1f}")
+        lines.append(f"| {which:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
         sys.exit("usage: python bench/claims.py FOLDER, one with a folder of runs' CSVs for each dataset")
     print(table(Path(sys.argv[1])))
+    for name in ("eta", "steps", "candidates"):
+        if (path := Path(sys.argv[1]) / "ablations" / f"{name}.csv").exists():
+            print(f"\n{ablation_table(path)}")

@@ -75,8 +75,9 @@ def _check_fields(config: Any) -> None:
 class Config:
     """What an agent is made of. The defaults are the paper's; `Config.tuned` gives its choice for a task.
 
-    Where a default is the algorithm's own, it is set when the config is made: of another algorithm make another config,
-    for `dataclasses.replace(config, algorithm=...)` takes the values over.
+    Where a default is the algorithm's own, it is set when the config is made. `config.of(algorithm)` is the same for
+    another algorithm; `dataclasses.replace(config, algorithm=...)` takes all values over. A field that the algorithm
+    does not read, and that is not as it stands here, is refused.
     """
 
     algorithm: Literal["diffusion-ql", "diffusion-bc", "bc", "bc-gaussian", "td3-bc", "iql"] = "diffusion-ql"
@@ -184,18 +185,25 @@ class Config:
 
     def _refuse_unread(self) -> None:
         """Raises ValueError for a field that was set and that the algorithm does not read: it would do nothing."""
-        for algorithms, names in _READ_BY.items():
-            if self.algorithm in algorithms:
-                continue
-            for name in names:
-                # but for the newest, diffusion-bc takes diffusion-ql's fields: one config serves both
-                if self.algorithm == "diffusion-bc" and "diffusion-ql" in algorithms and name != "actor_gradient":
-                    continue
-                if getattr(self, name) != _DEFAULTS[name]:
-                    raise ValueError(
-                        f"{name} is read by {' and '.join(algorithms)} alone, and this is {self.algorithm}; "
-                        "leave it out"
-                    )
+        for name, algorithms in _unread(self.algorithm).items():
+            if getattr(self, name) != _DEFAULTS[name]:
+                raise ValueError(
+                    f"{name} is read by {' and '.join(algorithms)} alone, and this is {self.algorithm}; leave it out"
+                )
+
+    def of(self, algorithm: str, **changes: Any) -> "Config":
+        """The config with another algorithm: what that does not read is left out, and where a value is the default of
+        this algorithm alone, it becomes the other's.
+
+        Args:
+            algorithm: its name.
+            changes: other fields, which the algorithm has to read.
+        """
+        values = {name: value for name, value in self.to_dict().items() if name not in _unread(algorithm)}
+        for name, (none, own) in _OWN.items():
+            if values[name] == own.get(self.algorithm, own["else"]):
+                values[name] = none
+        return Config(**(values | changes | {"algorithm": algorithm}))
 
     @classmethod
     def tuned(cls, task: str, **changes: Any) -> "Config":
@@ -220,7 +228,8 @@ class Config:
             "num_updates": t.epochs * 1000,
             "grad_norm": t.grad_norm,
         }
-        return cls(**(values | changes))
+        unread = _unread(changes.get("algorithm", "diffusion-ql"))
+        return cls(**({name: value for name, value in values.items() if name not in unread} | changes))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -235,7 +244,10 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":
         """The inverse of `to_dict`. Raises ValueError for a field that this version does not have."""
-        return cls(**_known(cls, values))
+        values = _known(cls, values)
+        if values.get("algorithm") == "diffusion-bc":  # an earlier version let those be set, and they did nothing
+            values = {name: value for name, value in values.items() if name not in _unread("diffusion-bc")}
+        return cls(**values)
 
 
 DIFFUSION = ("diffusion-ql", "diffusion-bc")
@@ -267,6 +279,11 @@ _READ_BY: dict[tuple[str, ...], tuple[str, ...]] = {
     ("iql",): ("expectile", "temperature", "advantage_clip"),
 }
 _DEFAULTS = {f.name: f.default for f in fields(Config)}
+
+
+def _unread(algorithm: str) -> dict[str, tuple[str, ...]]:
+    """The fields that the algorithm does not read, each with those that do."""
+    return {name: who for who, names in _READ_BY.items() if algorithm not in who for name in names}
 
 
 @dataclass(frozen=True)
@@ -333,9 +350,9 @@ class RunConfig:
         return cls(**values | {"agent": Config.from_dict(values["agent"])})
 
     def with_agent(self, **changes: Any) -> "RunConfig":
-        """The run with these fields of its agent changed; another algorithm has its own defaults."""
+        """The run with these fields of its agent changed; of another algorithm as `Config.of`."""
         if changes.get("algorithm", self.agent.algorithm) != self.agent.algorithm:
-            changes = {name: none for name, (none, _) in _OWN.items()} | changes
+            return replace(self, agent=self.agent.of(**changes))
         return replace(self, agent=replace(self.agent, **changes))
 
 

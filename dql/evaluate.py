@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from dql.data import DatasetInfo
 
-_WAVE = 100  # environments stepped together
+WAVE = 100  # environments stepped together
 
 
 class Actor(Protocol):
@@ -196,8 +196,8 @@ def evaluate(
             return make_limited(info, max_episode_steps)
 
     returns, lengths = [], []
-    for first in range(0, episodes, _WAVE):
-        count = min(_WAVE, episodes - first)
+    for first in range(0, episodes, WAVE):
+        count = min(WAVE, episodes - first)
         try:
             r, n = _wave(actor, make, count, first, seed, max_episode_steps or sys.maxsize, stop or (lambda: False))
         except (SystemExit, GeneratorExit) as error:  # which would end the process, with code 0 perhaps

@@ -22,7 +22,7 @@ from dql import noise
 from dql.agents.base import Agent
 from dql.agents.diffusion import DiffusionBC
 from dql.checkpoint import CheckpointError
-from dql.config import RunConfig
+from dql.config import DIFFUSION, RunConfig
 from dql.data import DatasetInfo, TransitionDataset
 from dql.evaluate import Evaluation, EvaluationStopped, Scored, evaluate, select_checkpoints, worth_keeping
 from dql.progress import progress
@@ -242,7 +242,7 @@ class Loop:
             state.seconds = time.perf_counter() - started
         if self.stop is not None and self.saved_step != agent.step:
             self._save()
-        if self.stop is None:
+        if self.stop is None and run.agent.algorithm in DIFFUSION:
             agent.save_policy(self.folder.policy_path)
         return RunResult(self.folder.path, agent, agent.step, self.results, self.stop, state.seconds)
 

@@ -78,17 +78,17 @@ class RunDir:
         except OSError as error:
             if error.errno == errno.ELOOP and file.is_symlink():
                 raise _link(file) from error
-            raise RunError(f"cannot write to {self.path}: {error.strerror}; choose another --run-dir") from error
+            raise RunError(f"cannot write to {self.path}: {error.strerror}; choose another folder") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._refuse_links()
         except BlockingIOError as error:
             os.close(lock)
-            raise RunError(f"{self.path} is in use by another process; wait for it or choose --run-dir") from error
+            raise RunError(f"{self.path} is in use by another process; wait, or choose another folder") from error
         except OSError as error:
             os.close(lock)
             raise RunError(
-                f"{self.path} cannot be locked ({error.strerror}); choose a --run-dir on a local disk"
+                f"{self.path} cannot be locked ({error.strerror}); choose a folder on a local disk"
             ) from error
         except RunError:
             os.close(lock)
@@ -208,6 +208,15 @@ class RunDir:
             raise RunError(f"{path} is damaged: it holds no object; {remedy}")
         _check_digest(path, loop, remedy)
         return loop
+
+    def holds_another_agent(self, step: int) -> bool:
+        """Whether the agent of a checkpoint is not the one that it was saved with; without a loop.json that says so,
+        nobody knows, and it is not held against it."""
+        try:
+            digest = self.read_loop(step).get("agent")
+        except RunError:
+            return False
+        return digest is not None and digest != digest_in(self.checkpoint_path(step) / FILE)
 
     def prune(self, keep: int, precious: set[int]) -> None:
         """Removes all checkpoints but the newest `keep` and the precious.

@@ -121,8 +121,8 @@ def train(run: RunConfig, *, dataset: TransitionDataset | None = None, console: 
         _check_reward_tune(run, data)
         data = data.to(device)
         run = run.with_agent(max_action=data.max_action)
-        info = _evaluation_info(run, data.info, typed=True)
-        _check_environment(run, info)
+        info = evaluation_info(run, data.info, typed=True)
+        check_environment(run, info)
         agent = _new_agent(run, data, device)
         fingerprint = fingerprint_of(data)
         threads = torch.get_num_threads()
@@ -175,7 +175,10 @@ def resume(
     with _locked(folder):
         if num_updates is not None and num_updates != run.agent.num_updates:
             if run.agent.lr_schedule != "constant":
-                raise RunError("the length of a run with a cosine schedule cannot be changed: its past depends on it")
+                raise RunError(
+                    "the length of a run with a cosine schedule cannot be changed: its past depends on it; begin a new "
+                    "run, of that length or with --lr-schedule constant"
+                )
             done = max(folder.steps(), default=0)
             if num_updates < done:
                 raise RunError(f"{path} has done {done:,} updates already; --num-updates {num_updates:,} is fewer")
@@ -186,7 +189,7 @@ def resume(
         _check_reward_tune(run, data)
         fingerprint = fingerprint_of(data)
         check_fingerprint(run, fingerprint, written)
-        info = _evaluation_info(run, data.info, typed=env is not None)
+        info = evaluation_info(run, data.info, typed=env is not None)
         unable = _why_not_evaluated(run, info)
         if unable is not None and env is not None:
             raise unable
@@ -201,7 +204,8 @@ def resume(
         drop_rows_after(folder.evaluations_path, step if evaluated else step - 1)
         if state is not None and not run.eval_every:
             state.evaluation_owed = False
-        complete = " (it is complete: --num-updates N lengthens it)" if step >= run.agent.num_updates else ""
+        longer = ": --num-updates N lengthens it" if run.agent.lr_schedule == "constant" else ""
+        complete = f" (it is complete{longer})" if step >= run.agent.num_updates else ""
         console.print(f"resuming {path} at update {step:,}{complete}", markup=False, soft_wrap=True)
         if unable is not None:
             console.print(
@@ -242,7 +246,7 @@ def complete(run: RunConfig, *, console: Console | None = None) -> tuple[Agent, 
         and not folder.read_loop(steps[-1]).get("evaluation_owed")
     ):
         check_fingerprint(run, fingerprint_of(_load(run)), folder.read_config())
-        return load(folder.checkpoint_path(steps[-1]), device=resolve_device(run.device)), None
+        return load(folder.path, str(steps[-1]), device=resolve_device(run.device)), None
     result = resume(folder.path, console=console)
     return result.agent, result.stopped_by
 
@@ -347,12 +351,12 @@ def _origin(run: RunConfig, fingerprint: str, info: DatasetInfo) -> dict[str, An
     return {"seed": run.agent.seed, "fingerprint": fingerprint, "evaluated_in": [info.env_spec, run.eval_max_steps]}
 
 
-def _evaluation_info(run: RunConfig, info: DatasetInfo, *, typed: bool) -> DatasetInfo:
+def evaluation_info(run: RunConfig, info: DatasetInfo, *, typed: bool) -> DatasetInfo:
     """The dataset's info, with the environment to evaluate in; `typed` if the user named it, and no run folder."""
     return info if run.env is None else info.with_env(run.env, typed=typed)
 
 
-def _check_environment(run: RunConfig, info: DatasetInfo) -> None:
+def check_environment(run: RunConfig, info: DatasetInfo) -> None:
     """Builds the environment to evaluate in once, so that nothing fails hours later.
 
     Raises:
@@ -373,7 +377,7 @@ def _check_environment(run: RunConfig, info: DatasetInfo) -> None:
 
 def _why_not_evaluated(run: RunConfig, info: DatasetInfo) -> RunError | DatasetError | None:
     try:
-        _check_environment(run, info)
+        check_environment(run, info)
     except (RunError, DatasetError) as error:
         return error
     return None

@@ -8,7 +8,7 @@ import torch
 
 from dql import draws
 from dql.agents.diffusion import DiffusionBC, DiffusionQL
-from dql.config import Config
+from dql.config import DIFFUSION, Config
 from dql.data import Batch
 from dql.draws import SEEDS, Draws
 from dql.kernels.capture import prove, recorded
@@ -41,11 +41,14 @@ class GraphedUpdate:
         batch_size: B of every batch.
 
     Raises:
-        ValueError: the agent is not on a GPU, or batch_size is no positive integer.
+        ValueError: the agent is no diffusion agent or not on a GPU, or batch_size is no positive integer.
         BackendUnavailable: the backend that the agent's config names cannot run this here.
     """
 
     def __init__(self, agent: DiffusionBC | DiffusionQL, batch_size: int) -> None:
+        if getattr(agent, "algorithm", None) not in DIFFUSION:
+            kind = getattr(agent, "algorithm", type(agent).__name__)
+            raise ValueError(f"an update of {' or '.join(DIFFUSION)} can be recorded, not of {kind}; call agent.update")
         if agent.device.type != "cuda":
             raise ValueError(
                 f"a CUDA graph needs the agent on a GPU, it is on {agent.device}; make it with device='cuda', "

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, overload
 import numpy as np
 import torch
 
+from dql import noise
 from dql.checkpoint import FILE, checked_device, save_tensors
 from dql.config import Config
 from dql.data import Batch
@@ -116,8 +117,15 @@ class Agent(ABC):
     def begin(self, data: "TransitionDataset") -> None:  # noqa: B027 (most take nothing)
         """Takes from the whole dataset, once before the first update, what the algorithm needs to know of it."""
 
-    def save_policy(self, path: str | os.PathLike[str]) -> None:  # noqa: B027 (most have none)
-        """Writes the policy alone, if it is one that `dql.DiffusionPolicy.load` reads."""
+    def save_policy(self, path: str | os.PathLike[str]) -> None:
+        """Writes the policy alone, as `DiffusionPolicy.save`.
+
+        Raises:
+            ValueError: it is none that `dql.DiffusionPolicy.load` reads.
+        """
+        raise ValueError(
+            f"an agent of {self.algorithm} has no diffusion policy; write all of it with agent.save(folder)"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -150,7 +158,14 @@ class Agent(ABC):
 
         Returns:
             [B, A] or [A], a tensor or array as the states were.
+
+        Raises:
+            ValueError: states of another size or dtype, NaN or infinity in them, parameters that give NaN, or a seed
+                out of range.
+            TypeError: states that are no tensor or array of numbers.
         """
+        if seed is not None:
+            noise.check_seed(seed)
         if isinstance(states, np.ndarray):
             if states.dtype.kind not in "fiub":
                 raise TypeError(
@@ -228,10 +243,18 @@ class Agent(ABC):
         """Takes over what `tensors` gave.
 
         Raises:
-            ValueError, TypeError, RuntimeError: they are not such an agent's, or not finite.
+            ValueError, TypeError, RuntimeError: they are not such an agent's, one too many or too few, or not finite.
         """
+        own = {*self.modules(), *self._optimizers(), *(name.partition(".")[0] for name in self.tensors())}
+        if foreign := sorted(name for name in tensors if name.partition(".")[0] not in own):
+            raise ValueError(f"it has {shown(foreign[0])}, which an agent of {self.algorithm} has not")
         for prefix, module in self.modules().items():
-            module.load_state_dict(_under(prefix, tensors))
+            held = _under(prefix, tensors)
+            if others := [name for name, tensor in held.items() if tensor.dtype != self.dtype]:
+                raise ValueError(
+                    f"its {prefix}.{others[0]} is {held[others[0]].dtype}, and its actor's parameters are {self.dtype}"
+                )
+            module.load_state_dict(held)
             check_finite(module, f"the agent's {prefix}")
         for prefix, optimizer in self._optimizers().items():
             moments = _under(prefix, tensors)
@@ -240,6 +263,17 @@ class Agent(ABC):
             if moments and shapes != {"step": [], "exp_avg": size, "exp_avg_sq": size}:
                 raise ValueError(f"the optimizer {prefix} has {shapes}, which do not fit {size} parameters")
             optimizer.load(moments)
+
+    def check_moments(self) -> None:
+        """Raises ValueError if an optimizer has no state although updates were done: they would not go on as they
+        were, and nothing would say so."""
+        for name, optimizer in self._optimizers().items():
+            if self.step >= self._first_step(name) and not optimizer.tensors():
+                raise ValueError(f"it has done {self.step:,} updates, and Adam's state of {name} is missing")
+
+    def _first_step(self, optimizer: str) -> int:
+        """The update (from 1) in which an optimizer takes its first step."""
+        return 1
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

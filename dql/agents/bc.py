@@ -11,7 +11,16 @@ import torch.nn.functional as F
 
 from dql import noise
 from dql.agents.base import Agent
-from dql.agents.mlp import LOG_STD, MLP, check_shapes, checked_file_sizes, checked_states, log_prob, mlp_layout
+from dql.agents.mlp import (
+    LOG_STD,
+    MLP,
+    check_shapes,
+    checked_actions,
+    checked_file_sizes,
+    checked_states,
+    log_prob,
+    mlp_layout,
+)
 from dql.config import Config
 from dql.data import Batch
 from dql.learner import checked_batch
@@ -67,7 +76,7 @@ class BC(Agent):
         return self.config.max_action * torch.tanh(self.actor(states)[:, : self.action_dim])
 
     def _act(self, states: Tensor, seed: int | None) -> Tensor:
-        return self._mean(checked_states(states, self.state_dim, self.actor.flat))
+        return checked_actions(self._mean(checked_states(states, self.state_dim, self.actor.flat)), self.actor)
 
     def modules(self) -> dict[str, FlatModule]:
         return {"actor": self.actor}
@@ -105,4 +114,5 @@ class GaussianBC(BC):
         mean, log_std = self._moments(states)
         seed = noise.seed_from_torch() if seed is None else noise.check_seed(seed)
         z = noise.normal(seed, 1, *mean.shape, dtype=mean.dtype).to(mean)[0]  # [B, A]
-        return (mean + log_std.exp() * z).clamp(-self.config.max_action, self.config.max_action)
+        actions = (mean + log_std.exp() * z).clamp(-self.config.max_action, self.config.max_action)
+        return checked_actions(actions, self.actor)

@@ -6,7 +6,6 @@ A run is the same on every backend, to rounding.
 import os
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ class DiffusionBC(Agent):
     Args:
         state_dim: S.
         action_dim: A.
-        config: hyper-parameters; `algorithm` is set to this class's.
+        config: hyper-parameters; one of the other diffusion algorithm becomes this class's (`Config.of`).
         device: where the networks live.
         dtype: of the parameters; float64 is for tests.
 
@@ -54,7 +53,7 @@ class DiffusionBC(Agent):
     @classmethod
     def _checked_config(cls, config: Config | None) -> Config:
         if config is None or config.algorithm in DIFFUSION:  # one config serves both: the networks are the same
-            config = replace(config or Config(), algorithm=cls.algorithm)  # type: ignore[arg-type]
+            config = (config or Config()).of(cls.algorithm)
         config = super()._checked_config(config)
         check_name(config.backend)
         return config

@@ -18,6 +18,7 @@ from dql.agents.mlp import (
     LOG_STD,
     MLP,
     check_shapes,
+    checked_actions,
     checked_file_sizes,
     checked_states,
     critic_layout,
@@ -125,7 +126,7 @@ class IQL(Agent):
         return self.config.max_action * torch.tanh(self.actor(states))
 
     def _act(self, states: Tensor, seed: int | None) -> Tensor:
-        return self._mean(checked_states(states, self.state_dim, self.actor.flat))
+        return checked_actions(self._mean(checked_states(states, self.state_dim, self.actor.flat)), self.actor)
 
     def modules(self) -> dict[str, FlatModule]:
         return {

@@ -57,7 +57,7 @@ def load(
     device = checked_device(device)
     if backend is not None:
         check_name(backend)
-    named = None
+    named, replaced = None, False
     try:
         is_run = (Path(folder) / "config.json").is_file()
     except OSError as error:  # a name too long
@@ -65,8 +65,9 @@ def load(
     run = None
     if is_run:
         run = RunConfig.from_dict(RunDir(folder).read_config()["run"])
-        folder = find_checkpoint(folder, which)
+        of, folder = RunDir(folder), find_checkpoint(folder, which)
         named = int(folder.name.removeprefix("step-"))
+        replaced = of.holds_another_agent(named)
     path = Path(folder) if Path(folder).is_file() else Path(folder) / FILE  # the file itself will do
     tensors, about = load_tensors(path)
     if about.get("kind") != "agent":
@@ -77,6 +78,8 @@ def load(
         ALGORITHMS[config.algorithm].check_file(tensors, about["state_dim"], about["action_dim"], config)
         if run is not None and (differing := run.agent.differences(config)):
             raise ValueError(f"it is another run's, of {differing[0]}")
+        if replaced:
+            raise ValueError("it is not the agent that was saved with the loop.json beside it")
         if type(about["step"]) is not int or not 0 <= about["step"] < 1 << 63:
             raise ValueError(f"step {shown(about['step'])} is no number of updates")
     if backend is not None:
@@ -91,6 +94,7 @@ def load(
         loaded.step = about["step"]
         if named is not None and loaded.step != named:
             raise ValueError(f"it is of update {loaded.step:,}, its folder is named for {named:,}")
+        loaded.check_moments()
     if device.type == "cpu":
         return loaded
     agent = make_agent(about["state_dim"], about["action_dim"], config, device=device, dtype=dtype)

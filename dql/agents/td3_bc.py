@@ -15,7 +15,15 @@ import torch.nn.functional as F
 
 from dql import noise
 from dql.agents.base import Agent
-from dql.agents.mlp import MLP, check_shapes, checked_file_sizes, checked_states, critic_layout, mlp_layout
+from dql.agents.mlp import (
+    MLP,
+    check_shapes,
+    checked_actions,
+    checked_file_sizes,
+    checked_states,
+    critic_layout,
+    mlp_layout,
+)
 from dql.config import Config
 from dql.data import Batch
 from dql.learner import checked_batch
@@ -147,7 +155,7 @@ class TD3BC(Agent):
 
     def _act(self, states: Tensor, seed: int | None) -> Tensor:
         states = checked_states(states, self.state_dim, self.actor.flat)
-        return self._pi(self.actor, self._standard(states))
+        return checked_actions(self._pi(self.actor, self._standard(states)), self.actor)
 
     def modules(self) -> dict[str, FlatModule]:
         return {
@@ -160,6 +168,9 @@ class TD3BC(Agent):
     def _optimizers(self) -> dict[str, FlatAdam]:
         return {"actor_adam": self.actor_adam, "critic_adam": self.critic_adam}
 
+    def _first_step(self, optimizer: str) -> int:
+        return self.config.policy_delay if optimizer == "actor_adam" else 1
+
     def tensors(self) -> dict[str, Tensor]:
         return super().tensors() | {"states.mean": self.state_mean, "states.std": self.state_std}
 
@@ -170,6 +181,7 @@ class TD3BC(Agent):
             raise ValueError(f"its states' mean and deviation are {mean.dtype} and {std.dtype}, no floats")
         if mean.shape != self.state_mean.shape or std.shape != self.state_std.shape:
             raise ValueError(f"its states' mean and deviation are {list(mean.shape)} and {list(std.shape)}")
+        mean, std = mean.to(self.state_mean), std.to(self.state_std)
         if not bool(mean.isfinite().all()) or not bool((std.isfinite() & (std > 0)).all()):
             raise ValueError("its states' mean or deviation is not finite, or a deviation not positive")
         self.state_mean.copy_(mean)

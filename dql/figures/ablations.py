@@ -70,6 +70,11 @@ class Settings:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.updates < self.evaluations:
             raise ValueError(f"{self.updates} updates are fewer than {self.evaluations} evaluations; ask for more")
+        if self.updates % self.evaluations:  # a last one beside it would count the same agent twice
+            near = round(self.updates / self.evaluations) * self.evaluations
+            raise ValueError(
+                f"{self.updates} updates cannot be divided by {self.evaluations} evaluations; use --updates {near}"
+            )
 
 
 def default_values(name: Name, settings: Settings) -> tuple[float, ...]:
@@ -191,7 +196,8 @@ def draw(name: Name, rows: Sequence[dict[str, Any]], behaviour_returns: np.ndarr
     figure, axes = new_figure(1, panels, 4.6 * panels + 0.6, 4.0)
     ax = axes[0, 0]
     values = sorted({row[FIELDS[name]] for row in rows})
-    ax.axhline(behaviour_returns.mean(), color=COLORS["data"], linestyle="--", label="data, mean return")
+    if len(behaviour_returns):  # else no episode of the data is whole
+        ax.axhline(behaviour_returns.mean(), color=COLORS["data"], linestyle="--", label="data, mean return")
     if name == "candidates":
         _line(ax, rows, values, name, "return_mean", COLORS["Diffusion-QL"], "chosen by softmax(min Q)")
     else:
@@ -223,14 +229,18 @@ def draw(name: Name, rows: Sequence[dict[str, Any]], behaviour_returns: np.ndarr
         panel.legend(frameon=False, fontsize=9)
         panel.spines[["top", "right"]].set_visible(False)
     # By the seeds and the data: the interval of three seeds that differ would leave nothing else to see.
-    seen = [row["return_mean"] for row in rows if np.isfinite(row["return_mean"])] + [behaviour_returns.mean()]
+    seen = [row["return_mean"] for row in rows if np.isfinite(row["return_mean"])]
+    seen += [behaviour_returns.mean()] if len(behaviour_returns) else []
     room = max(0.25 * (max(seen) - min(seen)), 1e-3)
     ax.set_ylim(min(seen) - room, max(seen) + room)
     if name == "eta" and values[0] == 0 and len(values) > 1:
         for at, text, side in ((0, "behaviour cloning", "left"), (len(values) - 1, "improvement", "right")):
             ax.annotate(text, (at, 0.02), xycoords=("data", "axes fraction"), ha=side, fontsize=9, style="italic")
-    seeds = len({row["seed"] for row in rows})
-    band = f"band: 95% t interval over {seeds} seeds" if seeds > 1 else "one seed: no interval"
+    seeds = {len({row["seed"] for row in rows if row[FIELDS[name]] == value}) for value in values}
+    number = f"{max(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
+    band = f"band: 95% t interval over {number} seeds" if max(seeds) > 1 else "one seed: no interval"
+    if min(seeds) == 1 < max(seeds):
+        band += ", none where there is one"
     figure.supxlabel(
         f"{settings.updates:,} updates; mean of the last {LAST} evaluations of {settings.episodes} episodes"
         f"{'; ' if panels > 1 else chr(10)}{band}",
@@ -248,10 +258,9 @@ def _line(
     of = {value: found[np.isfinite(found)] for value, found in of.items()}
     places = [i for i, value in enumerate(values) if len(of[value])]
     means = [float(of[values[i]].mean()) for i in places]
-    bounds = [seed_interval(of[values[i]]) for i in places]
+    nothing = (np.nan, np.nan)
+    bounds = np.array([seed_interval(of[values[i]]) if len(of[values[i]]) > 1 else nothing for i in places])
     ax.plot(places, means, color=color, marker="o", markersize=4, label=label)
-    ax.fill_between(
-        places, [low for low, _ in bounds], [high for _, high in bounds], color=color, alpha=0.15, linewidth=0
-    )
+    ax.fill_between(places, bounds[:, 0], bounds[:, 1], color=color, alpha=0.15, linewidth=0)  # a gap at NaN
     for i in places:
         ax.plot(np.full(len(of[values[i]]), i), of[values[i]], ".", color=color, markersize=4, alpha=0.6)

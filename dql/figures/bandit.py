@@ -167,10 +167,11 @@ def bandit(out: Path, *, seed: int = 0, updates: int = UPDATES, console: Console
     dataset = bandit_data(seed)
     actions = {"data": dataset.actions} | train(dataset, seed, updates, console)
     panels = {name: numbers(of_method) for name, of_method in actions.items()}
+    made = f"Seed {seed}, {updates:,} updates ({CLONE * updates:,} of DiffusionBC)."
     for name, names in (("cloning", CLONING), ("improvement", IMPROVEMENT)):
-        figure = draw({n: actions[n] for n in names}, dataset.rewards if name == "improvement" else None)
+        figure = draw({n: actions[n] for n in names}, dataset.rewards if name == "improvement" else None, made)
         write_figure(figure, out / f"bandit_{name}")
-    write_atomically(out / "bandit.csv", _table(panels).encode())
+    write_atomically(out / "bandit.csv", _table(panels, seed, updates).encode())
     console.print(f"{out}: {', '.join(_FILES)}; {time.perf_counter() - started:.0f} s in all", soft_wrap=True)
     return panels
 
@@ -285,9 +286,10 @@ def _run(name: str, update: Callable[[int], object], updates: int, console: Cons
     console.print(f"{name}: {updates:,} updates in {time.perf_counter() - started:.1f} s")
 
 
-def draw(actions: dict[str, Tensor], rewards: Tensor | None) -> "Figure":
-    """A panel for each name, with the numbers of its actions; the data's in the colours of their rewards, if given."""
-    figure, axes = new_figure(1, len(actions), 8.0, 2.6)
+def draw(actions: dict[str, Tensor], rewards: Tensor | None, made: str) -> "Figure":
+    """A panel for each name, with the numbers of its actions; the data's in the colours of their rewards, if given;
+    below, how it was made."""
+    figure, axes = new_figure(1, len(actions), 8.0, 2.7)
     colors = colors_of(actions)
     for ax, (name, points) in zip(axes[0], actions.items(), strict=True):
         found = numbers(points)
@@ -306,7 +308,8 @@ def draw(actions: dict[str, Tensor], rewards: Tensor | None) -> "Figure":
         ax.set_xlabel(f"{found.within:.1%} within\ntrue reward {found.reward:.2f}{beyond}", fontsize=8)
     figure.supxlabel(
         "Circles: 3 deviations (0.15) around the data's modes. Within: share of samples in a circle; beside each\n"
-        "circle, its share of these. True reward: mean of the circle's mode; 0 outside, where there are no data.",
+        "circle, its share of these. True reward: mean of the circle's mode; 0 outside, where there are no data.\n"
+        f"{made}",
         fontsize=7.5,
     )
     return figure
@@ -324,12 +327,13 @@ def _decorate(ax: "Axes", labels: list[str]) -> None:
     ax.tick_params(labelsize=7, length=2)
 
 
-def _table(panels: dict[str, PanelNumbers]) -> str:
+def _table(panels: dict[str, PanelNumbers], seed: int, updates: int) -> str:
     """The numbers as CSV; shares of no actions are empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["method", "within", *(name.replace(" ", "_") for name in MODE_NAMES), "true_reward"])
+    modes = [name.replace(" ", "_") for name in MODE_NAMES]
+    writer.writerow(["method", "within", *modes, "true_reward", "seed", "updates"])
     for name, found in panels.items():
         shares = ["" if math.isnan(share) else f"{share:.4f}" for share in found.modes]
-        writer.writerow([name, f"{found.within:.4f}", *shares, f"{found.reward:.4f}"])
+        writer.writerow([name, f"{found.within:.4f}", *shares, f"{found.reward:.4f}", seed, updates])
     return text.getvalue()

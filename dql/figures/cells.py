@@ -28,12 +28,14 @@ from dql.agents.registry import load
 from dql.checkpoint import write_atomically
 from dql.config import RunConfig
 from dql.data import DatasetInfo, TransitionDataset
-from dql.evaluate import evaluate
+from dql.evaluate import WAVE, evaluate
+from dql.kernels.limits import MAX_ROWS
 from dql.rundir import RunDir, RunError, read_rows
-from dql.train import check_fingerprint, complete, fingerprint_of
+from dql.train import check_environment, check_fingerprint, complete, evaluation_info, fingerprint_of
 
 LAST = 3  # evaluations at the end of a run whose mean is its score: one alone swings by hundreds
 _INTERRUPTED = 130
+_MOST = 1e100  # of a number that can be drawn
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,16 @@ class Cell:
 
     def results(self) -> dict[int, "Result"]:
         """What `finish` wrote, by number of candidates."""
-        found = {}
+        found: dict[int, Result] = {}
         try:
             for row in read_rows(self.results_path):
-                number = int(row.pop("num_candidates"))
-                found[number] = Result(**row)
-        except (KeyError, TypeError, ValueError) as error:
-            raise RunError(f"{self.results_path} is damaged ({error}); remove it, and it is made anew") from error
+                number = row.pop("num_candidates")
+                if number != int(number) or number < 1 or number in found:
+                    raise ValueError(f"{number:g} candidates, or that twice")
+                found[int(number)] = Result(**row)
+        except (KeyError, TypeError, ValueError, OverflowError, RunError) as error:
+            reason = error.__cause__ or error if isinstance(error, RunError) else error
+            raise RunError(f"{self.results_path} cannot be used ({reason}); remove it, and it is made anew") from error
         return found
 
 
@@ -86,6 +91,12 @@ class Result:
     normalized_score: float
     ms_per_update: float
     """Median over the lines of metrics.csv."""
+
+    def __post_init__(self) -> None:
+        if not abs(self.return_mean) < _MOST or not 0 < self.ms_per_update < _MOST:
+            raise ValueError(f"return {self.return_mean:g}, {self.ms_per_update:g} ms an update")
+        if np.isinf(self.normalized_score):  # NaN: the dataset names no scores
+            raise ValueError(f"score {self.normalized_score:g}")
 
 
 def run_config(
@@ -146,7 +157,7 @@ def _evaluate(cell: Cell, folder: RunDir) -> None:
 
 def evaluated(cell: Cell, folder: RunDir, step: int, candidates: int) -> tuple[float, float]:
     """(return, score) of a checkpoint, acting among another number of candidates in the same episodes."""
-    agent = load(folder.checkpoint_path(step))
+    agent = load(folder.path, str(step))
     agent.config = replace(agent.config, num_candidates=candidates)
     info = DatasetInfo.from_json(json.dumps(folder.read_config()["dataset"]["info"]))
     if cell.run.env is not None:
@@ -270,13 +281,21 @@ def check_cells(cells: Sequence[Cell], data: TransitionDataset) -> None:
     """Refuses runs of another figure, or of other data, before any work is done.
 
     Raises:
-        RunError: a cell's folder holds a run with other settings, or one that began with another dataset.
-        ValueError: two different runs have the same folder.
+        RunError: a cell's folder holds a run with other settings, or one that began with another dataset; or nothing
+            says where to evaluate.
+        DatasetError: the environment to evaluate in cannot be made or used.
+        ValueError: two different runs have the same folder, or there are more candidates than a call takes.
     """
     of: dict[Path, RunConfig] = {}
     for cell in cells:
         if of.setdefault(cell.folder, cell.run) != cell.run:
             raise ValueError(f"two values are too near to each other for folders of their own: {cell.folder.name}")
+        most = MAX_ROWS // min(cell.run.eval_episodes, WAVE)
+        if max(cell.candidates) > most:
+            raise ValueError(f"{max(cell.candidates):,} candidates are more than the {most:,} that a call takes")
+    if missing := [cell for cell in cells if cell.missing()]:
+        run = missing[0].run
+        check_environment(run, evaluation_info(run, data.info, typed=True))
     found = None
     for cell in cells:
         folder = RunDir(cell.folder)

@@ -3,15 +3,18 @@
 import copy
 import csv
 import io
+import shutil
 import signal
 import subprocess
 import time
+import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from dql.checkpoint import CheckpointError
 from dql.config import RunConfig
 from dql.data import load_dataset
 from dql.evaluate import seed_interval
@@ -105,6 +108,33 @@ def test_a_figure_has_no_more_than_was_asked_for(settings, tmp_path):
     assert [row["num_candidates"] for row in read_rows(tmp_path / "candidates.csv")] == [3, 4]
 
 
+def test_another_runs_checkpoint_is_not_evaluated(settings, tmp_path):
+    """Its rows would stand under this run's value."""
+    mine, other = cells_of("eta", (1.0, 50.0), replace(settings, seeds=(0,)), tmp_path).values()
+    for cell in (mine, other):
+        finish(cell, QUIET)
+    mine.results_path.unlink()
+    for step in RunDir(mine.folder).steps():
+        shutil.copy(RunDir(other.folder).checkpoint_path(step) / "agent.safetensors",
+                    RunDir(mine.folder).checkpoint_path(step))  # fmt: skip
+    with pytest.raises(CheckpointError, match="another run's, of eta 50"):
+        finish(mine, QUIET)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["inf,1,2,3", "2.7,1,2,3", "4,1,2,3", "0,1,2,3", "2,nan,nan,nan", "2,1e308,2,3", "2,1,2,-3", "2,1,inf,3", "x,1,2,3",
+     "2,1,2", "\udcff"],
+)  # fmt: skip
+def test_results_that_cannot_be_are_refused(line, settings, tmp_path):
+    cell = cells_of("steps", (2,), settings, tmp_path)[2, 0]
+    cell.results_path.parent.mkdir(parents=True)
+    text = f"num_candidates,return_mean,normalized_score,ms_per_update\n4,1,nan,3\n{line}\n"
+    cell.results_path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(RunError, match=r"\.csv cannot be used .*; remove it, and it is made anew"):
+        cell.results()
+
+
 def test_an_evaluation_that_failed_in_training_is_done_again(settings, tmp_path, monkeypatch):
     from dql import loop
 
@@ -131,6 +161,10 @@ def test_an_evaluation_that_failed_in_training_is_done_again(settings, tmp_path,
         ("steps", {"seeds": (1, 1)}, None, "seeds must be different numbers"),
         ("steps", {"evaluations": 2}, None, "evaluations must be at least 3, got 2"),
         ("steps", {"updates": 2}, None, "2 updates are fewer than 3 evaluations"),
+        ("steps", {"updates": 20}, None, "20 updates cannot be divided by 3 evaluations; use --updates 21"),
+        ("steps", {"env": "NoSuch-v0"}, None, "NoSuch"),
+        ("steps", {"env": "CartPole-v1"}, None, "CartPole-v1 has 4 observations a step"),
+        ("candidates", {"episodes": 20}, (2, 1e8), "100,000,000 candidates are more than the 53,687,091 that a call"),
         ("steps", {"dataset": "no/such-v0"}, None, "no/such-v0"),
         ("steps", {}, (2, 2000), "T must be an integer from 1 to 1000, got 2000"),
         ("eta", {}, (1.0, 1.0000002), "two values are too near to each other"),
@@ -185,6 +219,19 @@ def test_the_picture_shows_the_rows(name, field, lines):
         assert "one seed" in without.get_supxlabel()
     assert texts == ({"behaviour cloning", "improvement"} if name == "eta" else set())
     assert len(picture.axes) == (2 if name == "steps" else 1)
+
+
+def test_the_picture_says_what_it_lacks():
+    """Seeds whose runs failed, and data without a whole episode."""
+    rows = [row for row in rows_of("eta", (0, 1), (0, 1, 2)) if row["eta"] == 0 or row["seed"] == 0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        picture = draw("eta", rows, np.array([]), Settings("a/b-v0"))
+    assert "95% t interval over 1 to 3 seeds, none where there is one" in picture.get_supxlabel()
+    labels = [text.get_text() for text in picture.axes[0].get_legend().get_texts()]
+    assert labels == ["one of 50 candidates", "policy alone"]
+    (outline,) = picture.axes[0].collections[0].get_paths()
+    assert outline.vertices[:, 0].max() == 0, "no band where there is one seed"
 
 
 def test_the_interval_over_seeds():

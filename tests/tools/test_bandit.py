@@ -65,8 +65,8 @@ def test_none_within():
     found = numbers(torch.zeros(3, 2))
     assert (found.within, found.reward) == (0.0, 0.0)
     assert all(math.isnan(share) for share in found.modes), "shares of no actions are no numbers"
-    table = figures._table({"nowhere": found})
-    assert table.splitlines()[1] == "nowhere,0.0000,,,,,0.0000"
+    table = figures._table({"nowhere": found}, 3, 20)
+    assert table.splitlines()[1] == "nowhere,0.0000,,,,,0.0000,3,20"
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_the_files(tmp_path, monkeypatch):
     assert [row[0] for row in rows] == list(found) == ["data", *figures.CLONING[1:], *figures.IMPROVEMENT[1:]]
     for name, *values in rows:
         within, modes, reward = astuple(found[name])
-        want = [within, *modes, reward]
+        want = [within, *modes, reward, 0, 1]
         assert [float(v) if v else math.nan for v in values] == pytest.approx(want, abs=5e-5, nan_ok=True)
     assert bandit(tmp_path / "a" / "b", updates=1, console=QUIET)["data"] == found["data"]
     again = {path.name: path.read_bytes() for path in (tmp_path / "a" / "b").iterdir()}

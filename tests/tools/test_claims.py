@@ -37,6 +37,21 @@ def test_a_score_by_hand(tmp_path):
         claims.scores(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["eta", "steps", "candidates"])
+def test_the_ablations_are_what_their_runs_wrote(name):
+    path = ROOT / "docs" / "results" / "ablations" / f"{name}.csv"
+    assert claims.ablation_table(path) in PAGE
+    with open(path) as file:
+        rows = list(csv.DictReader(file))
+    value = next(iter(rows[0]))
+    acting = {float(row[value]) if name == "candidates" else row["candidates"] for row in rows}
+    assert acting == ({1, 10, 50} if name == "candidates" else {"50", "1"})
+    runs = {(row[value], row["candidates"], row["seed"]) for row in rows}
+    assert (
+        len(runs) == len(rows) == {"eta": 6, "steps": 5, "candidates": 3}[name] * 3 * (1 if name == "candidates" else 2)
+    )
+
+
 def test_the_commands_are_those_of_the_algorithms():
     from dql.agents.registry import ALGORITHMS
 
@@ -49,10 +64,12 @@ def test_the_bandits_table_is_what_its_runs_wrote():
     for seed in (0, 1, 2):
         with open(ROOT / "docs" / "results" / "bandit" / f"seed{seed}.csv") as file:
             tables.append({row["method"]: row for row in csv.DictReader(file)})
+        assert {(row["seed"], row["updates"]) for row in tables[-1].values()} == {(str(seed), "2000")}
     for method in tables[0]:
         cells = []
         for table in tables:
-            within, *modes, reward = (float(value) for name, value in table[method].items() if name != "method")
+            names = ("within", "upper_left", "lower_left", "upper_right", "lower_right", "true_reward")
+            within, *modes, reward = (float(table[method][name]) for name in names)
             cells.append(f"{within:.1%}; {', '.join(f'{100 * share:.0f}' for share in modes)}; {reward:.2f}")
         assert f"| {' | '.join(cells)} |" in PAGE, method
     for table in tables:

@@ -296,7 +296,7 @@ def test_the_seed_alone_makes_the_agent():
 
 @pytest.mark.parametrize("algorithm", ["diffusion-ql", "diffusion-bc"])
 def test_a_saved_agent_continues_bit_identically(tmp_path, algorithm):
-    config = replace(CONFIG, algorithm=algorithm, lr_schedule="cosine", num_updates=20)
+    config = CONFIG.of(algorithm, lr_schedule="cosine", num_updates=20)
     agent = make_agent(S, A, config)
     assert type(agent) is (dql.DiffusionQL if algorithm == "diffusion-ql" else dql.DiffusionBC)
     for step in range(5):

@@ -17,7 +17,7 @@ from dql.agents.registry import ALGORITHMS, load, make_agent
 from dql.config import DIFFUSION, Config, RunConfig
 from dql.data import load_dataset
 from dql.rundir import RunDir, RunError, read_rows
-from dql.train import OtherSettingsError, complete, default_run_dir, train
+from dql.train import OtherSettingsError, complete, default_run_dir, resume, train
 
 BASELINES = [name for name in ALGORITHMS if name not in DIFFUSION]
 SMALL = {"hidden_dim": 24, "batch_size": B, "seed": 5, "lr": 1e-3}
@@ -219,6 +219,8 @@ def test_an_evaluation_at_the_start(run_config):
         (lambda t: t.__setitem__("actor.net.0.weight", torch.zeros(3, 3)), r"actor.net.0.weight is \[3, 3\]"),
         (lambda t: t["actor.net.2.bias"].fill_(float("nan")), "parameter 'net.2.bias' of the agent's actor holds NaN"),
         (lambda t: t.__setitem__("actor.log_more", torch.zeros(1)), "log_more"),
+        (lambda t: t.__setitem__("other.flat", torch.zeros(1)), "it has 'other.flat', which an agent of .* has not"),
+        (lambda t: t.__setitem__("actor.net.4.bias", t["actor.net.4.bias"].double()), "net.4.bias is torch.float64"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(algorithm, change, sentence, tmp_path):
@@ -241,12 +243,67 @@ def test_sizes_of_a_file_take_no_memory_before_they_are_believed(algorithm, tmp_
             load(tmp_path)
 
 
-def test_standardisation_in_a_file_is_checked(tmp_path):
+@pytest.mark.parametrize(("name", "value"), [("std", 0.0), ("std", 1e-300), ("mean", 1e300)])
+def test_standardisation_in_a_file_is_checked(tmp_path, name, value):
     agent = make_agent(S, A, small("td3-bc"))
-    agent.state_std[0] = 0.0
+    setattr(agent, f"state_{name}", torch.full((S,), value, dtype=torch.float64))  # as float32 it is 0 or infinite
     agent.save(tmp_path)
-    with pytest.raises(dql.CheckpointError, match="a deviation not positive"):
+    with pytest.raises(dql.CheckpointError, match="not finite, or a deviation not positive"):
         load(tmp_path)
+
+
+def test_a_file_with_another_algorithms_name_is_refused(tmp_path):
+    """Its networks may fit: TD3+BC's actor is BC's, and sees other states."""
+    for of, named in (("td3-bc", "bc"), ("diffusion-ql", "diffusion-bc")):
+        agent = make_agent(S, A, small(of))
+        agent.config = small(named)
+        agent.save(tmp_path)
+        with pytest.raises(dql.CheckpointError, match=f"which an agent of {named} has not"):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_adams_state_may_not_be_missing(algorithm, tmp_path):
+    """An agent that went on without it would learn something else, and say nothing."""
+    agent = make_agent(S, A, small(algorithm))
+    agent.update(make_batch(0, torch.float32))
+    agent.save(tmp_path)
+    assert load(tmp_path).step == 1  # TD3+BC's actor has taken no step, and has none
+    agent.update(make_batch(1, torch.float32))
+    tensors = {name: tensor.clone() for name, tensor in agent.tensors().items()}
+    for prefix in agent._optimizers():
+        agent.tensors = lambda lost=prefix: {n: t for n, t in tensors.items() if not n.startswith(f"{lost}.")}
+        agent.save(tmp_path)
+        with pytest.raises(dql.CheckpointError, match=f"Adam's state of {prefix} is missing"):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_actions_that_are_nan_are_no_actions(algorithm):
+    agent = make_agent(S, A, small(algorithm))
+    with torch.no_grad():
+        [*agent.modules()["actor"].parameters()][-1].fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN"):
+        agent.act(np.zeros((2, S)))
+    with pytest.raises(ValueError, match="seed must be an integer from 0"):
+        agent.act(np.zeros((2, S)), seed=-1)
+
+
+@pytest.mark.parametrize("algorithm", ["bc", "bc-gaussian"])
+def test_states_beyond_the_networks_range_are_refused(algorithm):
+    agent = make_agent(S, A, small(algorithm))
+    with torch.no_grad():
+        agent.actor.flat.mul_(1e20)  # finite, but infinity less infinity is NaN
+    with pytest.raises(ValueError, match=r"left the range of torch\.float32: states or parameters are too large"):
+        agent.act(np.full((1, S), 1e20))
+
+
+def test_what_only_diffusion_agents_can_says_so(tmp_path):
+    agent = dql.IQL(S, A)
+    with pytest.raises(ValueError, match="an agent of iql has no diffusion policy"):
+        agent.save_policy(tmp_path / "policy.safetensors")
+    with pytest.raises(ValueError, match="can be recorded, not of iql; call"):
+        dql.GraphedUpdate(agent, 8)
 
 
 @pytest.mark.parametrize("algorithm", BASELINES)
@@ -326,6 +383,16 @@ def test_what_only_a_reverse_chain_has_is_refused(tmp_path, run_config, capsys):
     assert "--tuned has hyper-parameters of diffusion-ql and diffusion-bc alone" in capsys.readouterr().err
     with pytest.raises(RunError, match="--graphed records an update of diffusion-ql or diffusion-bc"):
         quietly(train, run_config("iql", graphed=True))
+
+
+def test_a_complete_run_is_told_what_can_be_done(run_config):
+    for algorithm, says in (("bc", "(it is complete: --num-updates N lengthens it)"), ("iql", "(it is complete)")):
+        run = replace(run_config(algorithm, eval_every=0), run_dir=run_config("bc").run_dir / algorithm)
+        quietly(train, run)
+        _, said = quietly(resume, run.run_dir)
+        assert says in said, algorithm
+    with pytest.raises(RunError, match="begin a new run, of that length or with --lr-schedule constant"):
+        resume(run.run_dir, num_updates=99)
 
 
 def test_run_folders_are_named_for_what_differs():

@@ -112,6 +112,8 @@ def test_algorithms_have_defaults_of_their_own():
         ("iql", {"expectile": 1.5}, r"expectile must be from 0 to 1, got 1\.5"),
         ("iql", {"temperature": 0.0}, r"temperature must be positive, got 0\.0"),
         ("diffusion-bc", {"actor_gradient": "one-step"}, "actor_gradient is read by diffusion-ql alone"),
+        ("diffusion-bc", {"eta": 5.0}, "eta is read by diffusion-ql alone, and this is diffusion-bc"),
+        ("diffusion-bc", {"tau": 0.1}, "tau is read by diffusion-ql and td3-bc and iql alone"),
     ],
 )
 def test_a_field_that_the_algorithm_does_not_read_is_refused(algorithm, changes, sentence):
@@ -123,10 +125,26 @@ def test_another_algorithm_in_a_run_has_its_own_defaults():
     run = RunConfig("x", Config(lr=1e-3)).with_agent(algorithm="iql")
     assert run.agent == Config(algorithm="iql", lr=1e-3)
     assert run.with_agent(seed=3).agent == Config(algorithm="iql", lr=1e-3, seed=3)
+    chosen = Config(num_hidden=4, activation="relu", lr_schedule="cosine", eta=3.0, hidden_dim=64)
+    for algorithm in ("diffusion-bc", "bc"):
+        want = Config(algorithm=algorithm, num_hidden=4, activation="relu", lr_schedule="cosine", hidden_dim=64)
+        assert chosen.of(algorithm) == want, "what was chosen is kept, what is not read is left out"
+    with pytest.raises(ValueError, match="eta is read by diffusion-ql alone"):
+        chosen.of("bc", eta=2.0)
+    with pytest.raises(ValueError, match="algorithm must be one of"):
+        chosen.of("sac")
+
+
+def test_an_old_file_of_diffusion_bc_is_read():
+    """It may hold fields that did nothing."""
+    old = Config().to_dict() | {"algorithm": "diffusion-bc", "eta": 20.0, "num_candidates": 2, "T": 7}
+    assert Config.from_dict(old) == Config(algorithm="diffusion-bc", T=7)
 
 
 def test_the_papers_hyper_parameters_are_of_its_algorithm():
     for task in ("hopper-medium-v2", "walker2d-medium-v2"):
         with pytest.raises(ValueError, match="are of diffusion-ql and diffusion-bc alone, not of 'iql'"):
             Config.tuned(task, algorithm="iql")
-    assert Config.tuned("walker2d-medium-v2", algorithm="diffusion-bc").algorithm == "diffusion-bc"
+    assert Config.tuned("pen-human-v1", algorithm="diffusion-bc") == Config(
+        algorithm="diffusion-bc", lr=3e-5, reward_tune="normalize", num_updates=1_000_000
+    )

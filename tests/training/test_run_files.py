@@ -26,7 +26,7 @@ from dql.data import DatasetError
 from dql.loop import LoopState
 from dql.policy import DiffusionPolicy
 from dql.rundir import RunDir, RunError, append_row
-from dql.train import resume, train
+from dql.train import complete, resume, train
 
 
 @pytest.fixture
@@ -481,8 +481,14 @@ def test_a_foreign_checkpoint_is_not_evaluated_either(run_config, tmp_path, dql_
     with torch.no_grad():
         agent.policy.denoiser.flat.add_(1.0)
     agent.save(mine)
+    with pytest.raises(CheckpointError, match=r"not the agent that was saved with the loop\.json beside it"):
+        load(run_config.run_dir)
+    with pytest.raises(CheckpointError, match=r"not the agent that was saved with the loop\.json beside it"):
+        complete(replace(run_config, eval_every=0))
     with pytest.raises(RunError, match=r"an agent that loop\.json was not saved with; restore it"):
         quietly(resume, run_config.run_dir, num_updates=50)
+    (mine / "loop.json").write_text("{")  # which says nothing against the agent
+    assert load(run_config.run_dir).step == 40
 
 
 @pytest.mark.parametrize("name", ["config.json", "selection.json"])

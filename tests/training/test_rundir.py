@@ -20,9 +20,7 @@ from dql.train import resume, train
 
 @pytest.fixture
 def run_config(pendulum, tmp_path):
-    agent = Config(
-        algorithm="diffusion-bc", hidden_dim=16, num_hidden=2, batch_size=16, num_updates=60, num_candidates=2
-    )
+    agent = Config(algorithm="diffusion-bc", hidden_dim=16, num_hidden=2, batch_size=16, num_updates=60)
     return RunConfig(pendulum, agent, run_dir=tmp_path / "run", device="cpu", log_every=10, checkpoint_every=10,
                      eval_every=0, eval_episodes=1, keep=2)  # fmt: skip
 
@@ -301,7 +299,7 @@ def test_a_failed_checkpoint_leaves_the_others(tmp_path, agent):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="choose another --run-dir"):
+    with pytest.raises(RunError, match="choose another folder"):
         RunDir(tmp_path / "file" / "run").lock()
 
 
