@@ -241,9 +241,10 @@ def draw(name: Name, rows: Sequence[dict[str, Any]], behaviour_returns: np.ndarr
     band = f"band: 95% t interval over {number} seeds" if max(seeds) > 1 else "one seed: no interval"
     if min(seeds) == 1 < max(seeds):
         band += ", none where there is one"
+    others = [f"T = {settings.T}"] * (name != "steps") + [f"eta = {settings.eta:g}"] * (name != "eta")
     figure.supxlabel(
-        f"{settings.updates:,} updates; mean of the last {LAST} evaluations of {settings.episodes} episodes"
-        f"{'; ' if panels > 1 else chr(10)}{band}",
+        f"{', '.join(others)}, {settings.updates:,} updates; mean of the last {LAST} evaluations of "
+        f"{settings.episodes} episodes\n{band}",
         fontsize=8,
         color="#555555",
     )

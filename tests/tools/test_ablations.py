@@ -219,6 +219,8 @@ def test_the_picture_shows_the_rows(name, field, lines):
         assert "one seed" in without.get_supxlabel()
     assert texts == ({"behaviour cloning", "improvement"} if name == "eta" else set())
     assert len(picture.axes) == (2 if name == "steps" else 1)
+    fixed = {"steps": "eta = 1, ", "eta": "T = 5, ", "candidates": "T = 5, eta = 1, "}[name]
+    assert picture.get_supxlabel().startswith(f"{fixed}20,000 updates; ")
 
 
 def test_the_picture_says_what_it_lacks():
