@@ -203,7 +203,7 @@ class Config:
         for name, (none, own) in _OWN.items():
             if values[name] == own.get(self.algorithm, own["else"]):
                 values[name] = none
-        return Config(**(values | changes | {"algorithm": algorithm}))
+        return type(self)(**(values | changes | {"algorithm": algorithm}))
 
     @classmethod
     def tuned(cls, task: str, **changes: Any) -> "Config":
@@ -245,8 +245,8 @@ class Config:
     def from_dict(cls, values: dict[str, Any]) -> "Config":
         """The inverse of `to_dict`. Raises ValueError for a field that this version does not have."""
         values = _known(cls, values)
-        if values.get("algorithm") == "diffusion-bc":  # an earlier version let those be set, and they did nothing
-            values = {name: value for name, value in values.items() if name not in _unread("diffusion-bc")}
+        if values.get("algorithm") == "diffusion-bc":  # an earlier version let it have all of these, some in vain
+            return cls(**values | {"algorithm": "diffusion-ql"}).of("diffusion-bc")
         return cls(**values)
 
 

@@ -25,7 +25,7 @@ from dql.sampler import sample
 from dql.train import OtherSettingsError, complete
 
 T = TypeVar("T")
-CLONE = 4  # updates of DiffusionBC for one of Diffusion-QL, which costs five: fewer leave it short of its data
+CLONE = 4  # updates of DiffusionBC for one of Diffusion-QL, which costs five: fewer leave it shorter of its data
 ETA = 20.0  # the paper's 1 leaves the policy near the data, two thirds of whose actions are random
 DATASET = "dql/pendulum/mixed-v0"
 EVALUATIONS = 8  # of a run, beside that of the untrained agent
@@ -162,7 +162,7 @@ def _remove(folder: Path | None) -> None:
 
 
 def _run_config(folder: Path, algorithm: str, updates: int, seed: int) -> RunConfig:
-    own = {} if algorithm == "bc" else {"eta": ETA}
+    own = {"eta": ETA} if algorithm == "diffusion-ql" else {}
     return RunConfig(
         dataset=DATASET,
         agent=Config(algorithm=algorithm, num_updates=updates, seed=seed, **own),  # type: ignore[arg-type]

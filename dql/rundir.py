@@ -209,14 +209,33 @@ class RunDir:
         _check_digest(path, loop, remedy)
         return loop
 
-    def holds_another_agent(self, step: int) -> bool:
-        """Whether the agent of a checkpoint is not the one that it was saved with; without a loop.json that says so,
-        nobody knows, and it is not held against it."""
+    def foreign(self, step: int) -> list[str]:
+        """In what a checkpoint is not this run's, by its loop.json and the run's config.json.
+
+        What no loop.json says (an earlier version's, or one that cannot be read) is not held against it.
+        """
+        written = self.read_config()
         try:
-            digest = self.read_loop(step).get("agent")
+            loop = self.read_loop(step)
         except RunError:
-            return False
-        return digest is not None and digest != digest_in(self.checkpoint_path(step) / FILE)
+            return []
+        of = loop.get("of", {})
+        if not isinstance(of, dict):
+            return [f"origin {of!r:.80}"]
+        expected = {
+            "step": step,
+            "seed": RunConfig.from_dict(written["run"]).agent.seed,
+            "fingerprint": written["dataset"]["fingerprint"],
+        }
+        found = [
+            f"{name} {of[name]!r:.80} in loop.json, the run's is {value!r}"
+            for name, value in expected.items()
+            if name in of and of[name] != value
+        ]
+        digest = loop.get("agent")
+        if digest is not None and digest != digest_in(self.checkpoint_path(step) / FILE):
+            found.append("an agent that loop.json was not saved with")
+        return found
 
     def prune(self, keep: int, precious: set[int]) -> None:
         """Removes all checkpoints but the newest `keep` and the precious.

@@ -20,7 +20,7 @@ from rich.console import Console
 from dql import __version__
 from dql.agents.base import Agent
 from dql.agents.registry import load, make_agent
-from dql.checkpoint import FILE, CheckpointError, checked_device, digest_in
+from dql.checkpoint import CheckpointError, checked_device
 from dql.config import DIFFUSION, RunConfig
 from dql.data import DatasetError, DatasetInfo, TransitionDataset, load_dataset
 from dql.evaluate import make_limited
@@ -313,24 +313,14 @@ def _last_checkpoint(
         raise RunError(f"{error}: {remedy}") from error
     loop = folder.read_loop(step)
     of = loop.pop("of", {"step": step})  # an earlier version wrote none
+    loop.pop("agent", None)  # nor that
     sizes = (agent.state_dim, agent.action_dim)
-    digest = loop.pop("agent", None)  # nor that
     differing = run.agent.differences(agent.config)
     if agent.step != step:
         differing.append(f"update {agent.step:,}, its folder is named for {step:,}")
     if sizes != (data.state_dim, data.action_dim):
         differing.append(f"sizes {sizes}, the dataset's are {(data.state_dim, data.action_dim)}")
-    expected = _origin(run, fingerprint, info) | {"step": step}
-    if not isinstance(of, dict):
-        differing.append(f"origin {of!r:.80}")
-    else:
-        differing += [
-            f"{name} {of[name]!r} in loop.json, the run's is {expected[name]!r}"
-            for name in ("step", "seed", "fingerprint")
-            if name in of and of[name] != expected[name]
-        ]
-    if digest is not None and digest != digest_in(path / FILE):
-        differing.append("an agent that loop.json was not saved with")
+    differing += folder.foreign(step)
     if differing:
         raise RunError(
             f"{path} is no checkpoint of this run: it is of {differing[0]}; restore it and config.json, or {remedy}"
@@ -339,7 +329,8 @@ def _last_checkpoint(
         state = LoopState.from_dict(loop)
     except ValueError as error:
         raise RunError(f"{path / 'loop.json'} is damaged: {error}; {remedy}") from error
-    if of.get("evaluated_in", expected["evaluated_in"]) != expected["evaluated_in"]:
+    evaluated_in = _origin(run, fingerprint, info)["evaluated_in"]
+    if of.get("evaluated_in", evaluated_in) != evaluated_in:
         # Returns in another environment say nothing of those in this one.
         state.scored = [replace(scored, return_mean=math.nan) for scored in state.scored]
     agent.config = replace(agent.config, num_updates=run.agent.num_updates)

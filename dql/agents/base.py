@@ -160,8 +160,8 @@ class Agent(ABC):
             [B, A] or [A], a tensor or array as the states were.
 
         Raises:
-            ValueError: states of another size or dtype, NaN or infinity in them, parameters that give NaN, or a seed
-                out of range.
+            ValueError: states of another size or dtype, or a seed out of range; NaN or infinity in states or actions,
+                where looking does not wait for a GPU: with tensors on one, see `dql.check_states`.
             TypeError: states that are no tensor or array of numbers.
         """
         if seed is not None:
@@ -178,9 +178,12 @@ class Agent(ABC):
             # a copy where torch takes no array as it is: negative strides, another byte order
             native_order = states.dtype.newbyteorder("=")
             tensor = torch.as_tensor(np.ascontiguousarray(states, native_order), dtype=self.dtype, device=self.device)
-            actions = self.act(tensor, seed=seed).cpu().numpy()
-            raise_if_set(tensor.device)  # they are here, so this is certain
-            return actions
+            actions = self.act(tensor, seed=seed)
+            if not actions.is_cpu:
+                actions = actions.cpu()
+                raise_if_set(tensor.device)  # they are here, so this is certain
+                checked_actions(actions, self.modules()["actor"])
+            return actions.numpy()
         if not isinstance(states, Tensor):
             raise TypeError(
                 f"states must be a tensor or a NumPy array, got {type(states).__name__}; "
@@ -228,7 +231,11 @@ class Agent(ABC):
 
         Raises:
             CheckpointError: it cannot be written.
+            ValueError: its networks have different dtypes; no such agent is read.
         """
+        for name, module in self.modules().items():
+            if module.flat.dtype != self.dtype:
+                raise ValueError(f"its {name} is {module.flat.dtype}, and its actor {self.dtype}; convert all of them")
         about = {
             "kind": "agent",
             "format": FORMAT,
@@ -245,16 +252,14 @@ class Agent(ABC):
         Raises:
             ValueError, TypeError, RuntimeError: they are not such an agent's, one too many or too few, or not finite.
         """
-        own = {*self.modules(), *self._optimizers(), *(name.partition(".")[0] for name in self.tensors())}
-        if foreign := sorted(name for name in tensors if name.partition(".")[0] not in own):
+        adams = {f"{prefix}.{name}" for prefix in self._optimizers() for name in ("step", "exp_avg", "exp_avg_sq")}
+        if foreign := sorted(tensors.keys() - self.tensors().keys() - adams):
             raise ValueError(f"it has {shown(foreign[0])}, which an agent of {self.algorithm} has not")
+        for name, tensor in tensors.items():
+            if tensor.dtype != self.dtype and not (name in adams and name.endswith(".step")):
+                raise ValueError(f"its {name} is {tensor.dtype}, and its actor's parameters are {self.dtype}")
         for prefix, module in self.modules().items():
-            held = _under(prefix, tensors)
-            if others := [name for name, tensor in held.items() if tensor.dtype != self.dtype]:
-                raise ValueError(
-                    f"its {prefix}.{others[0]} is {held[others[0]].dtype}, and its actor's parameters are {self.dtype}"
-                )
-            module.load_state_dict(held)
+            module.load_state_dict(_under(prefix, tensors))
             check_finite(module, f"the agent's {prefix}")
         for prefix, optimizer in self._optimizers().items():
             moments = _under(prefix, tensors)
@@ -274,6 +279,17 @@ class Agent(ABC):
     def _first_step(self, optimizer: str) -> int:
         """The update (from 1) in which an optimizer takes its first step."""
         return 1
+
+
+def checked_actions(actions: Tensor, network: FlatModule) -> Tensor:
+    """The actions, refused (ValueError) if they are NaN, where looking does not wait for a GPU."""
+    if actions.is_cpu and not bool(actions.isfinite().all()):
+        check_finite(network, "the actor")  # which is the cause, mostly
+        raise ValueError(
+            f"the actions are NaN, because the network left the range of {actions.dtype}: states or parameters are too "
+            "large; scale them"
+        )
+    return actions
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

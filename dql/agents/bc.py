@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from dql import noise
-from dql.agents.base import Agent
+from dql.agents.base import Agent, checked_actions
 from dql.agents.mlp import (
     LOG_STD,
     MLP,
     check_shapes,
-    checked_actions,
     checked_file_sizes,
     checked_states,
     log_prob,

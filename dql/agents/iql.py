@@ -13,12 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dql.agents.base import Agent
+from dql.agents.base import Agent, checked_actions
 from dql.agents.mlp import (
     LOG_STD,
     MLP,
     check_shapes,
-    checked_actions,
     checked_file_sizes,
     checked_states,
     critic_layout,

@@ -8,7 +8,7 @@ import torch.nn as nn
 
 from dql.config import Config
 from dql.kernels.layout import CriticSpec, FlatLayout
-from dql.networks import FlatModule, check_finite, checked_sizes, hidden_layers, linear
+from dql.networks import FlatModule, checked_sizes, hidden_layers, linear
 from dql.tensors import plain
 
 Tensor = torch.Tensor
@@ -103,17 +103,6 @@ def log_prob(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
 
 
 _LOG_2PI = 1.8378770664093453
-
-
-def checked_actions(actions: Tensor, network: FlatModule) -> Tensor:
-    """The actions, refused (ValueError) if they are NaN, where looking does not wait for a GPU."""
-    if actions.is_cpu and not bool(actions.isfinite().all()):
-        check_finite(network, "the actor")  # which is the cause, mostly
-        raise ValueError(
-            f"the actions are NaN, because the network left the range of {actions.dtype}: states or parameters are too "
-            "large; scale them"
-        )
-    return actions
 
 
 def checked_states(states: Tensor, state_dim: int, like: Tensor) -> Tensor:

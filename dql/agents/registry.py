@@ -57,7 +57,7 @@ def load(
     device = checked_device(device)
     if backend is not None:
         check_name(backend)
-    named, replaced = None, False
+    named, foreign = None, []
     try:
         is_run = (Path(folder) / "config.json").is_file()
     except OSError as error:  # a name too long
@@ -67,7 +67,7 @@ def load(
         run = RunConfig.from_dict(RunDir(folder).read_config()["run"])
         of, folder = RunDir(folder), find_checkpoint(folder, which)
         named = int(folder.name.removeprefix("step-"))
-        replaced = of.holds_another_agent(named)
+        foreign = of.foreign(named)
     path = Path(folder) if Path(folder).is_file() else Path(folder) / FILE  # the file itself will do
     tensors, about = load_tensors(path)
     if about.get("kind") != "agent":
@@ -78,8 +78,6 @@ def load(
         ALGORITHMS[config.algorithm].check_file(tensors, about["state_dim"], about["action_dim"], config)
         if run is not None and (differing := run.agent.differences(config)):
             raise ValueError(f"it is another run's, of {differing[0]}")
-        if replaced:
-            raise ValueError("it is not the agent that was saved with the loop.json beside it")
         if type(about["step"]) is not int or not 0 <= about["step"] < 1 << 63:
             raise ValueError(f"step {shown(about['step'])} is no number of updates")
     if backend is not None:
@@ -94,6 +92,8 @@ def load(
         loaded.step = about["step"]
         if named is not None and loaded.step != named:
             raise ValueError(f"it is of update {loaded.step:,}, its folder is named for {named:,}")
+        if foreign:
+            raise ValueError(f"it is no checkpoint of this run: it is of {foreign[0]}")
         loaded.check_moments()
     if device.type == "cpu":
         return loaded

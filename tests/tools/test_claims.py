@@ -52,6 +52,15 @@ def test_the_ablations_are_what_their_runs_wrote(name):
     )
 
 
+def test_the_readmes_numbers_of_eta_are_the_pages():
+    readme = (ROOT / "README.md").read_text()
+    (said,) = re.findall(r"\*\*Cloning and improvement are balanced\*\*.*?!\[", readme, re.DOTALL)
+    (row,) = re.findall(r"^\| eta \|.*?\n\n", PAGE, re.DOTALL | re.MULTILINE)
+    alone = {line.split(" | ")[0].strip("| "): line.split(" | ")[2].split()[0] for line in row.splitlines()[2:] if line}
+    numbers = [alone["0"], alone["2"], alone["200"]]
+    assert re.findall(r"-\d+", said) == [numbers[0], "-794", *numbers[1:], "-153"]
+
+
 def test_the_commands_are_those_of_the_algorithms():
     from dql.agents.registry import ALGORITHMS
 

@@ -220,11 +220,14 @@ def test_an_evaluation_at_the_start(run_config):
         (lambda t: t["actor.net.2.bias"].fill_(float("nan")), "parameter 'net.2.bias' of the agent's actor holds NaN"),
         (lambda t: t.__setitem__("actor.log_more", torch.zeros(1)), "log_more"),
         (lambda t: t.__setitem__("other.flat", torch.zeros(1)), "it has 'other.flat', which an agent of .* has not"),
+        (lambda t: t.__setitem__("actor", torch.zeros(1)), "it has 'actor', which"),
         (lambda t: t.__setitem__("actor.net.4.bias", t["actor.net.4.bias"].double()), "net.4.bias is torch.float64"),
+        (lambda t: t.__setitem__("actor_adam.exp_avg", t["actor_adam.exp_avg"].double()), "exp_avg is torch.float64"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(algorithm, change, sentence, tmp_path):
-    agent = make_agent(S, A, small(algorithm))
+    agent = make_agent(S, A, small(algorithm, **{"policy_delay": 1} if algorithm == "td3-bc" else {}))
+    agent.update(make_batch(0, torch.float32))
     tensors = {name: tensor.clone() for name, tensor in agent.tensors().items()}
     change(tensors)
     agent.tensors = lambda: tensors
@@ -243,13 +246,24 @@ def test_sizes_of_a_file_take_no_memory_before_they_are_believed(algorithm, tmp_
             load(tmp_path)
 
 
-@pytest.mark.parametrize(("name", "value"), [("std", 0.0), ("std", 1e-300), ("mean", 1e300)])
+@pytest.mark.parametrize(("name", "value"), [("std", 1e-300), ("mean", 1e300)])
 def test_standardisation_in_a_file_is_checked(tmp_path, name, value):
     agent = make_agent(S, A, small("td3-bc"))
     setattr(agent, f"state_{name}", torch.full((S,), value, dtype=torch.float64))  # as float32 it is 0 or infinite
     agent.save(tmp_path)
+    with pytest.raises(dql.CheckpointError, match=r"states\.\w+ is torch.float64, and its actor's parameters are"):
+        load(tmp_path)
+    setattr(agent, f"state_{name}", torch.full((S,), {"std": 0.0, "mean": float("inf")}[name]))
+    agent.save(tmp_path)
     with pytest.raises(dql.CheckpointError, match="not finite, or a deviation not positive"):
         load(tmp_path)
+
+
+def test_networks_of_two_dtypes_are_not_saved(tmp_path):
+    agent = make_agent(S, A, small("iql"))
+    agent.critic.double()
+    with pytest.raises(ValueError, match=r"its critic is torch\.float64, and its actor torch\.float32; convert"):
+        agent.save(tmp_path)
 
 
 def test_a_file_with_another_algorithms_name_is_refused(tmp_path):

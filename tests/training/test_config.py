@@ -139,6 +139,17 @@ def test_an_old_file_of_diffusion_bc_is_read():
     """It may hold fields that did nothing."""
     old = Config().to_dict() | {"algorithm": "diffusion-bc", "eta": 20.0, "num_candidates": 2, "T": 7}
     assert Config.from_dict(old) == Config(algorithm="diffusion-bc", T=7)
+    for name, value in (("eta", "rubbish"), ("tau", float("nan")), ("num_candidates", -5), ("alpha", 3.0)):
+        with pytest.raises(ValueError, match=name):
+            Config.from_dict(old | {name: value})
+
+
+def test_the_demos_runs_are_runs(tmp_path):
+    """Whether each algorithm reads what the demo sets; the demo itself is slow."""
+    from dql import demo
+
+    runs = [demo._run_config(tmp_path, algorithm, 4000, 0) for algorithm in demo._ALGORITHMS.values()]
+    assert [run.agent.eta for run in runs] == [1.0, 1.0, 20.0]
 
 
 def test_the_papers_hyper_parameters_are_of_its_algorithm():

@@ -22,7 +22,7 @@ from dql.agents.diffusion import DiffusionBC
 from dql.agents.registry import load
 from dql.checkpoint import CheckpointError, load_tensors, save_tensors
 from dql.config import Config
-from dql.data import DatasetError
+from dql.data import DatasetError, load_dataset
 from dql.loop import LoopState
 from dql.policy import DiffusionPolicy
 from dql.rundir import RunDir, RunError, append_row
@@ -481,14 +481,30 @@ def test_a_foreign_checkpoint_is_not_evaluated_either(run_config, tmp_path, dql_
     with torch.no_grad():
         agent.policy.denoiser.flat.add_(1.0)
     agent.save(mine)
-    with pytest.raises(CheckpointError, match=r"not the agent that was saved with the loop\.json beside it"):
-        load(run_config.run_dir)
-    with pytest.raises(CheckpointError, match=r"not the agent that was saved with the loop\.json beside it"):
-        complete(replace(run_config, eval_every=0))
+    for read in (lambda: load(run_config.run_dir), lambda: complete(replace(run_config, eval_every=0))):
+        with pytest.raises(CheckpointError, match=r"is of an agent that loop\.json was not saved with"):
+            read()
     with pytest.raises(RunError, match=r"an agent that loop\.json was not saved with; restore it"):
         quietly(resume, run_config.run_dir, num_updates=50)
     (mine / "loop.json").write_text("{")  # which says nothing against the agent
     assert load(run_config.run_dir).step == 40
+
+
+def test_a_whole_checkpoint_of_other_data_is_not_read(run_config, tmp_path):
+    """Of the same config, in a folder of the same name: two datasets' figures have such."""
+    data = load_dataset(run_config.dataset)
+    other_data = copy.copy(data)
+    other_data.rewards = data.rewards + 1
+    run = replace(run_config, eval_every=0)
+    other = replace(run, run_dir=tmp_path / "other")
+    quietly(train, run)
+    quietly(train, other, dataset=other_data)
+    mine, its = (RunDir(r.run_dir).checkpoint_path(40) for r in (run, other))
+    shutil.rmtree(mine)
+    shutil.copytree(its, mine)
+    for read in (load, lambda _: complete(run), lambda folder: quietly(resume, folder, num_updates=50)):
+        with pytest.raises((CheckpointError, RunError), match=r"is of fingerprint '\w+' in loop\.json, the run's is"):
+            read(run.run_dir)
 
 
 @pytest.mark.parametrize("name", ["config.json", "selection.json"])

@@ -340,7 +340,7 @@ def test_no_room_for_the_cache(pendulum, tiny, full_disk, tmp_path, monkeypatch)
     """It costs the caching alone: the run is trained, and nothing half written is left."""
     monkeypatch.setenv("DQL_CACHE", str(tmp_path / "cache"))
     done = full_disk(
-        30_000, "train", "--dataset", pendulum, *tiny, "--num-updates", 3, "--eval-every", 0, "--run-dir",
+        30_000, "train", "--dataset", pendulum, *tiny[:6], "--num-updates", 3, "--eval-every", 0, "--run-dir",
         tmp_path / "run", "--algorithm", "diffusion-bc",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
