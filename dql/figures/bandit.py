@@ -11,16 +11,17 @@ What differs from these experiments, so that it takes minutes at most:
 2. One critic for TD3+BC, BCQ, BEAR-MMD and Diffusion-QL, learnt before them; there each has its own, learnt beside its
    policy. It needs no policy, for an episode is one step. It must come first, and be flat within the modes: where it
    has not yet learnt that rewards do not grow beyond the data, a policy runs into the corner and takes long to return.
-3. DiffusionBC, whose update is the cheapest and of one noise level of 50, takes twice as many updates as the others.
-   Diffusion-QL goes on from it.
+3. DiffusionBC and Diffusion-QL take twice as many updates as the others, for an update is of one noise level of 50.
+   Diffusion-QL goes on from DiffusionBC.
 4. The figure's BCQ samples are perturbed; there they are the CVAE's own. The diffusion policies' embedding of time has
    16 dimensions, there 4.
 
 How many updates are needed: with 1,500, DiffusionBC had 96 to 98% of its samples within 3 deviations of a mode, with
-2,000 97 to 98%, with 4,000 98 to 99% (seeds 0 to 2). From 2,000 of these, 1,000 updates of Diffusion-QL left 94 to 95%
-of all samples in the best mode; from 4,000, 1,000 left 95%, 1,500 95 to 96% and 2,000 more than 95% (seeds 0 to 2).
-After a critic that was learnt at 2e-2 only 90 to 97% were within any (seeds 0 to 5). At 6e-3 in place of `LR`, up to 5%
-of them were in other modes, most in the second-best, where no small step leads to a better one.
+2,000 97 to 98%, with 4,000 98 to 99% (seeds 0 to 2). From there 2,000 updates of Diffusion-QL left 95 to 97% of all
+samples in the best mode on a CPU with AVX2 alone and 92 to 97% on one with AVX-512, which rounds otherwise; 4,000 left
+96 to 97% there (seeds 0 to 2; 94% with seed 3). After a critic that was learnt at 2e-2 only 90 to 97% were within any
+(seeds 0 to 5). At 6e-3 in place of `LR`, up to 5% of them were in other modes, most in the second-best, where no small
+step leads to a better one.
 
 The CVAE is not the same at every seed: its loss is lower where it keeps two modes alone, and there it settles at some
 (of the seeds 0 to 4 at 1), as it did after 15,000 updates at the published rate. BEAR-MMD clones here: its estimate of
@@ -35,7 +36,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,7 +69,7 @@ RADIUS = 3 * STD
 SIZE = 10_000  # actions of the data
 BATCH = 100
 UPDATES = 2000  # of each method and of the critic
-CLONE = 2  # updates of DiffusionBC for one of the others
+DIFFUSION = 2  # updates of a diffusion policy for one of the others
 LR = 1.5e-2  # of every policy
 CRITIC_LR = 3e-2  # at 1e-2 the critic's slope carries policies beyond the data
 QL_CRITIC_LR = 3e-4  # it has learnt by then
@@ -148,7 +149,7 @@ def bandit(out: Path, *, seed: int = 0, updates: int = UPDATES, console: Console
     Args:
         out: the folder.
         seed: of data, initial weights and all draws; torch's own generator is left alone.
-        updates: of each method and of the critic; DiffusionBC takes CLONE times as many.
+        updates: of each method and of the critic; the diffusion policies take DIFFUSION times as many.
         console: where it speaks.
 
     Returns:
@@ -167,7 +168,7 @@ def bandit(out: Path, *, seed: int = 0, updates: int = UPDATES, console: Console
     dataset = bandit_data(seed)
     actions = {"data": dataset.actions} | train(dataset, seed, updates, console)
     panels = {name: numbers(of_method) for name, of_method in actions.items()}
-    made = f"Seed {seed}, {updates:,} updates ({CLONE * updates:,} of DiffusionBC)."
+    made = f"Seed {seed}, {updates:,} updates ({DIFFUSION * updates:,} of the diffusion policies)."
     for name, names in (("cloning", CLONING), ("improvement", IMPROVEMENT)):
         figure = draw({n: actions[n] for n in names}, dataset.rewards if name == "improvement" else None, made)
         write_figure(figure, out / f"bandit_{name}")
@@ -249,19 +250,19 @@ def train_diffusion(
         lr_schedule="cosine",
         grad_norm=0.0,
         batch_size=BATCH,
-        num_updates=CLONE * updates,
+        num_updates=DIFFUSION * updates,
         seed=seed,
     )
     cloner = DiffusionBC(*sizes, config)
-    first = config.num_updates
-    _run("DiffusionBC", lambda step: cloner.update(dataset.sample(BATCH, seed, step)), first, console)
-    learner = DiffusionQL(*sizes, replace(config, num_updates=updates))
+    count = config.num_updates
+    _run("DiffusionBC", lambda step: cloner.update(dataset.sample(BATCH, seed, step)), count, console)
+    learner = DiffusionQL(*sizes, config)
     for policy in (learner.policy, learner.ema_policy):
         policy.load_state_dict(cloner.policy.state_dict())
     for its in (learner.critic, learner.critic_target):
         its.load_state_dict(critic.state_dict())
     # rows go on where the cloning's ended
-    _run("Diffusion-QL", lambda step: learner.update(dataset.sample(BATCH, seed, first + step)), updates, console)
+    _run("Diffusion-QL", lambda step: learner.update(dataset.sample(BATCH, seed, count + step)), count, console)
     with torch.no_grad():
         return {
             name: sample(methods.zero_states(SAMPLES), agent.policy, seed=noise.derive(seed, name))

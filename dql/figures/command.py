@@ -86,7 +86,7 @@ def _bandit(out: Path = Path("runs/bandit"), seed: int = 0, updates: int = UPDAT
     Args:
         out: Folder of the pictures and their numbers.
         seed: Of data, initial weights and all draws.
-        updates: Of each method; Diffusion-QL, whose updates cost more, has its own share of them.
+        updates: Of each method; the diffusion policies take twice as many.
     """
     bandit(out, seed=seed, updates=updates, console=make_console())
     return 0
