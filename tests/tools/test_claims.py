@@ -25,6 +25,25 @@ def test_the_comparison_is_what_its_runs_wrote():
             assert {row["episodes"] for row in rows} == {"20"}, path
 
 
+def test_the_longer_runs_are_what_they_wrote():
+    names = {
+        "bc": "BC, 100,000 updates",
+        "td3-bc": "TD3+BC, 100,000 updates",
+        "iql": "IQL, 100,000 updates",
+        "iql-temperature-0.5": "IQL, 20,000 updates, temperature 0.5",
+        "diffusion-ql": "Diffusion-QL, 100,000 updates",
+    }
+    folder = ROOT / "docs" / "results" / "hopper-longer"
+    assert {path.stem for path in folder.iterdir()} == names.keys()
+    for stem, name in names.items():
+        with open(folder / f"{stem}.csv") as file:
+            rows = list(csv.DictReader(file))
+        returns = [float(row["return_mean"]) for row in rows]
+        low, high = min(returns), max(returns)
+        assert f"| {name} | {claims.score(folder / f'{stem}.csv'):,.0f} | {low:,.0f} to {high:,.0f} |" in PAGE
+        assert rows[-1]["step"] == ("20000" if "temperature" in stem else "100000")
+
+
 def test_a_score_by_hand(tmp_path):
     for seed, returns in ((0, (9, 9, 1, 2, 3)), (1, (0, 4, 4, 4)), (7, (1, 1, 1))):
         lines = "".join(f"{i},{value}\n" for i, value in enumerate(returns))
