@@ -178,12 +178,9 @@ class Agent(ABC):
             # a copy where torch takes no array as it is: negative strides, another byte order
             native_order = states.dtype.newbyteorder("=")
             tensor = torch.as_tensor(np.ascontiguousarray(states, native_order), dtype=self.dtype, device=self.device)
-            actions = self.act(tensor, seed=seed)
-            if not actions.is_cpu:
-                actions = actions.cpu()
-                raise_if_set(tensor.device)  # they are here, so this is certain
-                checked_actions(actions, self.modules()["actor"])
-            return actions.numpy()
+            actions = self.act(tensor, seed=seed).cpu()
+            raise_if_set(tensor.device)  # they are here, so this is certain
+            return checked_actions(actions, self.modules()["actor"]).numpy()
         if not isinstance(states, Tensor):
             raise TypeError(
                 f"states must be a tensor or a NumPy array, got {type(states).__name__}; "
