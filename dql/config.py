@@ -243,9 +243,12 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":
-        """The inverse of `to_dict`. Raises ValueError for a field that this version does not have."""
+        """The inverse of `to_dict`. Raises ValueError for a field that this version does not have.
+
+        Of diffusion-bc, what only diffusion-ql reads is left out: an earlier version wrote it, and it did nothing.
+        """
         values = _known(cls, values)
-        if values.get("algorithm") == "diffusion-bc":  # an earlier version let it have all of these, some in vain
+        if values.get("algorithm") == "diffusion-bc":
             return cls(**values | {"algorithm": "diffusion-ql"}).of("diffusion-bc")
         return cls(**values)
 

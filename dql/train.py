@@ -247,7 +247,7 @@ def complete(run: RunConfig, *, console: Console | None = None) -> tuple[Agent, 
     ):
         check_fingerprint(run, fingerprint_of(_load(run)), folder.read_config())
         return load(folder.path, str(steps[-1]), device=resolve_device(run.device)), None
-    result = resume(folder.path, console=console)
+    result = resume(folder.path, env=run.env, console=console)  # named here, so that a module of it is trusted
     return result.agent, result.stopped_by
 
 

@@ -8,7 +8,7 @@ import torch
 
 from dql import draws
 from dql.agents.diffusion import DiffusionBC, DiffusionQL
-from dql.config import DIFFUSION, Config
+from dql.config import Config
 from dql.data import Batch
 from dql.draws import SEEDS, Draws
 from dql.kernels.capture import prove, recorded
@@ -46,9 +46,10 @@ class GraphedUpdate:
     """
 
     def __init__(self, agent: DiffusionBC | DiffusionQL, batch_size: int) -> None:
-        if getattr(agent, "algorithm", None) not in DIFFUSION:
-            kind = getattr(agent, "algorithm", type(agent).__name__)
-            raise ValueError(f"an update of {' or '.join(DIFFUSION)} can be recorded, not of {kind}; call agent.update")
+        if not isinstance(agent, DiffusionBC):
+            raise ValueError(
+                f"an update of DiffusionQL or DiffusionBC can be recorded, none of {type(agent).__name__}; call its own"
+            )
         if agent.device.type != "cuda":
             raise ValueError(
                 f"a CUDA graph needs the agent on a GPU, it is on {agent.device}; make it with device='cuda', "

@@ -180,7 +180,9 @@ class Agent(ABC):
             tensor = torch.as_tensor(np.ascontiguousarray(states, native_order), dtype=self.dtype, device=self.device)
             actions = self.act(tensor, seed=seed).cpu()
             raise_if_set(tensor.device)  # they are here, so this is certain
-            return checked_actions(actions, self.modules()["actor"]).numpy()
+            if not tensor.is_cpu:  # else `_act` has looked
+                checked_actions(actions, self.modules()["actor"])
+            return actions.numpy()
         if not isinstance(states, Tensor):
             raise TypeError(
                 f"states must be a tensor or a NumPy array, got {type(states).__name__}; "
@@ -252,11 +254,13 @@ class Agent(ABC):
         adams = {f"{prefix}.{name}" for prefix in self._optimizers() for name in ("step", "exp_avg", "exp_avg_sq")}
         if foreign := sorted(tensors.keys() - self.tensors().keys() - adams):
             raise ValueError(f"it has {shown(foreign[0])}, which an agent of {self.algorithm} has not")
-        for name, tensor in tensors.items():
-            if tensor.dtype != self.dtype and not (name in adams and name.endswith(".step")):
-                raise ValueError(f"its {name} is {tensor.dtype}, and its actor's parameters are {self.dtype}")
         for prefix, module in self.modules().items():
-            module.load_state_dict(_under(prefix, tensors))
+            held = _under(prefix, tensors)
+            if others := sorted(name for name, tensor in held.items() if tensor.dtype != self.dtype):
+                raise ValueError(
+                    f"its {prefix}.{others[0]} is {held[others[0]].dtype}, and its actor's parameters are {self.dtype}"
+                )
+            module.load_state_dict(held)
             check_finite(module, f"the agent's {prefix}")
         for prefix, optimizer in self._optimizers().items():
             moments = _under(prefix, tensors)

@@ -11,15 +11,7 @@ import torch.nn.functional as F
 
 from dql import noise
 from dql.agents.base import Agent, checked_actions
-from dql.agents.mlp import (
-    LOG_STD,
-    MLP,
-    check_shapes,
-    checked_file_sizes,
-    checked_states,
-    log_prob,
-    mlp_layout,
-)
+from dql.agents.mlp import LOG_STD, MLP, check_shapes, checked_file_sizes, checked_states, log_prob, mlp_layout
 from dql.config import Config
 from dql.data import Batch
 from dql.learner import checked_batch
@@ -111,7 +103,7 @@ class GaussianBC(BC):
     def _act(self, states: Tensor, seed: int | None) -> Tensor:
         states = checked_states(states, self.state_dim, self.actor.flat)
         mean, log_std = self._moments(states)
-        seed = noise.seed_from_torch() if seed is None else noise.check_seed(seed)
+        seed = noise.seed_from_torch() if seed is None else seed
         z = noise.normal(seed, 1, *mean.shape, dtype=mean.dtype).to(mean)[0]  # [B, A]
         actions = (mean + log_std.exp() * z).clamp(-self.config.max_action, self.config.max_action)
         return checked_actions(actions, self.actor)

@@ -57,17 +57,14 @@ def load(
     device = checked_device(device)
     if backend is not None:
         check_name(backend)
-    named, foreign = None, []
+    run, named = None, None
     try:
         is_run = (Path(folder) / "config.json").is_file()
     except OSError as error:  # a name too long
         raise unreadable(Path(folder), error) from error
-    run = None
     if is_run:
-        run = RunConfig.from_dict(RunDir(folder).read_config()["run"])
-        of, folder = RunDir(folder), find_checkpoint(folder, which)
+        run, folder = RunDir(folder), find_checkpoint(folder, which)
         named = int(folder.name.removeprefix("step-"))
-        foreign = of.foreign(named)
     path = Path(folder) if Path(folder).is_file() else Path(folder) / FILE  # the file itself will do
     tensors, about = load_tensors(path)
     if about.get("kind") != "agent":
@@ -76,8 +73,10 @@ def load(
         config = Config.from_dict(about["config"])
         dtype = tensors[min(name for name in tensors if name.startswith("actor."))].dtype
         ALGORITHMS[config.algorithm].check_file(tensors, about["state_dim"], about["action_dim"], config)
-        if run is not None and (differing := run.agent.differences(config)):
-            raise ValueError(f"it is another run's, of {differing[0]}")
+        if run is not None:
+            written = RunConfig.from_dict(run.read_config()["run"])
+            if differing := written.agent.differences(config):
+                raise ValueError(f"it is another run's, of {differing[0]}")
         if type(about["step"]) is not int or not 0 <= about["step"] < 1 << 63:
             raise ValueError(f"step {shown(about['step'])} is no number of updates")
     if backend is not None:
@@ -92,7 +91,7 @@ def load(
         loaded.step = about["step"]
         if named is not None and loaded.step != named:
             raise ValueError(f"it is of update {loaded.step:,}, its folder is named for {named:,}")
-        if foreign:
+        if run is not None and named is not None and (foreign := run.foreign(named)):
             raise ValueError(f"it is no checkpoint of this run: it is of {foreign[0]}")
         loaded.check_moments()
     if device.type == "cpu":

@@ -15,14 +15,7 @@ import torch.nn.functional as F
 
 from dql import noise
 from dql.agents.base import Agent, checked_actions
-from dql.agents.mlp import (
-    MLP,
-    check_shapes,
-    checked_file_sizes,
-    checked_states,
-    critic_layout,
-    mlp_layout,
-)
+from dql.agents.mlp import MLP, check_shapes, checked_file_sizes, checked_states, critic_layout, mlp_layout
 from dql.config import Config
 from dql.data import Batch
 from dql.learner import checked_batch

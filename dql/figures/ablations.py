@@ -71,7 +71,7 @@ class Settings:
         if self.updates < self.evaluations:
             raise ValueError(f"{self.updates} updates are fewer than {self.evaluations} evaluations; ask for more")
         if self.updates % self.evaluations:  # a last one beside it would count the same agent twice
-            near = round(self.updates / self.evaluations) * self.evaluations
+            near = (self.updates + self.evaluations // 2) // self.evaluations * self.evaluations
             raise ValueError(
                 f"{self.updates} updates cannot be divided by {self.evaluations} evaluations; use --updates {near}"
             )

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -25,10 +25,11 @@ from rich.console import Console
 
 from dql import noise
 from dql.agents.registry import load
-from dql.checkpoint import write_atomically
+from dql.checkpoint import explain, write_atomically
 from dql.config import RunConfig
 from dql.data import DatasetInfo, TransitionDataset
 from dql.evaluate import WAVE, evaluate
+from dql.files import open_file
 from dql.kernels.limits import MAX_ROWS
 from dql.rundir import RunDir, RunError, read_rows
 from dql.train import check_environment, check_fingerprint, complete, evaluation_info, fingerprint_of
@@ -75,7 +76,7 @@ class Cell:
             for row in read_rows(self.results_path):
                 number = row.pop("num_candidates")
                 if number != int(number) or number < 1 or number in found:
-                    raise ValueError(f"{number:g} candidates, or that twice")
+                    raise ValueError(f"num_candidates are different whole numbers from 1 on, got {number:g}")
                 found[int(number)] = Result(**row)
         except (KeyError, TypeError, ValueError, OverflowError, RunError) as error:
             reason = error.__cause__ or error if isinstance(error, RunError) else error
@@ -183,14 +184,22 @@ def _work(cell: Cell, told: Connection) -> None:
     """The body of a process: its progress goes to the cell's log, its error to who started it."""
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with open(cell.log_path, "a", errors="backslashreplace") as log:
-        try:
+    try:
+        with _log(cell.log_path) as log:
             finish(cell, Console(file=log, width=120))
-        except KeyboardInterrupt:
-            sys.exit(_INTERRUPTED)
-        except Exception as error:
-            told.send(" ".join(str(error).split())[:1000] or type(error).__name__)
-            sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
+    except Exception as error:
+        told.send(" ".join(str(error).split())[:1000] or type(error).__name__)
+        sys.exit(1)
+
+
+def _log(path: Path) -> TextIO:
+    """Raises CheckpointError where no file can be written: a link would lead elsewhere."""
+    try:
+        return open(open_file(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", errors="backslashreplace")
+    except OSError as error:
+        raise explain(path, error) from error
 
 
 def _end_with_parent() -> None:
@@ -292,7 +301,9 @@ def check_cells(cells: Sequence[Cell], data: TransitionDataset) -> None:
             raise ValueError(f"two values are too near to each other for folders of their own: {cell.folder.name}")
         most = MAX_ROWS // min(cell.run.eval_episodes, WAVE)
         if max(cell.candidates) > most:
-            raise ValueError(f"{max(cell.candidates):,} candidates are more than the {most:,} that a call takes")
+            raise ValueError(
+                f"{max(cell.candidates):,} candidates are more than the {most:,} that a call takes; ask for fewer"
+            )
     if missing := [cell for cell in cells if cell.missing()]:
         run = missing[0].run
         check_environment(run, evaluation_info(run, data.info, typed=True))

@@ -3,6 +3,7 @@
 import copy
 import csv
 import io
+import os
 import shutil
 import signal
 import subprocess
@@ -108,6 +109,35 @@ def test_a_figure_has_no_more_than_was_asked_for(settings, tmp_path):
     assert [row["num_candidates"] for row in read_rows(tmp_path / "candidates.csv")] == [3, 4]
 
 
+def test_an_environment_of_ones_own_is_known_when_the_command_goes_on(settings, tmp_path, monkeypatch):
+    """No module is imported because a folder says so; this one the caller names."""
+    text = """import gymnasium
+gymnasium.register("Own-v0", entry_point="gymnasium.envs.classic_control.pendulum:PendulumEnv", max_episode_steps=9)
+"""
+    (tmp_path / "own_module.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    named = replace(settings, env="own_module:Own-v0", seeds=(0,))
+    (cell,) = cells_of("steps", (2,), named, tmp_path).values()
+    finish(cell, QUIET)
+    before = cell.results()
+    cell.results_path.unlink()
+    shutil.rmtree(RunDir(cell.folder).checkpoint_path(6))
+    finish(cell, QUIET)
+    assert [r.return_mean for r in cell.results().values()] == [r.return_mean for r in before.values()]
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_a_log_that_is_no_file_is_not_written_to(kind, settings, tmp_path):
+    (cell,) = cells_of("steps", (2,), replace(settings, seeds=(0,)), tmp_path).values()
+    cell.log_path.parent.mkdir(parents=True)
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    {"link": lambda: cell.log_path.symlink_to(victim), "pipe": lambda: os.mkfifo(cell.log_path),
+     "folder": cell.log_path.mkdir}[kind]()  # fmt: skip
+    ((_, reason),) = run_all([cell], jobs=1, console=QUIET, name=str)
+    assert str(cell.log_path) in reason and victim.read_text() == "mine"
+
+
 def test_another_runs_checkpoint_is_not_evaluated(settings, tmp_path):
     """Its rows would stand under this run's value."""
     mine, other = cells_of("eta", (1.0, 50.0), replace(settings, seeds=(0,)), tmp_path).values()
@@ -164,7 +194,12 @@ def test_an_evaluation_that_failed_in_training_is_done_again(settings, tmp_path,
         ("steps", {"updates": 20}, None, "20 updates cannot be divided by 3 evaluations; use --updates 21"),
         ("steps", {"env": "NoSuch-v0"}, None, "NoSuch"),
         ("steps", {"env": "CartPole-v1"}, None, "CartPole-v1 has 4 observations a step"),
-        ("candidates", {"episodes": 20}, (2, 1e8), "100,000,000 candidates are more than the 53,687,091 that a call"),
+        (
+            "candidates",
+            {"episodes": 20},
+            (2, 1e8),
+            "100,000,000 candidates are more than the 53,687,091 that a call takes; ask for fewer",
+        ),
         ("steps", {"dataset": "no/such-v0"}, None, "no/such-v0"),
         ("steps", {}, (2, 2000), "T must be an integer from 1 to 1000, got 2000"),
         ("eta", {}, (1.0, 1.0000002), "two values are too near to each other"),
