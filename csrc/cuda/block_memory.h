@@ -38,12 +38,13 @@ struct BlockMemory {
     int own;       // [3][M][narrow]: of the thread that updates a quad of the chain, between its steps
     int parts;     // [min(pairs, 8)][M][narrow]: narrow results of n-pairs; -1: they fit into the h that is not in use
     int peers;     // [C][M][narrow]: of the cluster's blocks
+    int table;     // solo: [SOLO_TABLE_STEPS][HP], the time table's rows of some steps
     int narrow, row_bytes;
     int64_t bytes;
 
     DQL_PLAIN BlockMemory(const Mlp& net, const Tiling& tiling) {
         const Slices s(net, tiling);
-        const int M = 16 * tiling.m_tiles, slots = s.pairs() < WARPS ? s.pairs() : WARPS;
+        const int M = tiling.rows(), slots = s.pairs() < WARPS ? s.pairs() : WARPS;
         narrow = rounded_up(net.X > net.O ? net.X : net.O, 4);
         row_bytes = s.row_bytes();
         const int narrow_bytes = M * narrow * 4;
@@ -53,6 +54,20 @@ struct BlockMemory {
             at += (size + 127) / 128 * 128;
             return static_cast<int>(start);
         };
+        table = 0;
+        if (s.solo) {  // h also holds states, and what the time table is made of, before the chain needs it
+            row_bytes = s.HP * 2 + SOLO_PAD;
+            const int rows = rounded_up(M, 8);
+            h[0] = take(rows * row_bytes), h[1] = take(rows * row_bytes);
+            weights = take((s.L - 2) * s.layer_bytes());
+            floats = take(s.floats() * 4);
+            table = take(SOLO_TABLE_STEPS * s.HP * 4);
+            barriers = sums = sums_apart = peers = 0;
+            v = take(narrow_bytes), own = take(3 * narrow_bytes);
+            parts = WARPS * narrow_bytes <= rows * row_bytes ? -1 : take(WARPS * narrow_bytes);
+            bytes = at;
+            return;
+        }
         barriers = take(64);
         if (s.wide) {  // inputs, the ring, then v, x0 of the step before, and the narrow sums
             at = 1024;

@@ -12,19 +12,20 @@ using integer = int64_t;
 using real = double;
 
 #define DQL_PLACE(F) F(integer, ordinal)
-#define DQL_TILED(F) F(integer, precision) F(integer, cluster) F(integer, m_tiles) F(integer, resident)
+#define DQL_TILED(F) F(integer, precision) F(integer, cluster) F(integer, m_tiles) F(integer, resident) \
+                     F(integer, solo)
 
 #define DQL_PROLOGUE_CALL(F, BAR)                                                                     \
     F(address, flat) F(address, states) F(address, packed) F(address, told) F(address, stream) BAR    \
     DQL_TILED(F) F(integer, transposed) F(address, embedding) F(integer, B) F(integer, K) DQL_PLACE(F)
 
 #define DQL_CHAIN_CALL(F, BAR)                                                                        \
-    F(address, flat) F(address, packed) F(address, noise) F(address, seed) F(address, seed_at)        \
-    F(address, out) F(address, saved) F(address, stream) BAR                                          \
-    DQL_TILED(F) F(integer, transposed) F(integer, first_network) F(integer, networks)                \
+    F(address, flat) F(address, states) F(address, packed) F(address, noise) F(address, seed)         \
+    F(address, seed_at) F(address, out) F(address, saved) F(address, told) F(address, stream) BAR     \
+    DQL_TILED(F) F(address, embedding) F(integer, transposed) F(integer, first_network) F(integer, networks)                \
     F(address, steps) F(integer, B) F(integer, N) F(integer, K) F(real, max_action)                   \
     F(address, actions_in) F(address, d_out) F(address, back) F(address, d_actions)                   \
-    F(integer, max_clusters) DQL_PLACE(F)
+    F(integer, max_clusters) F(integer, all_rows) DQL_PLACE(F)
 
 #define DQL_GRADIENT_CALL(F, BAR)                                                                     \
     F(address, flat) F(address, states) F(address, saved) F(address, back) F(address, actions_in)     \

@@ -2,6 +2,7 @@
 #include "chain_launch.h"
 
 #include <algorithm>
+#include <atomic>
 
 namespace dql {
 namespace cuda {
@@ -9,7 +10,8 @@ namespace {
 
 bool is_wide(const Tiling& tiling) { return tiling.m_tiles == WIDE_M_TILES; }
 
-ChainKernel kernel_for(const Mlp& net, const Tiling& tiling, bool backward) {
+ChainKernel kernel_for(const Mlp& net, const Tiling& tiling, bool saves, bool backward) {
+    if (tiling.solo > 0) return solo_chain_kernel_for(Slices(net, tiling).HP, tiling.solo, saves, backward);
     if (is_wide(tiling)) return wide_chain_kernel_for(Slices(net, tiling).HP, BlockMemory(net, tiling).floats > 0);
     switch (tiling.precision) {
         case Precision::FP32: return chain_kernel_for<Precision::FP32>(tiling, backward);
@@ -23,14 +25,21 @@ void check_tiling(const Mlp& net, const Tiling& tiling, bool backward) {
     if (is_wide(tiling) && (backward || net.D == 0 || net.H > 256 || tiling.precision != Precision::BF16 ||
                             tiling.resident))
         throw std::invalid_argument("tiles of 128 rows are for a denoiser's forward pass in bf16 with H up to 256");
+    if (tiling.solo > 0 && (net.D == 0 || net.H > 256 || net.H % 4 != 0 || tiling.precision != Precision::BF16 || c != 1))
+        throw std::invalid_argument("solo tiles are for a denoiser in bf16 with H up to 256, a multiple of 4, by one block");
     if (c != 1 && c != 2 && c != 4 && c != 8) throw std::invalid_argument("a cluster has 1, 2, 4 or 8 blocks");
     if (c > 1 && !tiling.resident) throw std::invalid_argument("streamed weights have no cluster");
 }
 
 int threads_of(const Tiling& tiling) { return is_wide(tiling) ? WIDE_THREADS : THREADS; }
 
+void check_solo(const ChainJob& job) {
+    if (job.tiling.solo > 0 && reinterpret_cast<uintptr_t>(job.flat) % 16 != 0)
+        throw std::invalid_argument("the parameters must start at a multiple of 16 bytes");
+}
+
 Grid grid_of(const ChainJob& job, bool backward) {
-    const int64_t tiles = whole_tiles(job.R, job.tiling) / (16 * job.tiling.m_tiles);
+    const int64_t tiles = whole_tiles(job.R, job.tiling) / job.tiling.rows();
     const int64_t clusters = std::max<int64_t>(1, job.max_clusters / job.networks);
     Grid grid;
     grid.x = std::min(tiles, clusters) * job.tiling.cluster;
@@ -38,11 +47,17 @@ Grid grid_of(const ChainJob& job, bool backward) {
     grid.cluster = job.tiling.cluster;
     grid.threads = threads_of(job.tiling);
     grid.shared = shared_bytes(job.net, job.tiling, backward);
-    grid.follows = !backward && (job.tiling.resident || is_wide(job.tiling));  // of the prologue, on the same stream
+    grid.follows = !backward && job.tiling.solo == 0 && (job.tiling.resident || is_wide(job.tiling));  // of the prologue, on the same stream
+    grid.overlaps = grid.follows;
     return grid;
 }
 
+std::atomic<bool> carveout{true};
+
 }  // namespace
+
+bool same_carveout() { return carveout; }
+void compare(bool same_carveout) { carveout = same_carveout; }
 
 int64_t shared_bytes(const Mlp& net, const Tiling& tiling, bool backward) {
     check_tiling(net, tiling, backward);
@@ -50,20 +65,22 @@ int64_t shared_bytes(const Mlp& net, const Tiling& tiling, bool backward) {
 }
 
 void chain_forward(const ChainJob& job, Stream stream) {
+    check_solo(job);
     if (is_wide(job.tiling) && job.saved != nullptr)
         throw std::invalid_argument("tiles of 128 rows save nothing for a backward pass");
-    launch("the chain", kernel_for(job.net, job.tiling, false), grid_of(job, false), chain_arguments(job, false), stream);
+    launch("the chain", kernel_for(job.net, job.tiling, job.saved != nullptr, false), grid_of(job, false), chain_arguments(job, false), stream);
 }
 
 void chain_backward(const ChainJob& job, Stream stream) {
-    launch("the chain's backward pass", kernel_for(job.net, job.tiling, true), grid_of(job, true), chain_arguments(job, true),
-           stream);
+    check_solo(job);
+    launch("the chain's backward pass", kernel_for(job.net, job.tiling, true, true), grid_of(job, true),
+           chain_arguments(job, true), stream);
 }
 
 #if defined(__CUDACC__)
 
 int max_clusters(int ordinal, const Mlp& net, const Tiling& tiling, bool backward) {
-    const ChainKernel kernel = kernel_for(net, tiling, backward);
+    const ChainKernel kernel = kernel_for(net, tiling, backward, backward);
     const int64_t bytes = shared_bytes(net, tiling, backward);
     int before = 0, count = 0;
     check(cudaGetDevice(&before), "cudaGetDevice");

@@ -61,7 +61,7 @@ class Chain : ChainState<MT, RESIDENT, BACKWARD> {
     using State::M, State::a, State::memory, State::blocks, State::rank, State::network, State::w, State::g, State::t;
     using State::first_pair, State::share, State::narrow, State::in, State::out, State::critic, State::idle;
     using State::peers, State::halves, State::floats, State::w_in, State::w_out, State::barriers, State::v, State::base;
-    using State::turn, State::k, State::row0;
+    using State::turn, State::k, State::row0, State::sent_rows, State::sums_bytes;
     using State::floats_at, State::global_floats, State::row_of, State::column_of, State::load_base, State::parts;
     using State::draws, State::others_draw, State::draw_next, State::begin, State::send_sums, State::update;
 
@@ -78,13 +78,14 @@ public:
         for (int tile = block_x() / blocks; tile < a.tiles; tile += blocks_x() / blocks) {
             row0 = static_cast<int64_t>(tile) * M;
             begin();
+            if (RESIDENT && tile == block_x() / blocks) barrier_wait(barriers, 0);  // the weights are here
             for (int i = 0; i < a.K; ++i) {
                 k = BACKWARD ? a.K - 1 - i : i;
                 step(stream);
             }
         }
         if constexpr (RESIDENT)
-            sync_cluster();  // nobody leaves while others might look for its memory
+            leave_cluster();
         else
             stream.finish();
     }
@@ -106,9 +107,9 @@ private:
                 barriers_ready();
                 barrier_expect(barriers, static_cast<uint32_t>(a.operand_bytes + a.floats_bytes));
                 if (blocks > 1) {
-                    barrier_expect(barriers + 1, static_cast<uint32_t>(M * a.HP * ELEMENT));
-                    barrier_expect(barriers + 2, static_cast<uint32_t>(M * a.HP * ELEMENT));
-                    barrier_expect(barriers + 3, static_cast<uint32_t>(blocks * M * narrow * 4));
+                    barrier_expect(barriers + 1, exchanged_bytes());
+                    barrier_expect(barriers + 2, exchanged_bytes());
+                    barrier_expect(barriers + 3, sums_bytes());
                 }
             }
             sync_cluster();
@@ -120,7 +121,6 @@ private:
                               static_cast<uint32_t>(layer_bytes), barriers);
                 bulk_copy(memory + a.memory.floats, global_floats(), static_cast<uint32_t>(a.floats_bytes), barriers);
             }
-            barrier_wait(barriers, 0);
         } else {
             wait_for_previous();
             sync_block();
@@ -129,11 +129,14 @@ private:
 
     // ---- activations between layers ----
 
+    DQL_DEVICE uint32_t exchanged_bytes() const { return static_cast<uint32_t>(sent_rows * a.HP * ELEMENT); }
+
     // Hands four columns of a row to every block, as the input of the next layer.
     DQL_DEVICE void hand_on(int row, int column, const Operand& value) {
         const int to = a.memory.h[turn & 1] + row * a.memory.row_bytes + (rank * a.NS + column) * ELEMENT;
         if (RESIDENT && blocks > 1) {
             const int barrier = a.memory.barriers + 8 * (1 + (turn & 1));
+            if (row >= sent_rows) return;
             DQL_UNROLL
             for (int i = 0; i < MAX_CLUSTER; ++i)
                 if (i < blocks) Operands<P>::send(peers[i], to, value, barrier);
@@ -148,7 +151,7 @@ private:
         if (RESIDENT && blocks > 1) {
             barrier_wait_for_peers(barriers + 1 + buffer, turn >> 1 & 1);
             if (thread() == 0)  // for the exchange after next
-                barrier_expect(barriers + 1 + buffer, static_cast<uint32_t>(M * a.HP * ELEMENT));
+                barrier_expect(barriers + 1 + buffer, exchanged_bytes());
             if (a.division.split == 1 && a.division.idle) sync_block();
         } else {
             sync_block();

@@ -19,6 +19,8 @@ struct ChainArguments {
     int first_network;
     int64_t operands_apart, floats_apart;  // bytes, network to network
     const float* flat;
+    const float *states, *embedding;  // solo alone: others have them in what was packed
+    int32_t* told;
     const char* operands;  // of the direction
     const char* floats;
     const float* time_table;
@@ -38,6 +40,7 @@ struct ChainArguments {
     int64_t B, R, RP;
     int N, K, tiles;
     float max_action;
+    bool all_rows;  // a tile that is not full is exchanged whole all the same: to compare
 };
 
 struct Step {

@@ -10,6 +10,7 @@ namespace cuda {
 using ChainKernel = void (*)(device::ChainArguments);
 
 ChainKernel wide_chain_kernel_for(int HP, bool floats_in_shared);
+ChainKernel solo_chain_kernel_for(int HP, int rows, bool saves, bool backward);
 
 template <Precision P>
 ChainKernel chain_kernel_for(const Tiling& tiling, bool backward);
@@ -27,6 +28,7 @@ inline device::ChainArguments chain_arguments(const ChainJob& job, bool backward
     a.first_network = job.first_network;
     a.operands_apart = packed.operands_apart, a.floats_apart = packed.floats_apart;
     a.flat = job.flat;
+    a.states = job.states, a.embedding = job.embedding, a.told = job.told;
     a.operands = job.packed + packed.operands + (backward ? job.tiling.cluster * s.operand_bytes() : 0);
     a.floats = job.packed + packed.floats;
     a.time_table = reinterpret_cast<const float*>(job.packed + packed.time_table);
@@ -45,8 +47,9 @@ inline device::ChainArguments chain_arguments(const ChainJob& job, bool backward
         a.d_actions = job.d_actions;
     }
     a.B = job.B, a.R = job.R, a.RP = RP, a.N = job.N, a.K = job.K;
-    a.tiles = static_cast<int>(RP / (16 * job.tiling.m_tiles));
+    a.tiles = static_cast<int>(RP / job.tiling.rows());
     a.max_action = job.max_action;
+    a.all_rows = job.all_rows;
     return a;
 }
 

@@ -165,6 +165,15 @@ DQL_DEVICE void sync_cluster() {
                 : "memory");
 }
 
+// The same where nothing is to be seen: before the kernel's end, so that nobody leaves while others write to it.
+DQL_DEVICE void leave_cluster() {
+    if constexpr (HAS_CLUSTERS)
+        asm volatile(
+            "barrier.cluster.arrive.relaxed.aligned;\n"
+            "barrier.cluster.wait.aligned;" ::
+                : "memory");
+}
+
 // Where the shared memory of block `rank` of the cluster starts, for other blocks' stores.
 struct Peer {
     uint32_t start;

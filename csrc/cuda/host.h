@@ -41,6 +41,8 @@ int compiled_for(int ordinal);
 bool can_run_wide(int ordinal);
 void use_device(int ordinal);      // for the calling thread's launches
 int max_clusters(int ordinal, const Mlp& net, const Tiling& tiling, bool backward);  // resident at a time
+// To measure what it is good for: whether kernels that overlap ask for the same shared memory of a multiprocessor.
+void compare(bool same_carveout);
 
 // ---- prologue.cu: one launch ----
 
@@ -66,7 +68,9 @@ struct ChainJob {
     bool transposed;             // as packed
     int first_network, networks; // the critics that run; 0, 1 of a denoiser
     const float* flat;
-    const char* packed;
+    const float *states, *embedding;  // solo: [B, S] and [K, D]; see PrologueJob
+    int32_t* told;           // solo: likewise
+    const char* packed;      // null of solo
     const float* steps;      // [K, STEP_STRIDE]; null of critics
     int64_t B, R;
     int N, K;                // K = 1 of critics
@@ -82,6 +86,7 @@ struct ChainJob {
     char* back;              // written: see BackwardPlaces
     float* d_actions;        // critics: null, or written [networks, R, X]
     int max_clusters;        // how many of the grid may be resident: 0: ask the device
+    bool all_rows;           // a cluster exchanges tiles that are not full whole all the same: to measure
 };
 void chain_forward(const ChainJob& job, Stream stream);
 void chain_backward(const ChainJob& job, Stream stream);

@@ -1,6 +1,7 @@
 // One way to launch a kernel, on the GPU or in the emulator.
 #pragma once
 
+#include <map>
 #include <mutex>
 #include <set>
 #include <string>
@@ -19,7 +20,11 @@ struct Grid {
     int threads = THREADS;
     int64_t shared = 0;  // bytes of dynamic shared memory
     bool follows = false;  // may start before the kernel before it ends, and calls wait_for_previous
+    bool overlaps = false;  // follows, or is followed
 };
+
+// Whether kernels that overlap ask for the same carve-out. To compare: host.h, compare.
+bool same_carveout();
 
 #if defined(__CUDACC__)
 
@@ -46,9 +51,27 @@ inline void allow_shared(const void* kernel, int64_t bytes, const char* name) {
     done.insert({kernel, ordinal});
 }
 
+// How a multiprocessor divides its memory into L1 cache and shared memory is by default what a kernel needs, and changes
+// only when the multiprocessor is empty: of kernels that are to overlap, all ask for the same. Once for each kernel,
+// device and wish.
+inline void prefer_shared(const void* kernel, bool wanted, const char* name) {
+    static std::mutex mutex;
+    static std::map<std::pair<const void*, int>, bool> done;
+    int ordinal = 0;
+    check(cudaGetDevice(&ordinal), "cudaGetDevice");
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = done.find({kernel, ordinal});
+    if (found == done.end() ? !wanted : found->second == wanted) return;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               wanted ? cudaSharedmemCarveoutMaxShared : cudaSharedmemCarveoutDefault),
+          std::string("cudaFuncSetAttribute of ") + name);
+    done[{kernel, ordinal}] = wanted;
+}
+
 template <class Job>
 void launch(const char* name, void (*kernel)(Job), const Grid& grid, const Job& job, Stream stream) {
     allow_shared(reinterpret_cast<const void*>(kernel), grid.shared, name);
+    if (grid.overlaps) prefer_shared(reinterpret_cast<const void*>(kernel), same_carveout(), name);
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
     config.blockDim = dim3(static_cast<unsigned>(grid.threads));

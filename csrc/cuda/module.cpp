@@ -43,7 +43,8 @@ public:
     Tiling tiling() {
         const auto precision = static_cast<Precision>(number_of());
         const int cluster = number_of(), m_tiles = number_of();
-        return {precision, cluster, m_tiles, flag()};
+        const bool resident = flag();
+        return {precision, cluster, m_tiles, resident, number_of()};
     }
     // What a launch is told, see calls.h.
     template <class Call>
@@ -74,7 +75,7 @@ T* memory(cuda::address value) {
 template <class Call>
 Tiling tiling_of(const Call& told) {
     return {static_cast<Precision>(told.precision), static_cast<int>(told.cluster), static_cast<int>(told.m_tiles),
-            told.resident != 0};
+            told.resident != 0, static_cast<int>(told.solo)};
 }
 
 template <class Call, class Launch>
@@ -159,7 +160,7 @@ DQL_CUDA_FUNCTION(mlp) {
 
 DQL_CUDA_FUNCTION(sizes) {
     return guarded([&] {
-        Reader args(items, count, 10, "sizes");
+        Reader args(items, count, 11, "sizes");
         const Mlp& net = args.handle<MlpHandle>();
         const Tiling tiling = args.tiling();
         const int64_t B = args.integer(), R = args.integer();
@@ -176,7 +177,7 @@ DQL_CUDA_FUNCTION(sizes) {
 
 DQL_CUDA_FUNCTION(shared_bytes) {
     return guarded([&] {
-        Reader args(items, count, 6, "shared_bytes");
+        Reader args(items, count, 7, "shared_bytes");
         const Mlp& net = args.handle<MlpHandle>();
         const Tiling tiling = args.tiling();
         return PyLong_FromLongLong(cuda::shared_bytes(net, tiling, args.flag()));
@@ -185,7 +186,7 @@ DQL_CUDA_FUNCTION(shared_bytes) {
 
 DQL_CUDA_FUNCTION(max_clusters) {
     return guarded([&] {
-        Reader args(items, count, 7, "max_clusters");
+        Reader args(items, count, 8, "max_clusters");
         const int ordinal = args.number_of();
         const Mlp& net = args.handle<MlpHandle>();
         const Tiling tiling = args.tiling();
@@ -193,9 +194,17 @@ DQL_CUDA_FUNCTION(max_clusters) {
     });
 }
 
+DQL_CUDA_FUNCTION(compare) {
+    return guarded([&] {
+        Reader args(items, count, 1, "compare");
+        cuda::compare(args.flag());
+        return none();
+    });
+}
+
 DQL_CUDA_FUNCTION(gradient_workspace) {
     return guarded([&] {
-        Reader args(items, count, 8, "gradient_workspace");
+        Reader args(items, count, 9, "gradient_workspace");
         const Mlp& net = args.handle<MlpHandle>();
         const Tiling tiling = args.tiling();
         const int K = args.number_of(), parts = args.number_of();
@@ -235,11 +244,13 @@ cuda::ChainJob chain_job(const Mlp& net, const cuda::ChainCall& told) {
     job.tiling = tiling_of(told), job.transposed = told.transposed != 0;
     job.first_network = static_cast<int>(told.first_network), job.networks = static_cast<int>(told.networks);
     job.flat = memory(told.flat);
+    job.states = maybe(told.states), job.embedding = maybe(told.embedding), job.told = maybe<int32_t>(told.told);
     job.packed = maybe<const char>(told.packed);
     job.steps = maybe(told.steps);
     job.B = told.B, job.N = static_cast<int>(told.N), job.K = static_cast<int>(told.K), job.R = job.B * job.N;
     job.max_action = static_cast<float>(told.max_action);
     job.max_clusters = static_cast<int>(told.max_clusters);
+    job.all_rows = told.all_rows != 0;
     return job;
 }
 
@@ -319,7 +330,7 @@ DQL_CUDA_FUNCTION(noise) {
 
 #define DQL_ENTRY(name, doc) \
     {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_##name)), METH_FASTCALL, doc}
-#define DQL_TILING "precision, cluster, m_tiles, resident"
+#define DQL_TILING "precision, cluster, m_tiles, resident, solo"
 
 PyMethodDef methods[] = {
     DQL_ENTRY(emulated, "-> bool"),
@@ -334,6 +345,7 @@ PyMethodDef methods[] = {
     DQL_ENTRY(sizes, "mlp, " DQL_TILING ", B, R, K, transposed, networks run -> bytes (packed, saved, back), RP, HP"),
     DQL_ENTRY(shared_bytes, "mlp, " DQL_TILING ", backward -> bytes"),
     DQL_ENTRY(max_clusters, "ordinal, mlp, " DQL_TILING ", backward -> how many are resident at a time"),
+    DQL_ENTRY(compare, "same carveout: how kernels that overlap ask for shared memory, to measure"),
     DQL_ENTRY(gradient_workspace, "mlp, " DQL_TILING ", K, parts, parameters -> floats"),
     DQL_ENTRY(fields, "-> {launch: \"type name;type name;...|type name;...\"}, as calls.h has them"),
     DQL_ENTRY(prologue, "mlp, packed call"),

@@ -94,16 +94,7 @@ private:
         rest /= rows;
         const int column = rest % job.tiling.cluster * s.NS + i % s.NS;
         const float* flat = job.flat + rest / job.tiling.cluster * net.apart;
-        float number = 0;
-        if (column < net.H) {
-            if (row < s.X)
-                number = flat[net.first + static_cast<int64_t>(column) * net.stride + net.x_column + row];
-            else if (row < s.X + s.O)
-                number = flat[net.out + static_cast<int64_t>(row - s.X) * net.H + column];
-            else
-                number = flat[net.hidden_bias[row - s.X - s.O] + column];
-        }
-        reinterpret_cast<float*>(job.packed + a.places.floats)[i] = number;
+        reinterpret_cast<float*>(job.packed + a.places.floats)[i] = small_float(net, flat, row, column);
     }
 
     // One step's row of the table.
@@ -203,6 +194,7 @@ void prologue(const PrologueJob& job, Stream stream) {
     a.state_blocks = static_cast<int>((job.B + device::STATES_A_BLOCK - 1) / device::STATES_A_BLOCK);
     Grid grid;
     grid.x = a.operand_blocks + a.float_blocks + a.time_blocks + int64_t{job.net.networks} * a.state_blocks;
+    grid.overlaps = true;
     grid.shared = 4 * (device::STATE_CHUNK + 1) * device::STATES_A_BLOCK;
     launch("the prologue", device::prologue_kernel, grid, a, stream);
 }

@@ -35,6 +35,10 @@ constexpr int STEP_STRIDE = 8;                     // floats a row of the step t
 constexpr int WIDE_M_TILES = 8, WIDE_CHUNK = 64, WIDE_STAGES = 3, WIDE_THREADS = 3 * 128,
               WIDE_SHARED = 227 * 1024;  // bytes that a block may have
 
+// Tiles of few rows, bf16, by a block alone (solo_chain.h): the first hidden layer's weights in registers, the others' in
+// shared memory. Rows of activations are SOLO_PAD bytes longer than their numbers, see solo_row.
+constexpr int SOLO_PAD = 128, SOLO_TABLE_STEPS = 6;  // rows of the time table that are made at a time
+
 enum class Precision : int { FP32 = 0, TF32 = 1, BF16 = 2 };
 
 DQL_PLAIN constexpr int element_bytes(Precision precision) { return precision == Precision::BF16 ? 2 : 4; }
@@ -59,19 +63,22 @@ struct Mlp {
 struct Tiling {
     Precision precision;
     int cluster;    // C: blocks that share a tile; 1 where weights are streamed
-    int m_tiles;    // 16 rows each, of a tile: 1, 2, 4 or WIDE_M_TILES
+    int m_tiles;    // 16 rows each, of a tile: 1, 2, 4 or WIDE_M_TILES; 0: solo
     bool resident;  // weights stay in shared memory for the whole chain (from compute capability 9.0); else streamed
+    int solo = 0;   // rows of a tile of solo_chain.h: 4, 8, 16 or 24; 0: another kernel's
+
+    DQL_PLAIN constexpr int rows() const { return solo > 0 ? solo : 16 * m_tiles; }
 };
 
 DQL_PLAIN constexpr int padded_width(int H, const Tiling& tiling) {
-    if (tiling.m_tiles == WIDE_M_TILES) return H <= 128 ? 128 : 256;
+    if (tiling.m_tiles == WIDE_M_TILES || tiling.solo > 0) return H <= 128 ? 128 : 256;
     return rounded_up(H, tiling.cluster == 1 ? 32 : 16 * tiling.cluster);
 }
 
 // What a block holds of a padded network, and where: the sizes of packed buffers.
 struct Slices {
     int HP, NS, L, X, O, element, groups;  // groups: k-groups of a row
-    bool wide;
+    bool wide, solo;
 
     DQL_PLAIN Slices(const Mlp& net, const Tiling& tiling)
         : HP(padded_width(net.H, tiling)),
@@ -81,14 +88,18 @@ struct Slices {
           O(net.O),
           element(element_bytes(tiling.precision)),
           groups(HP * element / GROUP_BYTES),
-          wide(tiling.m_tiles == WIDE_M_TILES) {}
+          wide(tiling.m_tiles == WIDE_M_TILES),
+          solo(tiling.solo > 0) {}
 
     DQL_PLAIN int pairs() const { return NS / 16; }
     // Operands of one block, one direction: [L - 1][2 pairs][groups][32 lanes][16 bytes]
     DQL_PLAIN int64_t layer_bytes() const { return static_cast<int64_t>(NS) * HP * element; }
     DQL_PLAIN int64_t operand_bytes() const { return (L - 1) * layer_bytes(); }
-    // Floats of one block, the same for both directions: W_x [X][NS] | W_out [O][NS] | biases [L - 1][NS]
-    DQL_PLAIN int floats() const { return (X + O + L - 1) * NS; }
+    // Floats of one block, the same for both directions: W_x [X][NS] | W_out [O][NS] | biases [L - 1][NS]; X and O of solo
+    // tiles rounded up to whole quads, with zeros.
+    DQL_PLAIN int floats() const {
+        return ((solo ? rounded_up(X, 4) + rounded_up(O, 4) : X + O) + L - 1) * NS;
+    }
     // Bytes of a row of activations in shared memory: eight lanes' 16 bytes, two rows of them, fall into all banks.
     DQL_PLAIN int row_bytes() const { return rounded_up(HP * element, 128) + GROUP_BYTES; }
 };
@@ -96,6 +107,11 @@ struct Slices {
 // The column of its n-pair that column n (0 .. 7) of n-tile j (0 or 1) is: lane 4 g + t of a result has the tile's
 // columns 2 t and 2 t + 1, and so of both tiles the pair's columns 4 t .. 4 t + 3.
 DQL_PLAIN constexpr int output_column(int j, int n) { return 4 * (n / 2) + 2 * j + n % 2; }
+
+// Where row `n` of eight starts in a solo tile's activations, in bytes: the 16-byte pieces of rows 2 i and 2 i + 1, as
+// operands are read, fall into different banks, and so do 32 bytes each of rows 0, 2, 4, 6 (or 1, 3, 5, 7), as results
+// are written.
+DQL_PLAIN constexpr int solo_row(int n, int row_bytes) { return n * row_bytes + (n / 2 * 32 + n % 2 * 64) % 128; }
 
 // Where number k (0 .. 63) of a row lies in a wide operand, in bytes.
 DQL_PLAIN constexpr int wide_place(int row, int k) { return row * 128 + (k / 8 ^ row % 8) * 16 + k % 8 * 2; }
@@ -120,12 +136,17 @@ DQL_PLAIN int64_t operand_index(const Slices& s, int layer, int column, int k) {
 //     floats        [networks][C][floats()]
 //     time table    [K][HP]: W_t time_mlp(embedding_k) + b of the first layer; not of critics
 //     state part    [networks][B][HP]: W_s s; of critics W_s s + b
+// Solo blocks read parameters and states themselves, and nothing is packed for them.
 struct Packed {
     int64_t operands, floats, time_table, state_part, end;
     int64_t operands_apart, floats_apart;  // from one network to the next, in bytes
 
     DQL_PLAIN Packed(const Mlp& net, const Tiling& tiling, bool transposed, int64_t B, int K) {
         const Slices s(net, tiling);
+        if (s.solo) {
+            operands = floats = time_table = state_part = end = operands_apart = floats_apart = 0;
+            return;
+        }
         operands_apart = (transposed ? 2 : 1) * tiling.cluster * s.operand_bytes();
         floats_apart = static_cast<int64_t>(tiling.cluster) * s.floats() * 4;
         operands = 0;
@@ -169,7 +190,7 @@ struct BackwardPlaces {
 };
 
 DQL_PLAIN int64_t whole_tiles(int64_t R, const Tiling& tiling) {
-    const int64_t rows = 16 * tiling.m_tiles;
+    const int64_t rows = tiling.rows();
     return (R + rows - 1) / rows * rows;
 }
 

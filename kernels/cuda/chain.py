@@ -16,7 +16,7 @@ import torch
 from ..layout import CriticSpec, DenoiserSpec
 from ..limits import check_memory
 from . import binding
-from .plan import Problem, Tiling, choose
+from .plan import Problem, Tiling, choose, exchanges_whole_tiles
 
 Tensor = torch.Tensor
 _MAX_PARTS = 16  # into which the rows of a gradient are cut
@@ -136,11 +136,12 @@ class ChainRunner(Launcher):
         tiling = self.tiling(R, K, 1, save)
         numbers = tiling.numbers(self.precision)
         packed, saved, _, _, _ = self.module.sizes(self.mlp, *numbers, B, R, K, int(save), 1)
-        told = tiling.fields(self.precision) | {"transposed": save, "B": B, "K": K, "ordinal": self.ordinal}
-        prologue = self.calls["prologue"].fix(embedding=self.embedding.data_ptr(), **told)
+        told: dict[str, Any] = tiling.fields(self.precision) | {"transposed": save, "B": B, "K": K, "ordinal": self.ordinal}
+        told["embedding"] = self.embedding.data_ptr()
+        prologue = self.calls["prologue"].fix(**told)
         chain = self.calls["chain"].fix(
             networks=1, steps=self.table.data_ptr(), N=candidates, max_action=self.max_action,
-            max_clusters=self.max_clusters(tiling, False), **told,
+            max_clusters=self.max_clusters(tiling, False), all_rows=exchanges_whole_tiles(), **told,
         )  # fmt: skip
         return ChainPlan(self, tiling, packed, saved if save else 0, prologue, chain)
 
@@ -232,10 +233,12 @@ class ChainPlan:
         saved = runner.bytes(self.saved_bytes) if self.saved_bytes else None
         base, (number, number_at) = packed.data_ptr(), seed_arguments(seed)
         # in the order of csrc/cuda/calls.h, without names, which would cost a microsecond
-        moving = calls["prologue"].move(at, states.data_ptr(), base, address(told), stream)
-        module.prologue(runner.mlp, moving + self.prologue)
+        of_states, told_at = states.data_ptr(), address(told)
+        if not self.tiling.solo:  # whose blocks read parameters and states themselves
+            moving = calls["prologue"].move(at, of_states, base, told_at, stream)
+            module.prologue(runner.mlp, moving + self.prologue)
         moving = calls["chain"].move(
-            at, base, address(noise), number, number_at, actions.data_ptr(), address(saved), stream
+            at, of_states, base, address(noise), number, number_at, actions.data_ptr(), address(saved), told_at, stream
         )
         module.chain_forward(runner.mlp, moving + self.chain)
         return ChainSaved(packed, saved, self.tiling) if saved is not None else None

@@ -1,29 +1,37 @@
 """How a problem is cut for the CUDA kernels: rows a tile, blocks a cluster, whether weights stay on the chip.
 
-A written model of time, in cycles of a multiprocessor, chooses among the tilings that fit. Its terms are counted or
-taken from published measurements of Hopper GPUs. Per step of the chain and tile of M rows:
+A written model of time, in cycles of a multiprocessor, chooses among the tilings that fit (`cost`). Its terms are
+counted or taken from published measurements of Hopper GPUs:
 
+    launches             3,200 each: what the smallest kernel takes in a graph, 1.7 us
+    prologue             2,500 for weights, and 10,000 for all blocks of 16 states that run at a time, two a
+                         multiprocessor; solo blocks have none
+    load                 the weights once, resident or solo: packed ones at 30 bytes a cycle; solo the float32 ones at 64,
+                         less when many multiprocessors ask, at 24 when all do, and 2,500 of latency
+    per step and tile of M rows
     a layer's product    M NS HP multiply-adds at 1024 (bf16), 512 (tf32) or 128 (fp32) a cycle, but at least the
                          latency of a warp's chain of k-groups: 40 each; 30 where weights are resident and one m-tile
-                         on the tensor cores has two sums for each result (product.h)
-    its activation       two results of the special function units each, 16 a cycle
-    resident             500 cycles to exchange, and what leaves the block at 14 bytes a cycle (between the blocks of a
-                         cluster); alone on a multiprocessor 60
-    streamed             the weights at 64 bytes a cycle from the L2 cache, at 24 when every multiprocessor asks
-    128 rows             everything overlaps but for a third
+                         on the tensor cores has two sums for each result (product.h). Solo at 512 a cycle, since eight
+                         rows are half an instruction, and at least the bytes that it reads from shared memory, at 128
+    its activation       two results of the special function units each, 16 a cycle, and 60
+    exchange             of a cluster 500, and what leaves a block at 14 bytes a cycle
+    stream               the weights at 64 bytes a cycle from the L2 cache, less when many multiprocessors ask
+    narrow               first and last layer on the FMA units, and 300 for the update
 
-and once the resident weights at 30 bytes a cycle. What a step takes is more, since its terms overlap less and need more
-instructions than they count: measured on an H200 (bench/results/2026-11-27-nvidia-h200-first.json, 1.9 GHz), steps of
-published sizes took 3,500 cycles and, on top, 1.95 times the model where weights are resident, 3.45 times where they
-are streamed, 1.7 times with tiles of 128 rows: within a third of each of 26 measurements, most within a tenth. How many
-clusters run at a time is asked of the device: 15 of 8 blocks there, and 30 of 4, where the multiprocessors would be
-enough for 16 and 33.
+A step takes more than the sum, since its terms overlap less and need more instructions than they count. Measured on an
+H200 (bench/results/2026-11-27-nvidia-h200-first.json and -bench.json, 1.9 GHz; S = 17, A = 6, H = 256, five steps), it
+takes 4,000 cycles and, on top, 1.8 times the sum where weights are resident, 17,000 and 1.95 times where they are
+streamed, and 33,000 and 0.55 times with tiles of 128 rows: each of 18, 6 and 2 measurements within 18, 7 and 4%. Solo
+blocks HAVE NOT RUN ON A GPU: they are taken to be like resident ones. How many clusters run at a time is asked of the
+device: 15 of 8 blocks there, and 30 of 4, where the multiprocessors would be enough for 16 and 33.
 
-Few rows want many blocks each: clusters of 8 leave a block 32 of 256
-columns. Many rows want few: what a cluster exchanges grows with its size, what a stream costs is shared by the rows.
+Few rows want many blocks each or one alone that waits for nobody; many rows want few: what a cluster exchanges grows
+with its size, what a stream costs is shared by the rows. `python bench/predicted.py REPORT` sets the model beside what
+a GPU took.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -33,8 +41,11 @@ from . import binding
 from .binding import PRECISIONS
 
 WIDE = 8  # m_tiles of the kernel for 128 rows
+SOLO_ROWS = (4, 8, 16, 24)
 _MULTIPLY_ADDS = {"fp32": 128, "tf32": 512, "bf16": 1024}
-_A_STEP = 3500  # cycles, whatever the tiling
+_LAUNCH, _PROLOGUE, _SOLO_LOAD = 3200, 2500, 2500
+_MEASURED = {"resident": (4000, 1.8), "streamed": (17000, 1.95), "wide": (33000, 0.55), "solo": (4000, 1.8)}
+"""Kind of tiling -> (cycles of a step whatever its sum, factor of the sum)."""
 
 
 @dataclass(frozen=True)
@@ -43,25 +54,34 @@ class Tiling:
 
     Attributes:
         cluster: blocks that share a tile: 1, 2, 4 or 8.
-        m_tiles: 16 rows each, of a tile: 1, 2, 4 (not in fp32) or 8 (`WIDE`).
-        resident: weights stay in shared memory for the whole chain; else they are streamed through it.
+        m_tiles: 16 rows each, of a tile: 1, 2, 4 (not in fp32) or 8 (`WIDE`); 0 of solo tiles.
+        resident: weights stay on the chip for the whole chain; else they are streamed through it.
+        solo: rows of a tile that one block runs alone, with all weights in its registers and shared memory: 4, 8, 16
+            or 24; 0 of others.
     """
 
     cluster: int
     m_tiles: int
     resident: bool
+    solo: int = 0
+
+    @classmethod
+    def alone(cls, rows: int) -> "Tiling":
+        """A solo tile of so many rows."""
+        return cls(1, 0, True, rows)
 
     @property
     def rows(self) -> int:
-        return 16 * self.m_tiles
+        return self.solo or 16 * self.m_tiles
 
-    def numbers(self, precision: str) -> tuple[int, int, int, int]:
+    def numbers(self, precision: str) -> tuple[int, int, int, int, int]:
         """As the extension's questions take it."""
-        return PRECISIONS.index(precision), self.cluster, self.m_tiles, int(self.resident)
+        return PRECISIONS.index(precision), self.cluster, self.m_tiles, int(self.resident), self.solo
 
     def fields(self, precision: str) -> dict[str, float]:
         """As its launches are told it."""
-        return dict(zip(("precision", "cluster", "m_tiles", "resident"), self.numbers(precision), strict=True))
+        names = ("precision", "cluster", "m_tiles", "resident", "solo")
+        return dict(zip(names, self.numbers(precision), strict=True))
 
 
 @dataclass(frozen=True)
@@ -98,6 +118,37 @@ def forced(tiling: Tiling) -> Iterator[None]:
         del _forced[len(_forced) - 1 - _forced[::-1].index(tiling)]  # the innermost of those that are equal
 
 
+_whole: list[bool] = []
+
+
+@contextlib.contextmanager
+def without(what: str) -> Iterator[None]:
+    """Leaves out what was made to be faster, so that a measurement can tell what it is good for. Plans keep theirs.
+
+    Args:
+        what: "few rows": clusters exchange tiles that are not full whole; "carve-out": kernels that overlap ask for
+            shared memory each as it needs it.
+    """
+    if what not in ("few rows", "carve-out"):
+        raise ValueError(f"what must be 'few rows' or 'carve-out', got {what!r}")
+    if what == "few rows":
+        _whole.append(True)
+    else:
+        binding.module().compare(0)
+    try:
+        yield
+    finally:
+        if what == "few rows":
+            _whole.pop()
+        else:
+            binding.module().compare(1)
+
+
+def exchanges_whole_tiles() -> bool:
+    """Whether `without("few rows")` is in force."""
+    return bool(_whole)
+
+
 def choose(problem: Problem, ordinal: int) -> Tiling:
     """The tiling for a problem on a device: a forced one, or the one that the model takes to be fastest.
 
@@ -129,7 +180,8 @@ def misfit(problem: Problem, ordinal: int) -> str | None:
 
 def _rounded(problem: Problem) -> Problem:
     """With rows that all tilings cut alike, so that few problems are looked at."""
-    rows = max(1, -(-problem.rows // 16)) * 16
+    unit = SOLO_ROWS[0] if _can_be_solo(problem) else 16
+    rows = max(1, -(-problem.rows // unit)) * unit
     return replace(problem, rows=rows)
 
 
@@ -141,7 +193,15 @@ def _possible(problem: Problem, capability: int, wide: bool) -> list[Tiling]:
     spec = problem.spec
     if wide and isinstance(spec, DenoiserSpec) and spec.hidden_dim <= 256 and problem.precision == "bf16":
         found += [] if problem.saving else [Tiling(1, WIDE, False)]
+    if _can_be_solo(problem):
+        found += [Tiling.alone(rows) for rows in SOLO_ROWS if rows > 4 or not problem.saving]
     return found
+
+
+def _can_be_solo(problem: Problem) -> bool:
+    spec = problem.spec
+    fits = isinstance(spec, DenoiserSpec) and spec.hidden_dim <= 256 and spec.hidden_dim % 4 == 0
+    return fits and problem.precision == "bf16"
 
 
 @lru_cache(maxsize=4096)
@@ -149,7 +209,7 @@ def _chosen(problem: Problem, ordinal: int, emulated: bool) -> Tiling | None:
     capability, multiprocessors, shared, wide = binding.facts(ordinal, emulated)
     fitting = [t for t in _possible(problem, capability, wide) if shared_bytes(problem, t, emulated) <= shared]
     placed = {t: _at_once(problem, t, ordinal, emulated) for t in fitting}
-    found = [(cycles(problem, t, multiprocessors, n), t.cluster, t.m_tiles, t) for t, n in placed.items() if n > 0]
+    found = [(cost(problem, t, multiprocessors, n).total, t.cluster, t.rows, t) for t, n in placed.items() if n > 0]
     return min(found, key=lambda row: row[:3])[3] if found else None
 
 
@@ -168,8 +228,41 @@ def shared_bytes(problem: Problem, tiling: Tiling, emulated: bool | None = None)
     return int(binding.load(emulated).shared_bytes(mlp, *tiling.numbers(problem.precision), 0))
 
 
-def cycles(problem: Problem, tiling: Tiling, multiprocessors: int, at_once: int | None = None) -> float:
-    """What the model takes a forward pass to last, but for the launch and the prologue.
+@dataclass(frozen=True)
+class Cost:
+    """What a forward pass is taken to last, in cycles: of a multiprocessor's clock.
+
+    Attributes:
+        launches: of kernels.
+        prologue: packed weights, time table and the states' part, read and written.
+        load: of resident weights.
+        steps: of all steps, whatever their work.
+        products, activations, exchange, stream, narrow: of all steps; what is hidden behind another part is 0.
+    """
+
+    launches: float
+    prologue: float
+    load: float
+    steps: float
+    products: float
+    activations: float
+    exchange: float
+    stream: float
+    narrow: float
+
+    @property
+    def total(self) -> float:
+        return sum(dataclasses.astuple(self))
+
+    @property
+    def bound(self) -> str:
+        """The name of the largest part."""
+        parts = dataclasses.asdict(self)
+        return max(parts, key=parts.__getitem__)
+
+
+def cost(problem: Problem, tiling: Tiling, multiprocessors: int, at_once: int | None = None) -> Cost:
+    """What the model takes a forward pass to last; see the module.
 
     Args:
         at_once: clusters that run at a time; None: as many as there are multiprocessors for.
@@ -177,29 +270,50 @@ def cycles(problem: Problem, tiling: Tiling, multiprocessors: int, at_once: int 
     spec, M, C = problem.spec, tiling.rows, tiling.cluster
     H, L, A = spec.hidden_dim, spec.num_hidden, spec.action_dim
     element = 2 if problem.precision == "bf16" else 4
+    wide = tiling.m_tiles == WIDE
     unit = 32 if C == 1 else 16 * C
-    HP = (128 if H <= 128 else 256) if tiling.m_tiles == WIDE else -(-H // unit) * unit
+    HP = (128 if H <= 128 else 256) if wide or tiling.solo else -(-H // unit) * unit
     NS = HP // C
     tiles = -(-problem.rows // M) * problem.networks
     at_once = max(1, multiprocessors // C) if at_once is None else at_once
     waves = -(-tiles // at_once)
-    activation = M * NS * 2 / 16
-    weights = (L - 1) * HP * HP * element
-    from_cache = weights / (24 if min(tiles, at_once) * C > multiprocessors / 2 else 64)
-    if tiling.m_tiles == WIDE:
-        arithmetic = (L - 1) * M * HP * HP / 2048, L * M * HP * 20 / 128
-        return waves * problem.steps * (_A_STEP + 1.7 * (1500 + 4 / 3 * max(*arithmetic, from_cache)))
-    pairs = NS // 16
-    split = max(1, 8 // pairs) if pairs < 8 else 1
-    passes = -(-pairs * split // 8)
-    groups = HP * element / 64
-    # 10 less by the stalls in nvcc's machine code; streaming, a group's time goes into asking for later ones
-    group = 30 if tiling.resident and tiling.m_tiles == 1 and problem.precision != "fp32" else 40
-    product = max(M * NS * HP / _MULTIPLY_ADDS[problem.precision], 100 + group * passes * groups / split)
-    narrow = 2 * M * A * NS / 128 + 300  # first and last layer, and the update
-    if tiling.resident:
-        exchange = 60.0 if C == 1 else 500 + M * NS * element * (C - 1) / 14
-        step = L * (activation + exchange) + (L - 1) * product + narrow
-        return weights / C / 30 + 1000 + waves * problem.steps * (_A_STEP + 1.95 * step)
-    step = L * (activation + 60) + max((L - 1) * product, from_cache) + narrow
-    return waves * problem.steps * (_A_STEP + 3.45 * step)
+    kind = "wide" if wide else "solo" if tiling.solo else "resident" if tiling.resident else "streamed"
+    least, factor = _MEASURED[kind]
+    times, weights = waves * problem.steps, (L - 1) * HP * HP * element
+    by_cache = min(64, 24 * multiprocessors / (min(tiles, at_once) * C))  # bytes a cycle
+    blocks = problem.networks * problem.rows / 16  # of the prologue's, for states
+    prologue = _PROLOGUE + 10000 * (-(-blocks // (2 * multiprocessors)) - 1)
+    # Per step:
+    activations = L * (M * NS * 2 / 16 + 60)
+    narrow = 2 * M * A * NS / 128 + 300
+    load = exchange = stream = 0.0
+    if wide:
+        activations, narrow = 0.0, 1500.0
+        arithmetic = max((L - 1) * M * HP * HP / 2048, L * M * HP * 20 / 128)
+        products, stream = (4 / 3 * arithmetic, 0.0) if arithmetic > weights / by_cache else (0.0, weights / by_cache)
+        stream *= 4 / 3
+    elif tiling.solo:
+        rows = max(8, M)
+        read = (L - 1) * 8 * rows * HP * element / 128, (L - 2) * HP * HP * element / 128
+        tensor = (L - 1) * max(rows * HP * HP / 1024, 40 * HP * element / 64)
+        products = max(tensor, sum(read))
+        load = (L - 1) * HP * HP * 4 / by_cache + _SOLO_LOAD
+        prologue = 0.0
+    else:
+        pairs = NS // 16
+        split = max(1, 8 // pairs) if pairs < 8 else 1
+        passes = -(-pairs * split // 8)
+        groups = HP * element / 64
+        # 10 less by the stalls in nvcc's machine code; streaming, a group's time goes into asking for later ones
+        group = 30 if tiling.resident and tiling.m_tiles == 1 and problem.precision != "fp32" else 40
+        product = max(M * NS * HP / _MULTIPLY_ADDS[problem.precision], 100 + group * passes * groups / split)
+        products = (L - 1) * product
+        if tiling.resident:
+            load = weights / C / 30 + 1000
+            # what a cluster exchanges in place of the 60 cycles of a block's own barrier
+            exchange = L * (440 + M * NS * element * (C - 1) / 14) if C > 1 else 0.0
+        elif weights / by_cache > products:
+            products, stream = 0.0, weights / by_cache
+    launches = _LAUNCH * (1 if tiling.solo else 2)
+    scaled = [times * factor * part for part in (products, activations, exchange, stream, narrow)]
+    return Cost(launches, prologue, load, times * least, *scaled)

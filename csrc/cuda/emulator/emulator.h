@@ -27,6 +27,9 @@
 struct alignas(8) uint2 {
     uint32_t x, y;
 };
+struct alignas(8) float2 {
+    float x, y;
+};
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
@@ -35,6 +38,7 @@ struct alignas(16) float4 {
 };
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 namespace dql {
@@ -84,6 +88,7 @@ void sync_block();
 void sync_some(int which, int threads);
 void sync_warp();
 void sync_cluster();
+inline void leave_cluster() { sync_cluster(); }
 float shuffle_xor(float value, int mask);
 inline void keep_order() {}
 

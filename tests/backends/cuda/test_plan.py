@@ -2,6 +2,7 @@
 which GPU is in `cuda/test_resources`."""
 
 import itertools
+import math
 import time
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from support.emulator import tilings
 
 from dql.kernels.cuda import binding
 from dql.kernels.cuda import plan as cuda_plan
-from dql.kernels.cuda.plan import WIDE, Problem, Tiling, choose, cycles, forced
+from dql.kernels.cuda.plan import SOLO_ROWS, WIDE, Problem, Tiling, choose, cost, forced
 from dql.kernels.layout import CriticSpec, DenoiserSpec
 
 pytestmark = pytest.mark.usefixtures("emulated")
@@ -46,30 +47,86 @@ def test_the_least_cycles_of_those_that_fit(on, precision, way):
         fitting = [t for t in tilings(precision) if cuda_plan.shared_bytes(problem, t) <= H200[2]]
         if problem == replace(PUBLISHED, rows=rows):
             fitting.append(Tiling(1, WIDE, False))
+        if precision == "bf16" and problem.networks == 1:
+            fitting += [Tiling.alone(height) for height in SOLO_ROWS if height > 4 or not problem.saving]
         chosen = choose(problem, 0)
         assert chosen in fitting
-        rounded = replace(problem, rows=-(-rows // 16) * 16)
-        assert cycles(rounded, chosen, H200[1]) == min(cycles(rounded, t, H200[1]) for t in fitting)
+        rounded = replace(problem, rows=-(-rows // 4) * 4)
+        assert cost(rounded, chosen, H200[1]).total == min(cost(rounded, t, H200[1]).total for t in fitting)
 
 
 def test_clusters_are_as_many_as_the_device_places(on):
     """An H200 was seen to run 15 clusters of 8 blocks at a time, not 16: 256 rows in them take two turns, 68 us beside
     39 us in clusters of 4 (bench/results/2026-11-27-nvidia-h200-first.json and the run after it)."""
     on(H200, {1: 132, 2: 66, 4: 30, 8: 15})
-    for precision in binding.PRECISIONS:
+    for precision in ("fp32", "tf32"):
         of = replace(PUBLISHED, precision=precision)
         assert choose(replace(of, rows=1), 0) == Tiling(8, 1, True)
         assert choose(replace(of, rows=15 * 16), 0) == Tiling(8, 1, True)
         assert choose(replace(of, rows=15 * 16 + 1), 0) == choose(of, 0) == Tiling(4, 1, True)
     on(H200)
-    assert choose(PUBLISHED, 0) == Tiling(8, 1, True)
+    assert choose(replace(PUBLISHED, precision="tf32"), 0) == Tiling(8, 1, True)
 
 
-def test_before_hopper_weights_are_streamed(on):
+def test_few_rows_in_bf16_are_a_block_alones(on):
+    """As few a tile as there are multiprocessors for; critics and what is wider have other kernels."""
+    on(H200, {1: 132, 2: 66, 4: 30, 8: 15})
+    for rows, height in ((1, 4), (256, 4), (1056, 8), (2112, 16), (2500, 24)):
+        assert choose(replace(PUBLISHED, rows=rows), 0) == Tiling.alone(height)
+    assert choose(replace(PUBLISHED, rows=256, saving=True), 0) == Tiling.alone(8)
+    for other in (
+        {"precision": "tf32"},
+        {"spec": DenoiserSpec(17, 6, 272)},
+        {"spec": DenoiserSpec(17, 6, 254)},
+        {"spec": DenoiserSpec(17, 6, 256, 4)},  # 256 KB of weights in shared memory
+        WAYS["critics"],
+    ):
+        assert choose(replace(PUBLISHED, **other), 0).solo == 0
+
+
+def test_the_model_is_as_near_as_it_says(on):
+    """Device times of an H200, us (bench/results/2026-11-27-nvidia-h200-first.json, -bench.json, -profile.md)."""
+    measured = {
+        ("bf16", Tiling(8, 1, True)): {1: 37.3, 37: 36.6, 256: 68.4},
+        ("bf16", Tiling(4, 1, True)): {37: 40.9, 256: 41.9},
+        ("bf16", Tiling(2, 1, True)): {37: 45.4, 256: 47.2},
+        ("bf16", Tiling(2, 4, True)): {2500: 93.9},
+        ("tf32", Tiling(8, 1, True)): {1: 39.3, 37: 38.1, 256: 69.0},
+        ("tf32", Tiling(4, 1, True)): {37: 41.5, 256: 44.1},
+        ("fp32", Tiling(8, 1, True)): {1: 46.7, 37: 44.9, 256: 86.0},
+        ("fp32", Tiling(4, 1, True)): {37: 60.6, 256: 58.9},
+        ("bf16", Tiling(1, 2, False)): {37: 91.7, 256: 91.4},
+        ("tf32", Tiling(1, 2, False)): {37: 119.7, 256: 119.5},
+        ("fp32", Tiling(1, 2, False)): {37: 257.4, 256: 257.1, 65536: 4090},
+        ("tf32", Tiling(1, 4, False)): {65536: 1560},
+        ("bf16", Tiling(1, WIDE, False)): {37: 127.0, 256: 127.5, 65536: 540},
+    }
+    near = {"resident": 0.18, "streamed": 0.08, "wide": 0.05}
+    for (precision, tiling), times in measured.items():
+        kind = "resident" if tiling.resident else "wide" if tiling.m_tiles == WIDE else "streamed"
+        for rows, us in times.items():
+            problem = replace(PUBLISHED, precision=precision, rows=rows)
+            placed = {1: 132, 2: 66, 4: 30, 8: 15}[tiling.cluster]
+            told = cost(problem, tiling, 132, placed)
+            assert abs(math.log(told.total / 1900 / us)) < near[kind], (precision, tiling, rows, told.total / 1900, us)
+
+
+def test_a_cost_says_what_bounds_it():
+    found = {
+        rows: cost(replace(PUBLISHED, rows=rows), tiling, 132).bound
+        for rows, tiling in ((1, Tiling.alone(4)), (2500, Tiling(2, 4, True)), (1 << 20, Tiling(1, WIDE, False)))
+    }
+    assert found == {1: "steps", 2500: "exchange", 1 << 20: "steps"}
+    told = cost(PUBLISHED, Tiling(1, 2, False), 132)
+    assert told.exchange == told.load == 0 and told.launches == 2 * cost(PUBLISHED, Tiling.alone(8), 132).launches
+
+
+def test_before_hopper_weights_are_streamed_or_a_block_alones(on):
     on(A100)
     for precision, rows in itertools.product(binding.PRECISIONS, (1, 256, 65536)):
         chosen = choose(replace(PUBLISHED, precision=precision, rows=rows), 0)
-        assert (chosen.cluster, chosen.resident) == (1, False) and chosen.m_tiles != WIDE
+        assert chosen.cluster == 1 and chosen.m_tiles != WIDE
+        assert bool(chosen.solo) == (precision == "bf16" and rows < 65536) == chosen.resident
 
 
 def test_128_rows_are_for_sampling_in_bf16(on):
@@ -86,11 +143,13 @@ def test_128_rows_are_for_sampling_in_bf16(on):
 
 def test_rows_that_all_tilings_cut_alike_share_a_plan(on):
     on(H200)
-    for rows in (0, 1, 7, 16):
-        choose(replace(PUBLISHED, rows=rows), 0)
-    assert cuda_plan._chosen.cache_info().misses == 1
-    choose(replace(PUBLISHED, rows=17), 0)
-    assert cuda_plan._chosen.cache_info().misses == 2
+    for at, precision in enumerate(("tf32", "bf16")):
+        most = {"tf32": 16, "bf16": 4}[precision]
+        for rows in (0, 1, 3, most):
+            choose(replace(PUBLISHED, precision=precision, rows=rows), 0)
+        assert cuda_plan._chosen.cache_info().misses == 1 + 2 * at
+        choose(replace(PUBLISHED, precision=precision, rows=most + 1), 0)
+        assert cuda_plan._chosen.cache_info().misses == 2 + 2 * at
 
 
 def test_a_plan_that_was_made_costs_little(on):
@@ -119,6 +178,7 @@ def test_forced_tilings_nest():
 
 
 def test_a_tiling_in_the_extensions_words():
-    assert Tiling(4, 2, True).numbers("tf32") == (1, 4, 2, 1)
-    assert Tiling(1, WIDE, False).numbers("bf16") == (2, 1, 8, 0)
-    assert Tiling(1, 4, False).rows == 64
+    assert Tiling(4, 2, True).numbers("tf32") == (1, 4, 2, 1, 0)
+    assert Tiling(1, WIDE, False).numbers("bf16") == (2, 1, 8, 0, 0)
+    assert Tiling.alone(24).numbers("bf16") == (2, 1, 0, 1, 24)
+    assert (Tiling(1, 4, False).rows, Tiling.alone(24).rows) == (64, 24)
