@@ -205,7 +205,8 @@ _PRECISIONS = ("fp32", "tf32", "bf16")  # of shapes.h
 
 
 def readable(mangled: Sequence[str]) -> dict[str, str]:
-    """Kernels' names as one reads them: "chain bf16 m2 resident backward", "wide_chain 256", "prologue"."""
+    """Kernels' names as one reads them: "chain bf16 m2 resident backward", "wide_chain 256", "solo_chain 256
+    of 8 rows saving", "prologue"."""
     names = {}
     for name in mangled:
         base = re.search(r"device(\d+)(\w+)", name)
@@ -213,6 +214,8 @@ def readable(mangled: Sequence[str]) -> dict[str, str]:
         if chain := re.search(r"9PrecisionE(\d)ELi(\d)ELb(\d)ELb(\d)", name):
             parts = [short, _PRECISIONS[int(chain[1])], f"m{chain[2]}", "resident" if chain[3] == "1" else "streamed"]
             short = " ".join([*parts, "backward" if chain[4] == "1" else "forward"])
+        elif solo := re.search(r"ILi(\d+)ELi(\d+)ELNS\w*4SoloE(\d)E", name):
+            short = f"{short} {solo[1]} of {solo[2]} rows {('forward', 'saving', 'backward')[int(solo[3])]}"
         elif wide := re.search(r"ILi(\d+)ELb(\d)E", name):
             short = f"{short} {wide[1]}" + ("" if wide[2] == "1" else " floats from L2")
         names[name] = short

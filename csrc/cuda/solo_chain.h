@@ -238,8 +238,12 @@ private:
             if (from == 0) sync_block();
             for (int i = thread(); i < STATE_CHUNK * M; i += THREADS) {
                 const int row = i / STATE_CHUNK, j = from + i % STATE_CHUNK;
+                int state = static_cast<int>(row0) + row;  // a division of 64 bits is a call
                 float value = 0;
-                if (row0 + row < a.R && j < S) value = a.states[(row0 + row) / a.N * S + j];
+                if (state < a.R && j < S) {
+                    if (a.N > 1) state /= a.N;
+                    value = a.states[static_cast<int64_t>(state) * S + j];
+                }
                 chunk[i % STATE_CHUNK * M + row] = value;
                 if (!(fabsf(value) < INFINITY)) {  // all who find something write the same
                     bad[row] = 1;

@@ -190,6 +190,61 @@ void loads_of_activations_meet_no_bank_twice() {
         });
 }
 
+// What a solo block keeps: no part reaches into the next, and the published sizes in tiles of 8 rows fit an A100.
+void a_solo_blocks_memory_is_divided() {
+    for (const int H : {4, 16, 100, 128, 200, 256})
+        for (const int L : {2, 3, 4})
+            for (const int A : {1, 6, 24, 64})
+                for (const int rows : {4, 8, 16, 24}) {
+                    const Tiling tiling = {Precision::BF16, 1, 0, true, rows};
+                    const Mlp net = mlp(H, L, A, 17);
+                    const Slices s(net, tiling);
+                    const BlockMemory memory(net, tiling);
+                    const int HP = H <= 128 ? 128 : 256, height = rows < 8 ? 8 : rows, narrow = rounded_up(A, 4);
+                    CHECK_EQ(s.HP, HP);
+                    CHECK_EQ(memory.narrow, narrow);
+                    for (int n = 0; n < 8; ++n)  // a row ends before the next one starts
+                        CHECK(solo_row(n, memory.row_bytes) + HP * 2 <= solo_row(n + 1, memory.row_bytes));
+                    CHECK(solo_row(7, memory.row_bytes) + HP * 2 <= 8 * memory.row_bytes);
+                    const int made_of = SOLO_TABLE_STEPS * 3 * MAX_NARROW * 4, states = (32 * rows + rows) * 4;
+                    CHECK_EQ(memory.h[1] - memory.h[0], height * memory.row_bytes);  // in one piece, for
+                    CHECK(memory.weights - memory.h[0] >= made_of);                  // the time table's hidden numbers
+                    CHECK(memory.weights - memory.h[0] >= states);                   // and a chunk of states
+                    CHECK(memory.floats - memory.weights >= (L - 2) * HP * HP * 2);
+                    CHECK(memory.table - memory.floats >= (2 * narrow + L - 1) * HP * 4);
+                    CHECK(memory.v - memory.table >= SOLO_TABLE_STEPS * HP * 4);
+                    CHECK(memory.own - memory.v >= rows * narrow * 4);
+                    const int64_t after = memory.parts >= 0 ? memory.parts : memory.bytes;
+                    CHECK(after - memory.own >= 3 * rows * narrow * 4);
+                    const int parts = WARPS * rows * narrow * 4;
+                    CHECK(memory.parts >= 0 ? memory.bytes - memory.parts >= parts : parts <= height * memory.row_bytes);
+                }
+    const Mlp published = mlp(256, 3, 6, 17);
+    CHECK(BlockMemory(published, {Precision::BF16, 1, 0, true, 8}).bytes <= 163 * 1024);
+    CHECK(BlockMemory(published, {Precision::BF16, 1, 0, true, 24}).bytes <= WIDE_SHARED);
+    CHECK_EQ(Packed(published, {Precision::BF16, 1, 0, true, 8}, true, 37, 5).end, 0);
+    CHECK_EQ(whole_tiles(37, {Precision::BF16, 1, 0, true, 24}), 48);
+}
+
+// A quarter of a warp reads 128 bytes of rows 2 i and 2 i + 1; a warp writes 32 bytes of every other row. All 32 banks.
+void solo_rows_meet_no_bank_twice() {
+    for (const int row_bytes : {128 * 2 + SOLO_PAD, 256 * 2 + SOLO_PAD}) {
+        for (int i = 0; i < 4; ++i) {
+            std::set<int> banks;
+            for (int lane = 8 * i; lane < 8 * i + 8; ++lane)
+                for (int word = 0; word < 4; ++word)
+                    banks.insert((solo_row(lane / 4, row_bytes) + lane % 4 * 16 + 4 * word) / 4 % 32);
+            CHECK_EQ(banks.size(), size_t{32});
+        }
+        for (int e = 0; e < 2; ++e) {
+            std::set<int> banks;
+            for (int lane = 0; lane < 32; ++lane)
+                banks.insert((solo_row(2 * (lane % 4) + e, row_bytes) + lane / 4 * 4) / 4 % 32);
+            CHECK_EQ(banks.size(), size_t{32});
+        }
+    }
+}
+
 void packed_parts_follow_each_other() {
     for (const int H : WIDTHS)
         each_tiling([&](const Tiling& tiling) {
@@ -222,6 +277,8 @@ int main() {
     RUN(warps_share_a_product);
     RUN(shared_memory_is_divided);
     RUN(loads_of_activations_meet_no_bank_twice);
+    RUN(a_solo_blocks_memory_is_divided);
+    RUN(solo_rows_meet_no_bank_twice);
     RUN(packed_parts_follow_each_other);
     return check::report();
 }

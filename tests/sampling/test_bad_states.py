@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.emulator import SOLO
 from support.networks import A, S, make_critic, make_policy, states_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -139,9 +140,9 @@ def test_sizes_that_fill_no_tile(backend):
         assert got[got.isnan().logical_not()].isfinite().all() and clear()
 
 
-@pytest.mark.parametrize("tiling", [Tiling(1, 4, False), Tiling(4, 1, True), Tiling(1, 8, False)], ids=str)
+@pytest.mark.parametrize("tiling", [Tiling(1, 4, False), Tiling(4, 1, True), Tiling(1, 8, False)] + SOLO, ids=str)
 def test_every_kind_of_cuda_kernel(tiling, runs_here):
-    """Streamed, resident in a cluster, and 128 rows a block by wgmma."""
+    """Streamed, resident in a cluster, 128 rows a block by wgmma, and few rows by a block alone."""
     runs_here("cuda")
     policy, good = policy_of(hidden_dim=256), on_device(states_of(131))
     states = good.clone()

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from dql.kernels.cuda.plan import Tiling
+from dql.kernels.cuda.plan import SOLO_ROWS, Tiling
 from support import ROOT
 
 HEIGHTS = {"fp32": (1, 2), "tf32": (1, 2, 4), "bf16": (1, 2, 4)}  # m_tiles that there are kernels for
@@ -33,7 +33,10 @@ def compile_emulator() -> str | None:
     return None
 
 
+SOLO = [Tiling.alone(rows) for rows in SOLO_ROWS]  # bf16; those of 4 rows save nothing
+
+
 def tilings(precision: str) -> list[Tiling]:
-    """All that there are kernels for, but for 128 rows."""
+    """All that there are kernels for, but for 128 rows and solo blocks."""
     resident = [Tiling(cluster, m, True) for cluster in (1, 2, 4, 8) for m in HEIGHTS[precision]]
     return resident + [Tiling(1, m, False) for m in HEIGHTS[precision]]

@@ -16,7 +16,7 @@ from dql.kernel_table import cuda_kernels
 from dql.kernels import build_record
 from dql.kernels.cuda import binding
 from dql.kernels.cuda import plan as cuda_plan
-from dql.kernels.cuda.plan import WIDE, Problem, Tiling
+from dql.kernels.cuda.plan import SOLO_ROWS, WIDE, Problem, Tiling
 from dql.kernels.layout import CriticSpec, DenoiserSpec
 from dql.kernels.triton import aot
 
@@ -32,6 +32,13 @@ CHAINS = {
     for direction in ("forward", "backward")
 }
 WIDES = {f"wide_chain {width}{floats}" for width in (128, 256) for floats in ("", " floats from L2")}
+SOLOS = {
+    f"solo_chain {width} of {rows} rows {what}"
+    for width in (128, 256)
+    for rows in SOLO_ROWS
+    for what in ("forward", "saving", "backward")
+    if rows > 4 or what == "forward"
+}
 OTHERS = {"prologue", "products", "finish", "choose", "noise"}
 
 
@@ -40,7 +47,7 @@ def test_every_kernel_is_built_for_every_architecture():
     found = Counter((row["kernel"], row["arch"]) for row in RECORD["resources"])
     assert set(found.values()) == {1}
     for arch in RECORD["architectures"]:
-        assert {name for name, of in found if of == arch} == CHAINS | OTHERS
+        assert {name for name, of in found if of == arch} == CHAINS | SOLOS | OTHERS
     assert {name for name, of in found if of == "90a"} == WIDES
 
 
@@ -112,6 +119,23 @@ def test_instructions(name):
             assert count["UBLKCP"] > 0, "bulk copies of the weights"
             assert count["STAS"] > 0, "stores to other blocks that carry their notice"
             assert count["UCGABAR_ARV"] + count["CGABAR"] <= 4, "barriers of the cluster: at the start and at the end"
+
+
+@built
+def test_solo_blocks_keep_their_weights_in_registers():
+    """Each product once, at most one of them with its weights from shared memory; nothing of another block's."""
+    for arch in RECORD["architectures"]:
+        found = 0
+        for label, count in disassembly()[arch].items():
+            name = re.search(r"solo_chain_kernelILi(\d+)ELi(\d+)E", label)
+            if name is None:
+                continue
+            found += 1
+            m_tiles, n_tiles, groups = int(name[1]) // 128, max(8, int(name[2])) // 8, int(name[1]) // 32
+            assert count["HMMA"] == 2 * (2 * m_tiles * n_tiles * groups), "one product from each place, unrolled"
+            assert count["LD"] == count["ST"] == count["LDL"] == count["STL"] == 0
+            assert count["STAS"] == count["UBLKCP"] == count["LDGSTS"] == count["CCTL"] == count["CALL"] == 0
+        assert found == len(SOLOS)
 
 
 @built
@@ -191,7 +215,7 @@ def test_what_is_chosen_fits(gpu, spec, precision):
                 continue
             tiling = cuda_plan.choose(problem, 0)
             assert cuda_plan.shared_bytes(problem, tiling) <= shared
-            assert tiling.resident is False or capability >= 90
+            assert tiling.resident is False or capability >= 90 or tiling.solo
             assert tiling.m_tiles != WIDE or (precision == "bf16" and not saving)
 
 
@@ -203,7 +227,7 @@ def test_on_an_h200_few_rows_are_spread_and_many_are_not(monkeypatch):
     cuda_plan._chosen.cache_clear()
     chosen = {rows: cuda_plan.choose(Problem(SPECS[0], "bf16", rows, 5, 1, False), 0) for rows in (1, 256, 65536)}
     cuda_plan._chosen.cache_clear()
-    assert chosen[1] == chosen[256] == Tiling(8, 1, True)
+    assert chosen[1] == chosen[256] == Tiling.alone(4)
     assert chosen[65536] == Tiling(1, WIDE, False)
 
 
@@ -266,7 +290,7 @@ def test_code_that_stands_in_for_a_newer_gpus_has_no_clusters(monkeypatch):
     cuda_plan._chosen.cache_clear()
     chosen = cuda_plan.choose(Problem(SPECS[0], "bf16", 256, 5, 1, False), 0)
     cuda_plan._chosen.cache_clear()
-    assert chosen.resident is False
+    assert chosen.cluster == 1 and chosen.m_tiles != WIDE
 
 
 @needs_sizes
