@@ -17,11 +17,13 @@ from typing import Any
 import bounds
 import device_time
 import numpy as np
+import predicted
 import pytest
 import rivals
 import torch
 from device_time import Call, spread
 from gpu.parts import SAID
+from predicted import FORWARD
 from rivals import FLOPS, A, H, LeanActor, PublishedAgent, S, T
 from table import COPY_TITLE, GPU_TITLE, MATMUL_TITLE
 from torch import Tensor
@@ -135,9 +137,11 @@ def measure(device: torch.device, benchmark: Any, record: Callable[..., None]) -
         name = {bounds.FORWARD: "forward", bounds.BACKWARD: "gradient"}.get(problem, "select")
         # pytest's dots have no line's end
         print(f"\n{SAID}{name} {B} {contender}: {1e6 * spread(calls)[1]:.1f} us a call", flush=True)
+        host = device_time.issue_time(body) if on_device is not None and on_gpu_of(device) else None
         on_device = on_device or device_time.device_time(body, no_graph)  # the profiler would have slowed the calls
         rate = flops / on_device.median
-        on_gpu = device.type == "cuda"
+        on_gpu = on_gpu_of(device)
+        said = _predicted(B, precision, device) if contender == f"dql-cuda-{precision}" and problem == FORWARD else None
         least = _bound(problem, B, precision, device) if contender.startswith("dql-") and on_gpu else None
         record(
             GPU_TITLE,
@@ -146,6 +150,10 @@ def measure(device: torch.device, benchmark: Any, record: Callable[..., None]) -
             contender=contender,
             device_us=[t * 1e6 for t in spread(on_device.seconds)],
             call_us=[t * 1e6 for t in spread(calls)],
+            host_us=None if host is None else [t * 1e6 for t in spread(host)],
+            predicted_us=None if said is None else said.us,
+            predicted_part=None if said is None else said.bound,
+            tiling=None if said is None else said.tiling,
             tflops=rate / 1e12,
             of_matmul=rate / _matmul(precision, device)[0] if on_gpu else None,
             rows_per_s=B / on_device.median,
@@ -162,6 +170,25 @@ def measure(device: torch.device, benchmark: Any, record: Callable[..., None]) -
         )
 
     return run
+
+
+def on_gpu_of(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _predicted(B: int, precision: str, device: torch.device) -> predicted.Prediction | None:
+    """What the model of the CUDA kernels' time says of a forward pass; None where it cannot be asked."""
+    from dql.kernels.cuda import binding
+    from dql.kernels.cuda.plan import Tiling
+
+    facts = _facts(device) if on_gpu_of(device) else None
+    if facts is None or binding.unavailable(device.index) is not None:
+        return None
+    spec = _policy(device).denoiser.spec
+    ask = binding.load(binding.emulating()).max_clusters
+    mlp = binding.mlp(spec, binding.emulating())
+    placed = {c: ask(device.index or 0, mlp, *Tiling(c, 1, True).numbers("bf16"), 0) for c in (2, 4, 8)}
+    return predicted.predicted(B, precision, facts.multiprocessors, placed, facts.clock)
 
 
 _matmul = lru_cache(device_time.matmul_flops)  # (FLOP/s, times) of (precision, device)

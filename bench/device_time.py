@@ -97,6 +97,22 @@ def host_time(call: Call, samples: int = 50) -> float:
     return statistics.median(times[samples // 10 :])
 
 
+def issue_time(call: Call, samples: int = 20, calls: int = 50) -> list[float]:
+    """Seconds of the host for a call that nothing waits for: until it is queued, kernels of earlier ones still running.
+
+    Each sample is the mean of a few calls, fewer than the driver's queue holds, from an idle device on.
+    """
+    times = []
+    for _ in range(samples):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - start) / calls)
+    torch.cuda.synchronize()
+    return times
+
+
 def _on_device(profiler: Any) -> list[Any]:
     """The kernels, copies and fills that it saw; not the spans that torch draws around an optimizer's."""
     from torch.autograd import DeviceType

@@ -28,7 +28,7 @@ import dql
 from dql.backend.registry import of_gpus, registry
 from dql.kernels.capture import repeated
 from dql.kernels.cuda import binding
-from dql.kernels.cuda.plan import WIDE, Problem, Tiling, forced, shared_bytes
+from dql.kernels.cuda.plan import SOLO_ROWS, WIDE, Problem, Tiling, forced, shared_bytes, without
 from dql.values import q_values
 from gpu.parts import NOTHING_TO_DO
 
@@ -42,8 +42,9 @@ MARGINS = {"fp32": rivals.CLAMP_MARGIN, "tf32": 2e-2, "bf16": 1e-1}
 OTHER_DRAWS = {"fp32": 0.02, "tf32": 0.1, "bf16": 0.3}  # of `select`: rounding may move a draw over a border
 NOISE, LOSSES = 1e-5, 1e-3
 TILINGS = {f"cluster{c}": Tiling(c, 1, True) for c in (8, 4, 2, 1)}
+TILINGS |= {f"solo{tiling.rows}": tiling for tiling in map(Tiling.alone, SOLO_ROWS)}
 TILINGS |= {"streamed": Tiling(1, 2, False), "wide": Tiling(1, WIDE, False)}
-KINDS = ("forward", "gradient", "select", "graph", "update", "noise", "clusters", *TILINGS, "all", "profile")
+KINDS = ("forward", "gradient", "select", "graph", "update", "noise", "clusters", *TILINGS, "compare", "all", "profile")
 PROFILED = (  # what Nsight Compute looks at
     *(("chain", B, "bf16") for B in (1, 256, 2500, 65536)),
     *(("chain", 256, "fp32"), ("gradients", 256, "bf16"), ("gradients", 256, "fp32"), ("choice", 1, "bf16")),
@@ -54,7 +55,8 @@ def kinds(backend: str, small: bool) -> list[tuple[str, str]]:
     """(precision, kind) of every check of a backend, the headline's first; small, which is slow, without tf32."""
     found = [(p, kind) for kind in KINDS[:4] for p in ("bf16", "fp32", "tf32")[: 2 if small else 3]]
     found += [("fp32", "update"), ("any", "noise")]
-    return [("any", "clusters"), *found, *(("any", name) for name in TILINGS)] if backend == "cuda" else found
+    tilings = [("any", name) for name in TILINGS]
+    return [("any", "clusters"), *found, ("any", "compare"), *tilings] if backend == "cuda" else found
 
 
 class Checks:
@@ -237,10 +239,10 @@ class Checks:
     def tiling(self, name: str) -> None:
         tiling, wide = TILINGS[name], TILINGS[name].m_tiles == WIDE
         capability, _, shared, can_run_wide = binding.facts(0, binding.emulating())
-        if (tiling.resident and capability < 90) or (wide and not can_run_wide):
+        if (tiling.resident and not tiling.solo and capability < 90) or (wide and not can_run_wide):
             nothing_to_do(f"compute capability {capability / 10} has no such kernels")
         spec = dql.Denoiser(rivals.S, rivals.A, rivals.H).spec
-        for precision in ("bf16", "fp32", "tf32")[: 1 if wide or self.small else 3]:
+        for precision in ("bf16", "fp32", "tf32")[: 1 if wide or tiling.solo or self.small else 3]:
             needs = shared_bytes(Problem(spec, precision, self.sizes[0], rivals.T, 1, False), tiling)
             if needs > shared:
                 tell(f"{precision} does not fit: {needs >> 10} of {shared >> 10} KB")
@@ -248,9 +250,31 @@ class Checks:
             with forced(tiling):
                 for B in self.sizes[::2]:
                     self.look(f"{precision} B={B}", ACTIONS[precision], *self.chain(B, precision))
-                if not wide:
+                if not wide and tiling.solo != 4:
                     pair = self.gradients(self.sizes[0], precision)
                     self.look(f"{precision} gradient", GRADIENTS[precision], *pair)
+
+    def compare(self) -> None:
+        """What makes few rows fast, beside the same without it: one block alone at every height; a cluster's exchange
+        of the rows that there are; a prologue and a chain that ask for the same shared memory."""
+        capability, _, shared, _ = binding.facts(0, binding.emulating())
+        spec = dql.Denoiser(rivals.S, rivals.A, rivals.H).spec
+        cluster = {B: Tiling(8 if B == 1 else 4, 1, True) for B in (1, 37, 256)}
+        for B in (1,) if self.small else (1, 256, 2500):
+            tilings = [*map(Tiling.alone, SOLO_ROWS), *([cluster[B]] if B in cluster and capability >= 90 else [])]
+            for tiling in tilings:
+                if shared_bytes(Problem(spec, "bf16", B, rivals.T, 1, False), tiling) <= shared:
+                    with forced(tiling):
+                        self.look(f"bf16 B={B} {tiling}", ACTIONS["bf16"], *self.chain(B, "bf16"))
+        if capability < 90:
+            return
+        for precision in ("bf16",) if self.small else ("bf16", "tf32", "fp32"):
+            for B in (1,) if self.small else (1, 37):
+                with forced(cluster[B]):
+                    for what in (None, "few rows", "carve-out"):
+                        with without(what) if what else contextlib.nullcontext():
+                            name = f"{precision} B={B} {cluster[B]}" + (f" without {what}" if what else "")
+                            self.look(name, ACTIONS[precision], *self.chain(B, precision))
 
     def all(self) -> None:
         """Every kernel once, for a sanitizer to watch."""

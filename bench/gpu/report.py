@@ -175,6 +175,7 @@ def untested(scratch: Path, capability: str) -> list[str]:
     wanted = {backend: backend for backend in of_gpus()} | {"cuda": r"gpu/test_tilings|cuda"}
     if int(capability) >= 90:
         wanted["a cluster of cuda"] = r"cluster[248]-"
+    wanted["a block of cuda alone"] = r"gpu/test_tilings\.py::test_a_tiling\[solo"
     if int(capability) == 90:
         wanted["the wide kernel of cuda"] = r"128_rows|128rows"
     missing = [name for name, pattern in wanted.items() if not any(re.search(pattern, test) for test in passed)]

@@ -45,6 +45,11 @@ class Launcher:
         self._clusters: dict[tuple[Tiling, bool], int] = {}
 
     @cached_property
+    def nothing(self) -> Tensor:
+        """What takes the place of packed weights where there are none."""
+        return self.bytes(0)
+
+    @cached_property
     def multiprocessors(self) -> int:
         return binding.facts(self.ordinal, self.emulated)[1]
 
@@ -136,8 +141,8 @@ class ChainRunner(Launcher):
         tiling = self.tiling(R, K, 1, save)
         numbers = tiling.numbers(self.precision)
         packed, saved, _, _, _ = self.module.sizes(self.mlp, *numbers, B, R, K, int(save), 1)
-        told: dict[str, Any] = tiling.fields(self.precision) | {"transposed": save, "B": B, "K": K, "ordinal": self.ordinal}
-        told["embedding"] = self.embedding.data_ptr()
+        told: dict[str, Any] = tiling.fields(self.precision)
+        told |= {"transposed": save, "B": B, "K": K, "ordinal": self.ordinal, "embedding": self.embedding.data_ptr()}
         prologue = self.calls["prologue"].fix(**told)
         chain = self.calls["chain"].fix(
             networks=1, steps=self.table.data_ptr(), N=candidates, max_action=self.max_action,
@@ -229,7 +234,7 @@ class ChainPlan:
         """Fills actions [R, A]; the other arguments are those of `ChainRunner.forward`."""
         runner, calls = self.runner, self.runner.calls
         module, stream, at = runner.module, runner.stream, flat.data_ptr()
-        packed = runner.bytes(self.packed_bytes)
+        packed = runner.bytes(self.packed_bytes) if self.packed_bytes else runner.nothing
         saved = runner.bytes(self.saved_bytes) if self.saved_bytes else None
         base, (number, number_at) = packed.data_ptr(), seed_arguments(seed)
         # in the order of csrc/cuda/calls.h, without names, which would cost a microsecond

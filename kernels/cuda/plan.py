@@ -6,8 +6,8 @@ counted or taken from published measurements of Hopper GPUs:
     launches             3,200 each: what the smallest kernel takes in a graph, 1.7 us
     prologue             2,500 for weights, and 10,000 for all blocks of 16 states that run at a time, two a
                          multiprocessor; solo blocks have none
-    load                 the weights once, resident or solo: packed ones at 30 bytes a cycle; solo the float32 ones at 64,
-                         less when many multiprocessors ask, at 24 when all do, and 2,500 of latency
+    load                 the weights once: packed ones at 30 bytes a cycle; solo the float32 ones at 64, less when many
+                         multiprocessors ask, at 24 when all do, and 2,500 of latency
     per step and tile of M rows
     a layer's product    M NS HP multiply-adds at 1024 (bf16), 512 (tf32) or 128 (fp32) a cycle, but at least the
                          latency of a warp's chain of k-groups: 40 each; 30 where weights are resident and one m-tile
@@ -69,6 +69,13 @@ class Tiling:
     def alone(cls, rows: int) -> "Tiling":
         """A solo tile of so many rows."""
         return cls(1, 0, True, rows)
+
+    def __str__(self) -> str:
+        if self.solo:
+            return f"solo {self.solo}"
+        if self.m_tiles == WIDE:
+            return f"wide {self.rows}"
+        return f"cluster {self.cluster} x {self.rows}" if self.resident else f"streamed {self.rows}"
 
     @property
     def rows(self) -> int:
@@ -169,7 +176,7 @@ def misfit(problem: Problem, ordinal: int) -> str | None:
     if _forced or _chosen(_rounded(problem), ordinal, emulated) is not None:
         return None
     capability, _, shared, _ = binding.facts(ordinal, emulated)
-    least = min(shared_bytes(problem, tiling, emulated) for tiling in _possible(problem, capability, False))
+    least = min(shared_bytes(problem, tiling, emulated) for tiling in possible(problem, capability, False))
     in_bf16 = replace(problem, precision="bf16")
     remedy = "precision='bf16' or " if _chosen(_rounded(in_bf16), ordinal, emulated) is not None else ""
     return (
@@ -185,7 +192,8 @@ def _rounded(problem: Problem) -> Problem:
     return replace(problem, rows=rows)
 
 
-def _possible(problem: Problem, capability: int, wide: bool) -> list[Tiling]:
+def possible(problem: Problem, capability: int, wide: bool) -> list[Tiling]:
+    """Those that there are kernels for, whether they fit or not."""
     heights = (1, 2) if problem.precision == "fp32" else (1, 2, 4)
     found = [Tiling(1, m, False) for m in heights]
     if capability >= 90:
@@ -207,7 +215,7 @@ def _can_be_solo(problem: Problem) -> bool:
 @lru_cache(maxsize=4096)
 def _chosen(problem: Problem, ordinal: int, emulated: bool) -> Tiling | None:
     capability, multiprocessors, shared, wide = binding.facts(ordinal, emulated)
-    fitting = [t for t in _possible(problem, capability, wide) if shared_bytes(problem, t, emulated) <= shared]
+    fitting = [t for t in possible(problem, capability, wide) if shared_bytes(problem, t, emulated) <= shared]
     placed = {t: _at_once(problem, t, ordinal, emulated) for t in fitting}
     found = [(cost(problem, t, multiprocessors, n).total, t.cluster, t.rows, t) for t, n in placed.items() if n > 0]
     return min(found, key=lambda row: row[:3])[3] if found else None

@@ -40,7 +40,7 @@ from dql.backend.base import timestep_embedding
 from dql.kernels.cuda import binding
 from dql.kernels.cuda.chain import ChainRunner
 from dql.kernels.cuda.critic import CriticRunner
-from dql.kernels.cuda.plan import WIDE, Tiling, forced
+from dql.kernels.cuda.plan import SOLO_ROWS, WIDE, Tiling, forced
 from dql.kernels.layout import CriticSpec, DenoiserSpec
 
 pytestmark = [needs_gpu, needs_cuda]
@@ -48,11 +48,13 @@ pytestmark = [needs_gpu, needs_cuda]
 Tensor = torch.Tensor
 RESIDENT = [Tiling(cluster, m, True) for cluster in (1, 2, 4, 8) for m in (1, 2, 4)]
 STREAMED = [Tiling(1, m, False) for m in (1, 2, 4)]
+SOLO = [Tiling.alone(rows) for rows in SOLO_ROWS]
+SAVING_SOLO = SOLO[1:]  # tiles of 4 rows save nothing
 WIDE_TILING = Tiling(1, WIDE, False)
 NETWORKS = [(17, 6, 256), (17, 24, 64)]  # S, A, H
 BATCHES = (1, 16, 17, 256, 1000)
 # of every kind one, for what is about launches and not about numbers
-KINDS = [Tiling(8, 1, True), Tiling(4, 2, True), Tiling(2, 1, True), Tiling(1, 4, False), WIDE_TILING]
+KINDS = [Tiling(8, 1, True), Tiling(4, 2, True), Tiling(2, 1, True), Tiling(1, 4, False), Tiling.alone(8), WIDE_TILING]
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +64,8 @@ def _poisoned():
 
 
 def name_of(tiling: Tiling) -> str:
+    if tiling.solo:
+        return f"solo-{tiling.rows}rows"
     kind = f"cluster{tiling.cluster}" if tiling.resident else "streamed"
     return f"{kind}-{tiling.rows}rows"
 
@@ -70,7 +74,9 @@ def skip_misfit(tiling: Tiling, precision: str, spec: DenoiserSpec | CriticSpec)
     """Skips where this GPU has no such kernel, or too little shared memory for it."""
     emulated = binding.emulating()
     capability, _, shared, wide = binding.facts(0, emulated)
-    if tiling.resident and capability < 90:
+    if tiling.solo and precision != "bf16":
+        pytest.skip("solo blocks are for bf16")
+    if tiling.resident and not tiling.solo and capability < 90:
         pytest.skip(f"weights are resident from compute capability 9.0 on, this GPU has {capability / 10}")
     if tiling.m_tiles == WIDE:
         if not wide:
@@ -110,7 +116,7 @@ def close_actions(got: Tensor, want: Tensor, precision: str, case: object) -> No
 
 @pytest.mark.parametrize("network", NETWORKS, ids=str)
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("tiling", [*RESIDENT, *STREAMED], ids=name_of)
+@pytest.mark.parametrize("tiling", [*RESIDENT, *STREAMED, *SAVING_SOLO], ids=name_of)
 def test_a_tiling(tiling, precision, network):
     """Forward that saves, backward, and forward that does not save."""
     S, A, H = network
@@ -126,6 +132,22 @@ def test_a_tiling(tiling, precision, network):
             check_reduced(case, got, "cuda", precision)
         tolerance = TOLERANCES["float32" if precision == "fp32" else "bf16"]
         assert_close(alone, got["actions"], tolerance, what="actions without saving", case=case, backend="cuda")
+
+
+@pytest.mark.parametrize("tiling", SOLO, ids=name_of)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"H": 80}, {"A": 24}, {"num_hidden": 2}, {"H": 128, "num_hidden": 4}, {"activation": "silu"}, {"K": 15}],
+    ids=str,
+)
+def test_a_block_alone(tiling, options):
+    """Other sizes of the networks that solo blocks take; forward."""
+    for B in (1, 37, 300):
+        case = replace(Case(B=B, S=70, A=6, K=5, H=256, max_action=2.5), **options)
+        problem = on_device(make_problem(case, torch.float32))
+        skip_misfit(tiling, "bf16", problem.policy.denoiser.spec)
+        with forced(tiling):
+            close_actions(forward(problem, "bf16"), expected(case)["actions"], "bf16", case)
 
 
 @pytest.mark.parametrize("max_action", [2.5, SMOOTH])
@@ -153,7 +175,7 @@ def test_128_rows_of_other_networks(options):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("tiling", [*RESIDENT, *STREAMED, WIDE_TILING], ids=name_of)
+@pytest.mark.parametrize("tiling", [*RESIDENT, *STREAMED, *SOLO, WIDE_TILING], ids=name_of)
 def test_more_tiles_than_fit_at_a_time(tiling, precision):
     """Each cluster goes through several tiles; the noise is its own draw."""
     if tiling == WIDE_TILING and precision != "bf16":
@@ -167,7 +189,7 @@ def test_more_tiles_than_fit_at_a_time(tiling, precision):
     close_actions(got, want, precision, f"of 50,001 rows, {tiling}")
 
 
-@pytest.mark.parametrize("tiling", [*RESIDENT, *STREAMED], ids=name_of)
+@pytest.mark.parametrize("tiling", [*RESIDENT, *STREAMED, *SAVING_SOLO], ids=name_of)
 def test_gradients_of_more_tiles_than_fit_at_a_time(tiling):
     """Each block goes through several tiles backward, too: 5,000 rows on up to 132 multiprocessors."""
     case = Case(B=5000, S=17, A=6, K=2, H=256, max_action=SMOOTH)
@@ -203,9 +225,9 @@ def test_critics(tiling, precision):
         assert error <= allowed, f"{name}, {tiling} in {precision}: error {error:.3g}, allowed {allowed:g}"
 
 
-@pytest.mark.parametrize("tiling", KINDS[:-1], ids=name_of)
+@pytest.mark.parametrize("tiling", [tiling for tiling in KINDS[:-1] if not tiling.solo], ids=name_of)
 def test_select(tiling):
-    """As `gpu/test_numbers.test_select_takes_what_eager_takes`."""
+    """As `gpu/test_numbers.test_select_takes_what_eager_takes`. Critics have no solo blocks."""
     policy, critic, states = gpu_policy(), make_critic().to("cuda"), gpu_states(50)
     skip_misfit(tiling, "bf16", policy.denoiser.spec)
     want = dql.select(states, policy, critic, seed=SEED, backend="eager")

@@ -140,7 +140,7 @@ def test_sizes_that_fill_no_tile(backend):
         assert got[got.isnan().logical_not()].isfinite().all() and clear()
 
 
-@pytest.mark.parametrize("tiling", [Tiling(1, 4, False), Tiling(4, 1, True), Tiling(1, 8, False)] + SOLO, ids=str)
+@pytest.mark.parametrize("tiling", [Tiling(1, 4, False), Tiling(4, 1, True), Tiling(1, 8, False), *SOLO], ids=str)
 def test_every_kind_of_cuda_kernel(tiling, runs_here):
     """Streamed, resident in a cluster, 128 rows a block by wgmma, and few rows by a block alone."""
     runs_here("cuda")

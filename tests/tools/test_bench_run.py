@@ -334,15 +334,18 @@ def test_a_run_without_its_kernels_is_not_green(tmp_path):
     )
     cluster = "tests/gpu/test_tilings.py::test_a_tiling[cluster8-16rows-fp32-(17, 6, 256)]"
     wide = "tests/gpu/test_tilings.py::test_128_rows[(17, 6, 256)-2.5]"
-    passed(triton, plain, cluster, wide)
+    solo = "tests/gpu/test_tilings.py::test_a_tiling[solo-8rows-bf16-(17, 6, 256)]"
+    passed(triton, plain, cluster, wide, solo)
     assert gpu_report.untested(tmp_path, "90") == []
-    passed(plain)
+    passed(plain, solo)
     assert gpu_report.untested(tmp_path, "80") == ["no test of triton passed"]
     passed(triton, plain)
     assert gpu_report.untested(tmp_path, "90") == [
         "no test of a cluster of cuda passed",
+        "no test of a block of cuda alone passed",
         "no test of the wide kernel of cuda passed",
     ]
+    passed(triton, plain, solo)
     assert gpu_report.untested(tmp_path, "100") == ["no test of a cluster of cuda passed"]
     passed(triton)
     assert "no test of cuda passed" in gpu_report.untested(tmp_path, "80")
