@@ -82,8 +82,8 @@ def test_checks_that_hang_crash_and_are_wrong(tmp_path):
     (path,) = out.glob("*.json")
     report = json.loads(path.read_text())
     assert report["parts"]["triton"]["why"] == "6 of 10 checks are wrong, 0 were not reached"
-    assert report["parts"]["cuda"]["why"] == "6 of 17 checks are wrong, 0 were not reached"
-    assert len(report["checks"]) == 27
+    assert report["parts"]["cuda"]["why"] == "6 of 22 checks are wrong, 0 were not reached"
+    assert len(report["checks"]) == 32
     assert report["sources_sha256"] == machine.sources_sha256()
     with tarfile.open(out / f"{path.stem}-logs.tar.gz") as archive:
         assert "logs/check-triton-fp32-select.log" in archive.getnames()
