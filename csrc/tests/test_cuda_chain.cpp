@@ -1,9 +1,11 @@
-// What no result of the chain kernel shows: in a cluster whose pairs are split, a layer's partial sums lie in the buffer
+// What no result of the chain kernel shows: how much the blocks of a cluster send each other; and that in a cluster whose
+// pairs are split, a layer's partial sums lie in the buffer
 // that the layer before did not use. With a single one, nothing but an exchange through other blocks would keep a warp
 // from writing sums that another still reads. Whether results are right is in tests/backends/cuda.
 #include <vector>
 
 #include "../cuda/emulator/emulator.cpp"
+#include "../cuda/prologue.cu"
 #define PRECISION Precision::BF16
 #pragma GCC diagnostic ignored "-Wmissing-field-initializers"  // as csrc/build_cuda.py has it
 #include "../cuda/chain_kernels.h"
@@ -45,6 +47,50 @@ void check_sums(int H, int cluster) {
     CHECK_EQ(unused, 0);
 }
 
+// One tile of `rows` rows through two steps: what the blocks of a cluster send each other.
+template <Precision P>
+int64_t sent(int rows, bool all_rows, std::vector<float>& out) {
+    const Mlp net = mlp({5, 3, 16, 256, 3}, device::MISH);
+    const Tiling tiling = {P, 8, 1, true};
+    const int K = 2;
+    generator.seed(3);
+    const std::vector<float> flat = random_floats(net.size, 0.1f), states = random_floats(16 * net.S),
+                             embedding = random_floats(K * net.D), noise = random_floats(K * rows * net.X);
+    std::vector<float> steps(K * STEP_STRIDE);
+    for (int k = 0; k < K; ++k)
+        for (int i = 0; i < 4; ++i) steps[k * STEP_STRIDE + i] = 0.5f;
+    std::vector<char> packed(Packed(net, tiling, false, rows, K).end);
+    cuda::prologue({net, tiling, false, flat.data(), embedding.data(), states.data(), rows, K, packed.data(), nullptr},
+                   nullptr);
+    out.assign(rows * net.X, NOT_A_NUMBER);
+    cuda::ChainJob job = {};
+    job.net = net, job.tiling = tiling, job.networks = 1;
+    job.flat = flat.data(), job.packed = packed.data(), job.steps = steps.data(), job.noise = noise.data();
+    job.B = job.R = rows, job.N = 1, job.K = K, job.max_action = 9, job.out = out.data(), job.all_rows = all_rows;
+    const device::ChainArguments a = cuda::chain_arguments(job, false);
+    const auto body = [&] { device::chain_kernel<P, 1, true, false>(a); };
+    emulator::run(body, 8, 1, 8, THREADS, a.memory.bytes);
+    return emulator::sent_bytes();
+}
+
+// Of a tile that is not full, the rows that there are: an exchange of one row is a sixteenth of one of sixteen.
+template <Precision P>
+void check_sent() {
+    std::vector<float> few, whole;
+    for (const int rows : {1, 7, 16}) {
+        const int64_t a_row = 2 * (2 * 256 * element_bytes(P) * 8 + 8 * 8 * 4 * 4);  // activations twice, sums; steps
+        CHECK_EQ(sent<P>(rows, false, few), rows * a_row);
+        CHECK_EQ(sent<P>(rows, true, whole), 16 * a_row);
+        CHECK(few == whole);
+        for (const float action : few) CHECK(std::fabs(action) <= 9);
+    }
+}
+
+void rows_that_nobody_asked_for_are_not_sent() {
+    check_sent<Precision::BF16>();
+    check_sent<Precision::FP32>();
+}
+
 void split_pairs_have_two_buffers_in_turn() {
     for (const int cluster : {4, 8}) {
         check_sums<Precision::BF16>(256, cluster);
@@ -56,6 +102,7 @@ void split_pairs_have_two_buffers_in_turn() {
 }  // namespace
 
 int main() {
+    RUN(rows_that_nobody_asked_for_are_not_sent);
     RUN(split_pairs_have_two_buffers_in_turn);
     return check::report();
 }

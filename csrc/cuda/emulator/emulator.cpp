@@ -8,6 +8,7 @@ namespace dql {
 namespace emulator {
 
 __thread Here here = {0, 0, 0, 0, 0, 0, 1, nullptr};
+__thread int64_t sent = 0;  // bytes between blocks, of the last run
 
 namespace {
 
@@ -153,9 +154,12 @@ void run_cluster(Machine& m) {
 void seed(uint64_t value) { random_state = value * 2 + 1; }
 void order(Order value) { order_now = value; }
 
+int64_t sent_bytes() { return sent; }
+
 void run(const std::function<void()>& body, int64_t blocks_x, int64_t blocks_y, int cluster, int threads,
          int64_t shared_bytes) {
     if (machine != nullptr) throw std::runtime_error("emulator: a kernel cannot launch another");
+    sent = 0;
     if (threads % 32 != 0 || threads < 32 || threads > 1024 || cluster < 1 || cluster > 8 || blocks_x % cluster != 0 ||
         blocks_x < 1 || blocks_y < 1 || shared_bytes < 0)
         throw std::runtime_error(text_of("emulator: no grid has ", blocks_x, " x ", blocks_y, " blocks in clusters of ",
@@ -324,12 +328,14 @@ void counted_from_here(Peer peer, int barrier) {
 }  // namespace
 void send8(Peer peer, int to, uint2 value, int barrier) {
     check_inside(to, 8, 8, "send8");
+    sent += 8;
     counted_from_here(peer, barrier);
     char* const shared = machine->blocks[peer.rank].shared;
     deliver({shared + to, nullptr, {value.x, value.y, 0, 0}, 8, barrier, peer.rank});
 }
 void send16(Peer peer, int to, uint4 value, int barrier) {
     check_inside(to, 16, 16, "send16");
+    sent += 16;
     counted_from_here(peer, barrier);
     char* const shared = machine->blocks[peer.rank].shared;
     deliver({shared + to, nullptr, {value.x, value.y, value.z, value.w}, 16, barrier, peer.rank});

@@ -59,6 +59,9 @@ void seed(uint64_t value);
 enum class Order : int { EAGER, LATE, RANDOM };
 void order(Order value);
 
+// Bytes that blocks sent to blocks of their cluster, themselves too, in this OS thread's last run.
+int64_t sent_bytes();
+
 // Where this fiber is, set before it runs.
 struct Here {
     int thread, block_x, block_y, blocks_x, blocks_y, rank, cluster;
