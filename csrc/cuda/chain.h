@@ -61,7 +61,7 @@ class Chain : ChainState<MT, RESIDENT, BACKWARD> {
     using State::M, State::a, State::memory, State::blocks, State::rank, State::network, State::w, State::g, State::t;
     using State::first_pair, State::share, State::narrow, State::in, State::out, State::critic, State::idle;
     using State::peers, State::halves, State::floats, State::w_in, State::w_out, State::barriers, State::v, State::base;
-    using State::turn, State::k, State::row0, State::sent_rows, State::sums_bytes;
+    using State::turn, State::k, State::row0, State::live_rows, State::sums_bytes;
     using State::floats_at, State::global_floats, State::row_of, State::column_of, State::load_base, State::parts;
     using State::draws, State::others_draw, State::draw_next, State::begin, State::send_sums, State::update;
 
@@ -129,14 +129,14 @@ private:
 
     // ---- activations between layers ----
 
-    DQL_DEVICE uint32_t exchanged_bytes() const { return static_cast<uint32_t>(sent_rows * a.HP * ELEMENT); }
+    DQL_DEVICE uint32_t exchanged_bytes() const { return static_cast<uint32_t>(live_rows * a.HP * ELEMENT); }
 
     // Hands four columns of a row to every block, as the input of the next layer.
     DQL_DEVICE void hand_on(int row, int column, const Operand& value) {
         const int to = a.memory.h[turn & 1] + row * a.memory.row_bytes + (rank * a.NS + column) * ELEMENT;
         if (RESIDENT && blocks > 1) {
             const int barrier = a.memory.barriers + 8 * (1 + (turn & 1));
-            if (row >= sent_rows) return;
+            if (row >= live_rows) return;
             DQL_UNROLL
             for (int i = 0; i < MAX_CLUSTER; ++i)
                 if (i < blocks) Operands<P>::send(peers[i], to, value, barrier);
@@ -301,9 +301,9 @@ private:
                     memory + a.memory.weights + (matrix * a.division.pairs + pair) * 2 * tile_bytes + lane() * 16,
                     tile_bytes};
                 float* sums = floats_at(a.memory.sums + (turn & 1) * a.memory.sums_apart);
-                product<P, MT>(z, sums, h, a.memory.row_bytes, weights, share, w, nothing);
+                product<P, MT>(z, sums, h, a.memory.row_bytes, weights, share, w, nothing, live_rows);
             } else {
-                product<P, MT>(z, floats_at(a.memory.sums), h, a.memory.row_bytes, stream, share, w, nothing);
+                product<P, MT>(z, floats_at(a.memory.sums), h, a.memory.row_bytes, stream, share, w, nothing, live_rows);
             }
             if (halves == 0) break;
             if constexpr (!BACKWARD) {

@@ -34,11 +34,11 @@ protected:
         w_in = floats + (BACKWARD ? a.net.X * a.NS : 0);
         w_out = floats + (BACKWARD ? 0 : a.net.X * a.NS);
         idle = first_pair >= a.division.pairs;
-        // Of a tile that is not full, rows that nobody asked for are not sent, where no later tile's are announced before
-        // its height is known, and none of it is saved.
+        // Of a tile that is not full, rows that nobody asked for are neither sent nor, in float32, multiplied, where no
+        // later tile's are announced before its height is known, and none of it is saved.
         const int64_t rows = a.R - static_cast<int64_t>(block_x() / blocks) * M;
         const bool only = a.tiles <= blocks_x() / blocks && !BACKWARD && a.h == nullptr && !a.all_rows;
-        sent_rows = only && rows < M ? static_cast<int>(rows) : M;
+        live_rows = only && rows < M ? static_cast<int>(rows) : M;
         halves = idle ? 0 : share.split == 1 ? 3 : share.range < 2 ? 1 << share.range : 0;
         if constexpr (RESIDENT) {
             DQL_UNROLL
@@ -93,11 +93,11 @@ protected:
 
     DQL_DEVICE int slots() const { return a.division.pairs < WARPS ? a.division.pairs : WARPS; }
 
-    DQL_DEVICE uint32_t sums_bytes() const { return static_cast<uint32_t>(blocks * sent_rows * narrow * 4); }
+    DQL_DEVICE uint32_t sums_bytes() const { return static_cast<uint32_t>(blocks * live_rows * narrow * 4); }
 
     DQL_DEVICE void send_sums() {
         const int mine = a.memory.peers + rank * M * narrow * 4;
-        for (int quad = first_quad(); quad < sent_rows * quads(); quad += THREADS) {
+        for (int quad = first_quad(); quad < live_rows * quads(); quad += THREADS) {
             const float4 sum = sum_of(parts(), slots(), quad);
             const uint4 bits = make_uint4(as_bits(sum.x), as_bits(sum.y), as_bits(sum.z), as_bits(sum.w));
             DQL_UNROLL
@@ -151,7 +151,7 @@ protected:
     int in, out;
     bool idle;
     Peer peers[RESIDENT ? MAX_CLUSTER : 1];  // the cluster's blocks, this one first: not all send to the same at once
-    int sent_rows;  // of a tile, between the blocks of a cluster
+    int live_rows;  // of a tile
     int halves;     // bit 0: this warp finishes rows g of its m-tiles; bit 1: rows g + 8
     const float *floats, *w_in, *w_out;
     Barrier* barriers;

@@ -140,20 +140,14 @@ DQL_DEVICE void tensor_product(float (&z)[MT][2][4], const char* h, int row_byte
 // Where the sums of one warp lie: [m-tile][half][lane][4].
 DQL_DEVICE float* sum_place(float* sums, int m, int half, int lane) { return sums + ((m * 2 + half) * 32 + lane) * 4; }
 
-// On the FMA units, strict float32: a lane multiplies its quarter of each k-group for all rows and the two columns g,
-// then the quad adds up. The result is left in `sums`, where other lanes own it.
-template <int MT, class Weights>
-DQL_DEVICE void scalar_product(float* sums, const char* h, int row_bytes, Weights& weights, int first, int last) {
-    const int g = lane() / 4, t = lane() % 4;
-    float d[16 * MT][2];
-    DQL_UNROLL
-    for (int row = 0; row < 16 * MT; ++row) d[row][0] = d[row][1] = 0;
-    const char* mine = h + t * 16;
+// Two columns' sums for the first ROWS rows: a lane's quarter of each k-group.
+template <int ROWS, int ALL, class Weights>
+DQL_DEVICE void scalar_sums(float (&d)[ALL][2], const char* mine, int row_bytes, Weights& weights, int first, int last) {
     for (int group = first; group < last; ++group) {
         uint4 b[2];
         weights.take(b, group);
         DQL_UNROLL
-        for (int row = 0; row < 16 * MT; ++row) {
+        for (int row = 0; row < ROWS; ++row) {
             const float4 a = load_floats(mine + row * row_bytes + group * GROUP_BYTES);
             DQL_UNROLL
             for (int n = 0; n < 2; ++n) {
@@ -164,6 +158,24 @@ DQL_DEVICE void scalar_product(float* sums, const char* h, int row_bytes, Weight
             }
         }
     }
+}
+
+// On the FMA units, strict float32: a lane multiplies its quarter of each k-group for all rows and the two columns g,
+// then the quad adds up. The result is left in `sums`, where other lanes own it. Up to FEW of the tile's rows take less:
+// what would be the others' is 0.
+template <int MT, class Weights>
+DQL_DEVICE void scalar_product(float* sums, const char* h, int row_bytes, Weights& weights, int first, int last,
+                               int rows) {
+    constexpr int FEW = 4;
+    const int g = lane() / 4, t = lane() % 4;
+    float d[16 * MT][2];
+    DQL_UNROLL
+    for (int row = 0; row < 16 * MT; ++row) d[row][0] = d[row][1] = 0;
+    const char* mine = h + t * 16;
+    if (MT == 1 && rows <= FEW)
+        scalar_sums<FEW>(d, mine, row_bytes, weights, first, last);
+    else
+        scalar_sums<16 * MT>(d, mine, row_bytes, weights, first, last);
     // Each lane hands half of the rows to a neighbour and keeps the sums of the other half, twice: rows 4 t .. are left.
     DQL_UNROLL
     for (int m = 0; m < MT; ++m)
@@ -188,15 +200,15 @@ DQL_DEVICE void scalar_product(float* sums, const char* h, int row_bytes, Weight
 
 // z = the product over all k-groups, in the warp that owns it: with a split, warp 0 of a pair has the rows of half 0
 // and warp 1 those of half 1; the others' z is nothing. `idle`: this warp has no pair; it must come along where all
-// warps meet.
+// warps meet. `rows`: how many of the tile anybody asked for.
 template <Precision P, int MT, class Weights>
 DQL_DEVICE void product(float (&z)[MT][2][4], float* all_sums, const char* h, int row_bytes, Weights& weights,
-                        const Share& share, int w, bool idle) {
+                        const Share& share, int w, bool idle, int rows) {
     float* sums = all_sums + w * MT * 256;
     const int first = share.first, last = share.last;
     if (!idle) {
         if constexpr (P == Precision::FP32)
-            scalar_product<MT>(sums, h, row_bytes, weights, first, last);
+            scalar_product<MT>(sums, h, row_bytes, weights, first, last, rows);
         else
             tensor_product<P, MT>(z, h, row_bytes, weights, first, last);
     }
