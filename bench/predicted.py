@@ -50,8 +50,8 @@ def predicted(
     from dql.kernels.cuda import plan
     from dql.kernels.layout import DenoiserSpec
 
-    unit = plan.SOLO_ROWS[0]
-    problem = plan.Problem(DenoiserSpec(S, A, H), precision, -(-B // unit) * unit, T, 1, False)
+    rows = -(-B // plan.FEW_ROWS) * plan.FEW_ROWS
+    problem = plan.Problem(DenoiserSpec(S, A, H), precision, rows, T, 1, False)
     found = []
     for tiling in plan.possible(problem, 90, True):
         at_once = multiprocessors if tiling.cluster == 1 else placed.get(tiling.cluster)

@@ -14,16 +14,19 @@ counted or taken from published measurements of Hopper GPUs:
                          on the tensor cores has two sums for each result (product.h). Solo at 512 a cycle, since eight
                          rows are half an instruction, and at least the bytes that it reads from shared memory, at 128
     its activation       two results of the special function units each, 16 a cycle, and 60
-    exchange             of a cluster 500, and what leaves a block at 14 bytes a cycle
+    exchange             of a cluster 500, and what leaves a block at 14 bytes a cycle, of the rows that there are
     stream               the weights at 64 bytes a cycle from the L2 cache, less when many multiprocessors ask
     narrow               first and last layer on the FMA units, and 300 for the update
 
 A step takes more than the sum, since its terms overlap less and need more instructions than they count. Measured on an
 H200 (bench/results/2026-11-27-nvidia-h200-first.json and -bench.json, 1.9 GHz; S = 17, A = 6, H = 256, five steps), it
-takes 4,000 cycles and, on top, 1.8 times the sum where weights are resident, 17,000 and 1.95 times where they are
-streamed, and 33,000 and 0.55 times with tiles of 128 rows: each of 18, 6 and 2 measurements within 18, 7 and 4%. Solo
-blocks HAVE NOT RUN ON A GPU: they are taken to be like resident ones. How many clusters run at a time is asked of the
-device: 15 of 8 blocks there, and 30 of 4, where the multiprocessors would be enough for 16 and 33.
+takes 6,250 cycles, the exchange (a fifth of a step, as Nsight Compute told, and as counted) and 2.15 times the rest
+where weights are resident; 17,000 and 1.95 times where they are streamed; 33,000 and 0.55 times with tiles of 128 rows:
+each of 18, 6 and 2 measurements within 12, 8 and 5%. Solo blocks HAVE NOT RUN ON A GPU. 3,500 cycles and 1.35 times are
+what is left of a resident step of 13,900 as it was profiled without the waits for other blocks (2,600), with the update
+behind one barrier and its noise drawn by others meanwhile (2,100 less), with fewer instructions to fetch, and a product
+that the bandwidth of shared memory bounds. How many clusters run at a time is asked of the device: 15 of 8 blocks
+there, and 30 of 4, where the multiprocessors would be enough for 16 and 33.
 
 Few rows want many blocks each or one alone that waits for nobody; many rows want few: what a cluster exchanges grows
 with its size, what a stream costs is shared by the rows. `python bench/predicted.py REPORT` sets the model beside what
@@ -42,10 +45,11 @@ from .binding import PRECISIONS
 
 WIDE = 8  # m_tiles of the kernel for 128 rows
 SOLO_ROWS = (4, 8, 16, 24)
+FEW_ROWS = 4  # of a tile that float32 multiplies alone (product.h); every tile's height is a multiple
 _MULTIPLY_ADDS = {"fp32": 128, "tf32": 512, "bf16": 1024}
 _LAUNCH, _PROLOGUE, _SOLO_LOAD = 3200, 2500, 2500
-_MEASURED = {"resident": (4000, 1.8), "streamed": (17000, 1.95), "wide": (33000, 0.55), "solo": (4000, 1.8)}
-"""Kind of tiling -> (cycles of a step whatever its sum, factor of the sum)."""
+_MEASURED = {"resident": (6250, 2.15), "streamed": (17000, 1.95), "wide": (33000, 0.55), "solo": (3500, 1.35)}
+"""Kind of tiling -> (cycles of a step whatever its sum, factor of the sum but for the exchange); of solo expected."""
 
 
 @dataclass(frozen=True)
@@ -187,8 +191,7 @@ def misfit(problem: Problem, ordinal: int) -> str | None:
 
 def _rounded(problem: Problem) -> Problem:
     """With rows that all tilings cut alike, so that few problems are looked at."""
-    unit = SOLO_ROWS[0] if _can_be_solo(problem) else 16
-    rows = max(1, -(-problem.rows // unit)) * unit
+    rows = max(1, -(-problem.rows // FEW_ROWS)) * FEW_ROWS
     return replace(problem, rows=rows)
 
 
@@ -314,14 +317,16 @@ def cost(problem: Problem, tiling: Tiling, multiprocessors: int, at_once: int | 
         groups = HP * element / 64
         # 10 less by the stalls in nvcc's machine code; streaming, a group's time goes into asking for later ones
         group = 30 if tiling.resident and tiling.m_tiles == 1 and problem.precision != "fp32" else 40
-        product = max(M * NS * HP / _MULTIPLY_ADDS[problem.precision], 100 + group * passes * groups / split)
+        live = min(M, problem.rows) if tiles <= at_once and not problem.saving else M  # rows that are exchanged
+        multiplied = live if problem.precision == "fp32" and tiling.m_tiles == 1 and live <= FEW_ROWS else M
+        product = max(multiplied * NS * HP / _MULTIPLY_ADDS[problem.precision], 100 + group * passes * groups / split)
         products = (L - 1) * product
         if tiling.resident:
             load = weights / C / 30 + 1000
             # what a cluster exchanges in place of the 60 cycles of a block's own barrier
-            exchange = L * (440 + M * NS * element * (C - 1) / 14) if C > 1 else 0.0
+            exchange = L * (440 + live * NS * element * (C - 1) / 14) if C > 1 else 0.0
         elif weights / by_cache > products:
             products, stream = 0.0, weights / by_cache
     launches = _LAUNCH * (1 if tiling.solo else 2)
-    scaled = [times * factor * part for part in (products, activations, exchange, stream, narrow)]
-    return Cost(launches, prologue, load, times * least, *scaled)
+    products, activations, stream, narrow = (times * factor * part for part in (products, activations, stream, narrow))
+    return Cost(launches, prologue, load, times * least, products, activations, times * exchange, stream, narrow)
