@@ -163,6 +163,14 @@ def test_a_wait_within_a_block_leaves_its_l1_cache():
 
 
 @built
+def test_a_cluster_leaves_without_waiting_for_its_writes():
+    """A release of the GPU's scope is where the cluster meets first; at the end nothing is to be seen any more."""
+    for part in sass().split("Function : ")[1:]:
+        if "chain_kernel" in part.split(maxsplit=1)[0]:
+            assert part.count("MEMBAR.ALL.GPU") <= 1
+
+
+@built
 def test_many_rows_have_hoppers_tensor_cores():
     kernels = {name: count for name, count in disassembly()["90a"].items() if "wide_chain" in name}
     assert len(kernels) == len(WIDES)
