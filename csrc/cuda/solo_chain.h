@@ -118,19 +118,39 @@ private:
         return reinterpret_cast<uint4*>(memory + a.memory.weights) + (tile * 2 * GROUPS + piece) * 32 + lane();
     }
 
-    // 512 KB of weights at H = 256 and L = 3 take a multiprocessor 8,000 cycles, all else waits for one load after the
-    // other: so the first products' weights are on their way meanwhile, as many as registers hold.
+    // Half of an m-tile's pieces, on their way and into shared memory.
+    DQL_DEVICE void fetch(Numbers (&numbers)[GROUPS], int tile, int half) const {
+        DQL_UNROLL
+        for (int i = 0; i < GROUPS; ++i)
+            numbers[i] = numbers_of(matrix_of(2 + tile / M_TILES), tile % M_TILES, half * GROUPS + i);
+    }
+    DQL_DEVICE void store(const Numbers (&numbers)[GROUPS], int tile, int half) const {
+        DQL_UNROLL
+        for (int i = 0; i < GROUPS; ++i)
+            *shared_operands(2 + tile / M_TILES, tile % M_TILES, half * GROUPS + i) = packed(numbers[i]);
+    }
+
+    // 512 KB of weights at H = 256 and L = 3 take a multiprocessor 8,000 cycles, and all else waits for one load after the
+    // other: so some weights are always on their way meanwhile, as many as registers hold.
     DQL_DEVICE void load() {
+        const int tiles = (a.net.L - 2) * M_TILES;
+        Numbers first[GROUPS], second[GROUPS];
+        if (tiles > 0) fetch(first, 0, 0);
+        load_floats_of_layers();
+        if constexpr (!BACKWARD) make_time_table(0);
+        DQL_NO_UNROLL
+        for (int tile = 0; tile < tiles; ++tile) {
+            fetch(second, tile, 1);
+            store(first, tile, 0);
+            if (tile + 1 < tiles) fetch(first, tile + 1, 0);
+            store(second, tile, 1);
+        }
         constexpr int AHEAD = ROWS + (MODE == Solo::SAVE ? 8 : 0) < 24 ? 2 * GROUPS * 3 / 4 : GROUPS;
         DQL_UNROLL
         for (int m = 0; m < M_TILES; ++m) {
             Numbers numbers[2 * GROUPS];
             DQL_UNROLL
             for (int piece = 0; piece < AHEAD; ++piece) numbers[piece] = numbers_of(matrix_of(1), m, piece);
-            if (m == 0) {
-                load_floats_of_layers();
-                if constexpr (!BACKWARD) make_time_table(0);
-            }
             if constexpr (!BACKWARD) {
                 if (m + 1 == M_TILES) state_part();
             }
@@ -139,17 +159,6 @@ private:
             DQL_UNROLL
             for (int piece = 0; piece < 2 * GROUPS; ++piece) kept[m][piece] = packed(numbers[piece]);
         }
-        constexpr int AT_A_TIME = 8;
-        for (int which = 2; which < a.net.L; ++which)
-            for (int m = 0; m < M_TILES; ++m)
-                DQL_NO_UNROLL
-                for (int piece = 0; piece < 2 * GROUPS; piece += AT_A_TIME) {
-                    Numbers numbers[AT_A_TIME];
-                    DQL_UNROLL
-                    for (int i = 0; i < AT_A_TIME; ++i) numbers[i] = numbers_of(matrix_of(which), m, piece + i);
-                    DQL_UNROLL
-                    for (int i = 0; i < AT_A_TIME; ++i) *shared_operands(which, m, piece + i) = packed(numbers[i]);
-                }
     }
 
     // Rows of W_x, of W_out, zeros up to whole quads of them, biases: a column by a thread.
