@@ -20,6 +20,14 @@ struct Share {
           split(division.split) {}
 };
 
+// From a lane's bytes of a fragment to those of the lane with the same quarter of column `i` of those that it multiplies:
+// g % (8 / EACH), and those that are 8 / EACH further each.
+template <int EACH>
+DQL_DEVICE int other_lane(int i) {
+    const int g = lane() / 4, apart = 8 / EACH;
+    return (g % apart + i * apart - g) * 64;
+}
+
 // A pair's weights in shared memory for good.
 struct ResidentWeights {
     const char* at;  // this lane's 16 bytes of the first fragment
@@ -29,10 +37,18 @@ struct ResidentWeights {
         b[0] = load16(at + group * FRAGMENT_BYTES);
         b[1] = load16(at + group * FRAGMENT_BYTES + tile_bytes);
     }
+    // Of each n-tile EACH columns, as scalar_sums wants them.
+    template <int EACH>
+    DQL_DEVICE void take(uint4 (&b)[2][EACH], int group) {
+        DQL_UNROLL
+        for (int i = 0; i < 2 * EACH; ++i)
+            b[i / EACH][i % EACH] = load16(at + group * FRAGMENT_BYTES + i / EACH * tile_bytes + other_lane<EACH>(i % EACH));
+    }
 };
 
 // A warp's weights on their way from device memory, k-group after k-group in the order in which its products will ask
-// for them, across layers, steps and tiles. A lane copies what it alone will read, so that nobody else must wait.
+// for them, across layers, steps and tiles. On the tensor cores a lane copies what it alone will read, so that nobody else
+// must wait; in float32 lanes read each other's.
 class WeightStream {
 public:
     // Layers first_layer, first_layer + step, ..., `layers` of them, over and over; none for an idle warp.
@@ -62,6 +78,17 @@ public:
         b[1] = load16(stage + FRAGMENT_BYTES);
         taken_ = (taken_ + 1) % RING_STAGES;
         fetch();  // into the stage that was read before this one
+    }
+    template <int EACH>
+    DQL_DEVICE void take(uint4 (&b)[2][EACH], int /*group*/) {
+        wait_groups<RING_STAGES - 2>();
+        sync_warp();  // all lanes' copies are in, and what they read before is read
+        const char* stage = ring_ + taken_ * STAGE_BYTES;
+        DQL_UNROLL
+        for (int i = 0; i < 2 * EACH; ++i)
+            b[i / EACH][i % EACH] = load16(stage + i / EACH * FRAGMENT_BYTES + other_lane<EACH>(i % EACH));
+        taken_ = (taken_ + 1) % RING_STAGES;
+        fetch();
     }
 
     DQL_DEVICE void finish() { wait_groups<0>(); }
@@ -140,60 +167,68 @@ DQL_DEVICE void tensor_product(float (&z)[MT][2][4], const char* h, int row_byte
 // Where the sums of one warp lie: [m-tile][half][lane][4].
 DQL_DEVICE float* sum_place(float* sums, int m, int half, int lane) { return sums + ((m * 2 + half) * 32 + lane) * 4; }
 
-// Two columns' sums for the first ROWS rows: a lane's quarter of each k-group.
-template <int ROWS, int ALL, class Weights>
-DQL_DEVICE void scalar_sums(float (&d)[ALL][2], const char* mine, int row_bytes, Weights& weights, int first, int last) {
+// In float32 a lane 4 g + t multiplies its quarter of each k-group for 8 rows and 4 MT columns, so that little of what it
+// loads serves once: with EACH = 2 MT, rows g / (8 / EACH) + EACH i, and of each n-tile the columns of `other_lane`. All
+// rows by two columns would be 18 loads of 16 bytes for 128 multiply-adds, and 34 for 256, and loads would bound it;
+// these are 12 and 16.
+template <int ROWS, int EACH, class Weights>
+DQL_DEVICE void scalar_sums(float (&d)[8][2][EACH], const char* mine, int row_bytes, Weights& weights, int first,
+                            int last) {
     for (int group = first; group < last; ++group) {
-        uint4 b[2];
+        uint4 b[2][EACH];
         weights.take(b, group);
         DQL_UNROLL
         for (int row = 0; row < ROWS; ++row) {
-            const float4 a = load_floats(mine + row * row_bytes + group * GROUP_BYTES);
+            const float4 a = load_floats(mine + row * EACH * row_bytes + group * GROUP_BYTES);
             DQL_UNROLL
-            for (int n = 0; n < 2; ++n) {
-                d[row][n] = fmaf(a.x, as_float(b[n].x), d[row][n]);
-                d[row][n] = fmaf(a.y, as_float(b[n].y), d[row][n]);
-                d[row][n] = fmaf(a.z, as_float(b[n].z), d[row][n]);
-                d[row][n] = fmaf(a.w, as_float(b[n].w), d[row][n]);
-            }
+            for (int n = 0; n < 2; ++n)
+                DQL_UNROLL
+                for (int i = 0; i < EACH; ++i) {
+                    d[row][n][i] = fmaf(a.x, as_float(b[n][i].x), d[row][n][i]);
+                    d[row][n][i] = fmaf(a.y, as_float(b[n][i].y), d[row][n][i]);
+                    d[row][n][i] = fmaf(a.z, as_float(b[n][i].z), d[row][n][i]);
+                    d[row][n][i] = fmaf(a.w, as_float(b[n][i].w), d[row][n][i]);
+                }
         }
     }
 }
 
-// On the FMA units, strict float32: a lane multiplies its quarter of each k-group for all rows and the two columns g,
-// then the quad adds up. The result is left in `sums`, where other lanes own it. Up to FEW of the tile's rows take less:
-// what would be the others' is 0.
+// On the FMA units, strict float32; then the quad adds up. The result is left in `sums`, where other lanes own it. Up to
+// FEW of the tile's rows take less: what would be the others' is 0.
 template <int MT, class Weights>
 DQL_DEVICE void scalar_product(float* sums, const char* h, int row_bytes, Weights& weights, int first, int last,
                                int rows) {
-    constexpr int FEW = 4;
-    const int g = lane() / 4, t = lane() % 4;
-    float d[16 * MT][2];
+    constexpr int EACH = 2 * MT, FEW = 4;
+    const int g = lane() / 4, t = lane() % 4, of_rows = g / (8 / EACH);
+    float d[8][2][EACH];
     DQL_UNROLL
-    for (int row = 0; row < 16 * MT; ++row) d[row][0] = d[row][1] = 0;
-    const char* mine = h + t * 16;
-    if (MT == 1 && rows <= FEW)
-        scalar_sums<FEW>(d, mine, row_bytes, weights, first, last);
-    else
-        scalar_sums<16 * MT>(d, mine, row_bytes, weights, first, last);
-    // Each lane hands half of the rows to a neighbour and keeps the sums of the other half, twice: rows 4 t .. are left.
-    DQL_UNROLL
-    for (int m = 0; m < MT; ++m)
+    for (int row = 0; row < 8; ++row)
         DQL_UNROLL
-        for (int n = 0; n < 2; ++n) {
-            float half[8], quarter[4];
+        for (int i = 0; i < 2 * EACH; ++i) d[row][i / EACH][i % EACH] = 0;
+    const char* mine = h + of_rows * row_bytes + t * 16;
+    if (MT == 1 && rows <= FEW)
+        scalar_sums<FEW / EACH>(d, mine, row_bytes, weights, first, last);
+    else
+        scalar_sums<8>(d, mine, row_bytes, weights, first, last);
+    // Each lane hands half of its rows to a neighbour and keeps the sums of the other half, twice: two are left.
+    DQL_UNROLL
+    for (int n = 0; n < 2; ++n)
+        DQL_UNROLL
+        for (int i = 0; i < EACH; ++i) {
+            float half[4], quarter[2];
             DQL_UNROLL
-            for (int i = 0; i < 8; ++i) {
-                const float low = d[16 * m + i][n], high = d[16 * m + 8 + i][n];
-                half[i] = (t & 2 ? high : low) + shuffle_xor(t & 2 ? low : high, 2);
+            for (int row = 0; row < 4; ++row) {
+                const float low = d[row][n][i], high = d[4 + row][n][i];
+                half[row] = (t & 2 ? high : low) + shuffle_xor(t & 2 ? low : high, 2);
             }
             DQL_UNROLL
-            for (int i = 0; i < 4; ++i)
-                quarter[i] = (t & 1 ? half[4 + i] : half[i]) + shuffle_xor(t & 1 ? half[i] : half[4 + i], 1);
+            for (int row = 0; row < 2; ++row)
+                quarter[row] = (t & 1 ? half[2 + row] : half[row]) + shuffle_xor(t & 1 ? half[row] : half[2 + row], 1);
+            const int column = output_column(n, g % (8 / EACH) + i * (8 / EACH));
             DQL_UNROLL
-            for (int i = 0; i < 4; ++i) {
-                const int row = 4 * t + i, column = output_column(n, g);  // of the m-tile, of the pair
-                sum_place(sums, m, row / 8, row % 8 * 4 + column / 4)[column % 4] = quarter[i];
+            for (int k = 0; k < 2; ++k) {
+                const int row = EACH * (2 * t + k) + of_rows;
+                sum_place(sums, row / 16, row / 8 % 2, row % 8 * 4 + column / 4)[column % 4] = quarter[k];
             }
         }
 }

@@ -50,6 +50,10 @@ _MULTIPLY_ADDS = {"fp32": 128, "tf32": 512, "bf16": 1024}
 _LAUNCH, _PROLOGUE, _SOLO_LOAD = 3200, 2500, 2500
 _MEASURED = {"resident": (6250, 2.15), "streamed": (17000, 1.95), "wide": (33000, 0.55), "solo": (3500, 1.35)}
 """Kind of tiling -> (cycles of a step whatever its sum, factor of the sum but for the exchange); of solo expected."""
+_FP32_SINCE = {1: 0.70, 2: 0.61}
+"""m_tiles -> what a float32 product takes of what it took when it was measured, by counting: then 18 and 34 loads of 16
+bytes from shared memory, 4 cycles each, bounded a k-group's 128 and 256 multiply-adds of a warp; now they are 12 and 16,
+and issuing all 201 and 332 instructions bounds it, four a cycle (product.h; a test counts them)."""
 
 
 @dataclass(frozen=True)
@@ -320,6 +324,8 @@ def cost(problem: Problem, tiling: Tiling, multiprocessors: int, at_once: int | 
         live = min(M, problem.rows) if tiles <= at_once and not problem.saving else M  # rows that are exchanged
         multiplied = live if problem.precision == "fp32" and tiling.m_tiles == 1 and live <= FEW_ROWS else M
         product = max(multiplied * NS * HP / _MULTIPLY_ADDS[problem.precision], 100 + group * passes * groups / split)
+        if problem.precision == "fp32":
+            product *= _FP32_SINCE[tiling.m_tiles]
         products = (L - 1) * product
         if tiling.resident:
             load = weights / C / 30 + 1000

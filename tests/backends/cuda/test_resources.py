@@ -154,6 +154,26 @@ def test_no_bound_swallows_nan():
 
 
 @built
+def test_float32_products_load_little_for_their_multiply_adds():
+    """In the loop over k-groups, that of streamed weights: 12 loads of 16 bytes for 128, 16 for 256. With the 18 and 34 of
+    all rows by two columns, shared memory bounded them."""
+    seen = Counter()
+    for part in sass().split("Function : ")[1:]:
+        name = part.split(maxsplit=1)[0]
+        if (chain := re.search(r"12chain_kernel\w*PrecisionE0ELi(\d)ELb0E", name)) is None:
+            continue
+        code = [(int(at, 16), line) for at, line in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+([^;/]*);", part)]
+        ends = ((at, re.search(r"BRA (0x[0-9a-f]+)", line)) for at, line in code)
+        bodies = [[line for at, line in code if int(to[1], 16) <= at <= end] for end, to in ends if to]
+        rows = int(chain[1])
+        expected = {1: (128, 12), 2: (256, 16)}[rows]
+        counts = {tuple(sum(what in line for line in body) for what in ("FFMA", "LDS.128")) for body in bodies}
+        assert expected in counts, (name, counts)
+        seen[rows] += 1
+    assert seen[1] == seen[2] >= 2
+
+
+@built
 def test_a_wait_within_a_block_leaves_its_l1_cache():
     """An acquire of the cluster's scope empties it: twice in a kernel, where the cluster meets, and never in a loop."""
     for arch, kernels in disassembly().items():
