@@ -32,7 +32,7 @@ from ..limits import check_memory
 from .critic_gradients import CriticGradients
 from .launch import INTERPRETED, Kernel, architecture, fitting, multiprocessors
 from .layers import narrow_product, product
-from .ops import activate, activate_with_slope, edge_operand, rounded_operand, stored, uniform
+from .ops import activate, activate_with_slope, dot, edge_operand, rounded_operand, stored, uniform
 from .packing import packed_sizes
 from .prologue import Prologue, edge_precision
 from .runner import seed_arguments
@@ -91,7 +91,7 @@ def _critic_fwd(
     x = tl.load(actions + row[:, None] * A + dim[None, :], (row < R)[:, None] & (dim < A)[None, :], 0.0)  # [ROWS, AP]
     w_action = tl.load(w_x + column[None, :] * AP + dim[:, None])  # [AP, HP]
     z = tl.load(state_part + (tl.minimum(row, R - 1) // N)[:, None] * HP + column[None, :])  # [ROWS, HP]
-    z = tl.dot(edge_operand(x, EDGE, EMULATE), w_action, z, input_precision=EDGE)
+    z = dot(edge_operand(x, EDGE, EMULATE), w_action, z, EDGE, EMULATE)
     hidden = activations
     for layer in tl.static_range(L):
         if layer > 0:
@@ -169,7 +169,7 @@ def _critic_bwd(
     if PRODUCTS:
         tl.store(d_first + (nth * RP + tile * ROWS) * HP + place, d_z)
     if ACTIONS:
-        d_z = edge_operand(d_z, EDGE, EMULATE)
+        d_z = rounded_operand(d_z, False, EDGE, EMULATE)
         d_x = narrow_product(d_z, w_x, 1, AP, ROWS, HP, AP, GROUPS, EDGE, False, EMULATE)  # [ROWS, AP]
         live = (row < R)[:, None] & (dim < A)[None, :]
         tl.store(d_actions + nth * R * A + row[:, None] * A + dim[None, :], d_x, live)
