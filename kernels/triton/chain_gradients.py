@@ -21,7 +21,7 @@ import triton.language as tl
 from ..layout import ACTIVATIONS, DenoiserSpec
 from .launch import INTERPRETED, Kernel, multiprocessors
 from .ops import activate_with_slope, dot, edge_operand, rounded_operand
-from .packing import first_layer, packed_sizes, rounded
+from .packing import cdiv, first_layer, packed_sizes, rounded
 from .prologue import edge_precision
 
 Tensor = torch.Tensor
@@ -347,12 +347,12 @@ class ChainGradients:
         T = s.HP // side
         P, size = self.spec.layout.size, self.spec.layout.size + K * s.HP
         d_states = torch.empty_like(states) if need_states else None
-        programs = triton.cdiv(B, _STATES) * triton.cdiv(S, _state_side(S)) if need_states else 0
+        programs = cdiv(B, _STATES) * cdiv(S, _state_side(S)) if need_states else 0
         parts, images = 1, d_floats  # never read where no parameter's gradient is asked for
         if need_parameters:
             squares = (s.L - 1) * T * T
-            programs += squares + 2 * T + T * triton.cdiv(S, _state_side(S)) + T * K
-            parts = max(1, min(triton.cdiv(2 * self.processors, squares), K * RP // (4 * _CHUNK), _MAX_PARTS))
+            programs += squares + 2 * T + T * cdiv(S, _state_side(S)) + T * K
+            parts = max(1, min(cdiv(2 * self.processors, squares), K * RP // (4 * _CHUNK), _MAX_PARTS))
             images = torch.empty(parts * size, dtype=torch.float32, device=self.device)
         if programs:
             self.products[need_parameters].launch(
@@ -363,7 +363,7 @@ class ChainGradients:
         if not need_parameters:
             return None, d_states
         d_flat = torch.zeros(P, dtype=torch.float32, device=self.device)  # where no parameter lies nobody writes
-        blocks = triton.cdiv(P, _BLOCK) + s.HP // min(_COLUMNS, s.HP) + 1
+        blocks = cdiv(P, _BLOCK) + s.HP // min(_COLUMNS, s.HP) + 1
         self.finish.launch((blocks, 1, 1), flat, embedding, images, d_flat, K, parts)
         return d_flat, d_states
 

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 
 from ..layout import ACTIVATIONS, CriticSpec, DenoiserSpec
-from .launch import INTERPRETED, Kernel
+from .launch import INTERPRETED, Kernel, fixed
 from .ops import activate, dot, edge_operand, stored
-from .packing import first_layer, gather_index, packed_sizes, rounded
+from .packing import cdiv, first_layer, gather_index, packed_sizes, rounded
 
 Tensor = torch.Tensor
 _BLOCK = 1024 if not INTERPRETED else 1 << 16  # elements a program gathers
@@ -139,31 +139,33 @@ class Prologue:
     def __init__(self, spec: DenoiserSpec | CriticSpec, precision: str, transposed: bool, device: torch.device) -> None:
         self.index = gather_index(spec, transposed, device)
         self.kernel = prologue_kernel(spec, precision)
-        sizes = packed_sizes(spec)
-        self.networks = sizes.networks
-        self.blocks = sum(triton.cdiv(len(index), _BLOCK) for index in self.index)
+        self.networks = packed_sizes(spec).networks
+        self.lengths = [len(index) for index in self.index]
+        self._fixed = [fixed(index) for index in self.index]
+        self.blocks = sum(cdiv(length, _BLOCK) for length in self.lengths)
 
     def launch(
         self,
         flat: Tensor,
-        embedding: Tensor | None,
+        embedding: Tensor | int | None,
+        K: int,
         states: Tensor,
-        floats: Tensor,
-        operands: Tensor,
+        floats: Tensor | int,
+        operands: Tensor | int,
         told: Tensor | None = None,
     ) -> None:
-        """Fills the heads of `floats` and `operands`; K is the number of rows of the embedding.
+        """Fills the heads of `floats` and `operands`; these and the embedding [K, D] are tensors or addresses.
 
         Where a state holds NaN or infinity, its part is NaN throughout and `told` (int32 [1], on the device or in
         pinned memory, or None) is set to 1.
         """
-        K, B = 0 if embedding is None else len(embedding), len(states)
-        programs = self.blocks + triton.cdiv(K, _STEPS) + self.networks * triton.cdiv(B, _STATES)
-        on_floats, on_operands = self.index
+        B = states.size(0)
+        programs = self.blocks + cdiv(K, _STEPS) + self.networks * cdiv(B, _STATES)
+        on_floats, on_operands = self._fixed
         self.kernel.launch(
             (programs, 1, 1),
             flat, on_floats, on_operands, embedding, states, floats, operands,
-            on_floats if told is None else told, len(on_floats), len(on_operands), K, B, int(told is not None),
+            on_floats if told is None else told, *self.lengths, K, B, int(told is not None),
         )  # fmt: skip
 
 
