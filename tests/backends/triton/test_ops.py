@@ -285,6 +285,7 @@ def test_a_number_is_taken_apart():
     assert ((big.double() + cut - x.double()).abs() <= 2.0**-23 * x.abs().double()).all()
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 def test_what_is_no_number_does_not_come_back_as_one():
     x = torch.tensor([NAN, -NAN, INF, -INF]).repeat(256)
     x[:256] = torch.arange(0x7F800001, 0x7F800101, dtype=torch.int32).view(torch.float32)
