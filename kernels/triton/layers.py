@@ -6,7 +6,9 @@ caches): Triton cannot cut a tile in registers into chunks. Who stores activatio
 anyone loads them, and never stores where the last layer but one may still be read.
 
 Operands are rounded, to tf32 or bf16, where they are made: weights when they are packed, activations and their
-gradients when they are stored. A product takes what it loads for an operand, unless told that it is EXACT.
+gradients when they are stored. A product takes what it loads for an operand, unless told that it is EXACT. The
+parts of float32 (`ops.dot`) are made where they are multiplied: packed, they would be 13 to 28% fewer instructions in a
+layer's loop and twice the bytes that every program streams of weights, and holds of them in its ring.
 
 Letters: ROWS rows a tile, HP padded hidden width, AP padded action size.
 """
