@@ -19,6 +19,7 @@ GPU_TITLE = "device time and whole-call time on a GPU"
 MATMUL_TITLE = "matrix product 4096 x 4096 x 4096"
 UPDATE_TITLE = "what an update launches on a GPU"
 COPY_TITLE = "copy of 1 GiB, read and written"
+HOST_TITLE = "host's part of a call, the driver stubbed"
 
 
 def time(us: float) -> str:

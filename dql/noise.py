@@ -70,7 +70,12 @@ def seed_from_torch() -> int:
 
 def fresh_seed(device: torch.device) -> int | Tensor:
     """`seed_from_torch`; while a CUDA graph is captured on `device`, an int64 tensor [1] that every replay draws anew
-    from the device's generator, as torch's own random operators do."""
+    from the device's generator, as torch's own random operators do.
+
+    The draw is a small kernel of its own in the graph. A counter in device memory would do without, but know nothing of
+    `torch.cuda.manual_seed`, which is to make replays repeat: at a replay nothing runs but the graph, and torch hands
+    the generator's state to its own operators alone.
+    """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return torch.empty(1, dtype=torch.int64, device=device).random_()
     return seed_from_torch()

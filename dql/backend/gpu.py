@@ -20,7 +20,6 @@ from dql.tensors import LOWEST_ADDRESS
 
 Tensor = torch.Tensor
 _MAX_TIME_DIM = 64
-_HERE = contextlib.nullcontext()
 FP32_ROWS = 960
 """Up to which `cuda` is faster than `triton` in fp32: on an H200, whose 30 clusters of 4 blocks have 16 rows each, two
 turns take what `triton` takes for up to 2,112 rows, 120 us; at 2,500 rows they take 268 and 220 us, at 65,536 4.1 and
@@ -240,14 +239,14 @@ class _Prepared:
 
     def __init__(self, chain: Chain, places: tuple[Any, ...], held: tuple[Any, ...], runner: ChainRunner) -> None:
         self.flat, self.places, self.held, self.S = chain.flat, places, held, chain.spec.state_dim
-        self.base = chain.flat.data_ptr()
+        self.base, self.device = chain.flat.data_ptr(), chain.flat.device
         self.runner = runner
         found = alarm(chain.flat.device)
         self.told, self.found = found.word, found.cell
         self.plans: dict[int, Plan] = {}
 
     def run(self, states: Tensor, actions: Tensor, seed: int) -> bool:
-        fits = states.dtype is actions.dtype is torch.float32 and states.device == self.flat.device
+        fits = states.dtype is actions.dtype is torch.float32 and states.device == self.device
         try:
             fits = fits and states.is_contiguous() and states.dim() == 2 and states.shape[1] == self.S
             if not fits or not states.size(0) or states.data_ptr() < LOWEST_ADDRESS:
@@ -273,10 +272,12 @@ def _told(chain: Chain) -> Tensor | None:
     return alarm(chain.flat.device).word if chain.report else None
 
 
+_HERE = contextlib.nullcontext()
+
+
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Kernels go to the current device: the tensor's, from here on."""
-    # torch.cuda.device asks for it three times and sets it twice, which is more than a launch costs
-    if not tensor.is_cuda or torch._C._cuda_getDevice() == tensor.device.index:
+    """Kernels go to the current device: the tensor's, from here on. Where it is that already, nothing is to be done."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return _HERE
     return torch.cuda.device(tensor.device)
 

@@ -52,8 +52,8 @@ _MEASURED = {"resident": (6250, 2.15), "streamed": (17000, 1.95), "wide": (33000
 """Kind of tiling -> (cycles of a step whatever its sum, factor of the sum but for the exchange); of solo expected."""
 _FP32_SINCE = {1: 0.70, 2: 0.61}
 """m_tiles -> what a float32 product takes of what it took when it was measured, by counting: then 18 and 34 loads of 16
-bytes from shared memory, 4 cycles each, bounded a k-group's 128 and 256 multiply-adds of a warp; now they are 12 and 16,
-and issuing all 201 and 332 instructions bounds it, four a cycle (product.h; a test counts them)."""
+bytes from shared memory, 4 cycles each, bounded a k-group's 128 and 256 multiply-adds of a warp; now they are 12 and
+16, and issuing all 201 and 332 instructions bounds it, four a cycle (product.h; a test counts them)."""
 
 
 @dataclass(frozen=True)

@@ -57,10 +57,9 @@ class Report:
         warps: of a block.
         blocks_per_sm: how many blocks a multiprocessor holds at a time; 0 if it cannot launch.
         instructions: how often each of COUNTED stands in the code, and the "total" (NOP aside).
-        tf32_products: how many products of tf32 numbers the kernel asks for; float32's, which Triton makes of three
-            such products, are none.
-        tf32_roundings: how often it rounds float32 numbers for them.
-        cvt_tf32: how often cvt.rna.tf32 stands in the PTX; float32's products have some of their own.
+        tf32_products: how many products of tf32 numbers the kernel asks for; each of float32's is three of them.
+        tf32_roundings: how often it rounds float32 numbers for them by cvt.rna.tf32.
+        cvt_tf32: how often that stands in the PTX.
         warnings: what ptxas warned of, such as wgmma that it had to serialize.
         seconds: compile time, from Python to cubin, without cache.
     """

@@ -34,7 +34,7 @@ import triton.language as tl
 from ..layout import ACTIVATIONS, DenoiserSpec
 from .launch import INTERPRETED, Kernel
 from .layers import narrow_product, narrow_product_from, product
-from .ops import activate, activate_with_slope, edge_operand, normals, rounded_operand, stored
+from .ops import activate, activate_with_slope, dot, edge_operand, normals, rounded_operand, stored
 from .packing import PackedSizes, packed_sizes
 from .prologue import edge_precision
 from .tiles import Tile, next_smaller
@@ -124,7 +124,7 @@ def _chain_fwd(
         if SAVE or AP * HP >= NARROW:
             tl.store(x_at + corner, x_operand)
         if AP * HP < NARROW:
-            z = tl.dot(x_operand, w_action, z, input_precision=EDGE)  # [ROWS, HP]
+            z = dot(x_operand, w_action, z, EDGE, EMULATE)  # [ROWS, HP]
         else:
             tl.debug_barrier()
             z = product(z, x_at + tile * ROWS * AP, w_x, AP, 1, ROWS, HP, AP, 16, 2, EDGE, False, BF16, EMULATE)
@@ -230,7 +230,7 @@ def _chain_bwd(
         d_eps = -tl.load(step + 1) * d_raw
         tl.store(d_floats + k * RP * AP + corner, d_eps)
         if AP * HP < NARROW:
-            d_h = tl.dot(edge_operand(d_eps, EDGE, EMULATE), w_back, input_precision=EDGE)  # [ROWS, HP]
+            d_h = dot(edge_operand(d_eps, EDGE, EMULATE), w_back, None, EDGE, EMULATE)  # [ROWS, HP]
         else:
             tl.debug_barrier()
             d_h = product(tl.zeros((ROWS, HP), tl.float32), d_floats + (k * RP + tile * ROWS) * AP, w_out,

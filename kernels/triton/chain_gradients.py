@@ -20,8 +20,8 @@ import triton.language as tl
 
 from ..layout import ACTIVATIONS, DenoiserSpec
 from .launch import INTERPRETED, Kernel, multiprocessors
-from .ops import activate_with_slope, edge_operand
-from .packing import first_layer, packed_sizes, rounded
+from .ops import activate_with_slope, dot, edge_operand, rounded_operand
+from .packing import cdiv, first_layer, packed_sizes, rounded
 from .prologue import edge_precision
 
 Tensor = torch.Tensor
@@ -63,10 +63,10 @@ def outer_product(
         if WIDE:
             d_tile, x_tile = d_tile.to(tl.float32), x_tile.to(tl.float32)
         if EXACT:
-            d_tile = edge_operand(d_tile, PRECISION, EMULATE)
+            d_tile = rounded_operand(d_tile, False, PRECISION, EMULATE)
         if SHARED:
             x_tile = edge_operand(x_tile, PRECISION, EMULATE)
-        total = tl.dot(d_tile.T, x_tile, total, input_precision=PRECISION)
+        total = dot(d_tile.T, x_tile, total, PRECISION, EMULATE)
     tl.store(out + i[:, None] * STRIDE + j[None, :], total, (i < M)[:, None] & (j < N)[None, :])
     if BIAS:
         tl.store(bias + i, sums, i < M)
@@ -98,8 +98,8 @@ def state_gradient(d, weight, d_states, tile, start, B, N, S: tl.constexpr, H: t
             total += tl.load(at, (b < B)[:, None], 0.0)
             at += HP
         w = tl.load(weight + column[:, None] * STRIDE + i[None, :], (column < H)[:, None] & (i < S)[None, :], 0.0)
-        total, w = edge_operand(total, EDGE, EMULATE), edge_operand(w, EDGE, EMULATE)
-        part = tl.dot(total, w, part, input_precision=EDGE)
+        total, w = rounded_operand(total, False, EDGE, EMULATE), edge_operand(w, EDGE, EMULATE)
+        part = dot(total, w, part, EDGE, EMULATE)
     tl.store(d_states + b[:, None] * S + i[None, :], part, (b < B)[:, None] & (i < S)[None, :])
 
 
@@ -208,12 +208,12 @@ def _time_features(e, flat, W_1: tl.constexpr, B_1: tl.constexpr, W_3: tl.conste
     d, t = tl.arange(0, DP), tl.arange(0, TP)
     d_in, t_in = d < D, t < 2 * D
     w = tl.load(flat + W_1 + t[None, :] * D + d[:, None], d_in[:, None] & t_in[None, :], 0.0)  # [DP, TP]
-    z = tl.dot(e, edge_operand(w, EDGE, EMULATE), input_precision=EDGE) + tl.load(flat + B_1 + t, t_in, 0.0)[None, :]
+    z = dot(e, edge_operand(w, EDGE, EMULATE), None, EDGE, EMULATE) + tl.load(flat + B_1 + t, t_in, 0.0)[None, :]
     h, slope = activate_with_slope(z, KIND)
     h = edge_operand(h, EDGE, EMULATE)
     w = tl.load(flat + W_3 + d[None, :] * (2 * D) + t[:, None], t_in[:, None] & d_in[None, :], 0.0)  # [TP, DP]
     w = edge_operand(w, EDGE, EMULATE)
-    features = tl.dot(h, w, input_precision=EDGE) + tl.load(flat + B_3 + d, d_in, 0.0)[None, :]
+    features = dot(h, w, None, EDGE, EMULATE) + tl.load(flat + B_3 + d, d_in, 0.0)[None, :]
     return edge_operand(features, EDGE, EMULATE), h, slope
 
 
@@ -279,7 +279,7 @@ def _chain_finish(
                 d_table += tl.load(images + part * size + P + k[:, None] * HP + column[None, :], (k < K)[:, None], 0.0)
             d_bias += tl.sum(d_table, axis=0)
             d_table = edge_operand(d_table, EDGE, EMULATE)
-            d_weight = tl.dot(d_table.T, features, d_weight, input_precision=EDGE)
+            d_weight = dot(d_table.T, features, d_weight, EDGE, EMULATE)
         tl.store(d_flat + BIAS + column, d_bias, column < H)
         tl.store(
             d_flat + W_TIME + column[:, None] * STRIDE + d[None, :], d_weight, (column < H)[:, None] & d_in[None, :]
@@ -302,14 +302,14 @@ def _chain_finish(
                 w = tl.load(flat + W_TIME + column[:, None] * STRIDE + d[None, :],
                             (column < H)[:, None] & d_in[None, :], 0.0)  # fmt: skip  # [SIDE, DP]
                 d_table, w = edge_operand(d_table, EDGE, EMULATE), edge_operand(w, EDGE, EMULATE)
-                d_features = tl.dot(d_table, w, d_features, input_precision=EDGE)
+                d_features = dot(d_table, w, d_features, EDGE, EMULATE)
             d_b3 += tl.sum(d_features, axis=0)
             d_features = edge_operand(d_features, EDGE, EMULATE)
-            d_w3 = tl.dot(d_features.T, h, d_w3, input_precision=EDGE)
+            d_w3 = dot(d_features.T, h, d_w3, EDGE, EMULATE)
             w = tl.load(flat + W_3 + d[:, None] * (2 * D) + t[None, :], d_in[:, None] & t_in[None, :], 0.0)  # [DP, TP]
-            d_z = tl.dot(d_features, edge_operand(w, EDGE, EMULATE), input_precision=EDGE) * slope  # [STEPS, TP]
+            d_z = dot(d_features, edge_operand(w, EDGE, EMULATE), None, EDGE, EMULATE) * slope  # [STEPS, TP]
             d_b1 += tl.sum(d_z, axis=0)
-            d_w1 = tl.dot(edge_operand(d_z, EDGE, EMULATE).T, e, d_w1, input_precision=EDGE)
+            d_w1 = dot(edge_operand(d_z, EDGE, EMULATE).T, e, d_w1, EDGE, EMULATE)
         tl.store(d_flat + W_1 + t[:, None] * D + d[None, :], d_w1, t_in[:, None] & d_in[None, :])
         tl.store(d_flat + B_1 + t, d_b1, t_in)
         tl.store(d_flat + W_3 + d[:, None] * (2 * D) + t[None, :], d_w3, d_in[:, None] & t_in[None, :])
@@ -347,12 +347,12 @@ class ChainGradients:
         T = s.HP // side
         P, size = self.spec.layout.size, self.spec.layout.size + K * s.HP
         d_states = torch.empty_like(states) if need_states else None
-        programs = triton.cdiv(B, _STATES) * triton.cdiv(S, _state_side(S)) if need_states else 0
+        programs = cdiv(B, _STATES) * cdiv(S, _state_side(S)) if need_states else 0
         parts, images = 1, d_floats  # never read where no parameter's gradient is asked for
         if need_parameters:
             squares = (s.L - 1) * T * T
-            programs += squares + 2 * T + T * triton.cdiv(S, _state_side(S)) + T * K
-            parts = max(1, min(triton.cdiv(2 * self.processors, squares), K * RP // (4 * _CHUNK), _MAX_PARTS))
+            programs += squares + 2 * T + T * cdiv(S, _state_side(S)) + T * K
+            parts = max(1, min(cdiv(2 * self.processors, squares), K * RP // (4 * _CHUNK), _MAX_PARTS))
             images = torch.empty(parts * size, dtype=torch.float32, device=self.device)
         if programs:
             self.products[need_parameters].launch(
@@ -363,7 +363,7 @@ class ChainGradients:
         if not need_parameters:
             return None, d_states
         d_flat = torch.zeros(P, dtype=torch.float32, device=self.device)  # where no parameter lies nobody writes
-        blocks = triton.cdiv(P, _BLOCK) + s.HP // min(_COLUMNS, s.HP) + 1
+        blocks = cdiv(P, _BLOCK) + s.HP // min(_COLUMNS, s.HP) + 1
         self.finish.launch((blocks, 1, 1), flat, embedding, images, d_flat, K, parts)
         return d_flat, d_states
 

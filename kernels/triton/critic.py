@@ -28,12 +28,12 @@ import triton
 import triton.language as tl
 
 from ..layout import ACTIVATIONS, CriticSpec
-from ..limits import check_memory
+from ..limits import check_memory, too_many
 from .critic_gradients import CriticGradients
 from .launch import INTERPRETED, Kernel, architecture, fitting, multiprocessors
 from .layers import narrow_product, product
-from .ops import activate, activate_with_slope, edge_operand, rounded_operand, stored, uniform
-from .packing import packed_sizes
+from .ops import activate, activate_with_slope, dot, edge_operand, rounded_operand, stored, uniform
+from .packing import cdiv, packed_sizes
 from .prologue import Prologue, edge_precision
 from .runner import seed_arguments
 from .tiles import Shape, Tile, next_smaller
@@ -91,7 +91,7 @@ def _critic_fwd(
     x = tl.load(actions + row[:, None] * A + dim[None, :], (row < R)[:, None] & (dim < A)[None, :], 0.0)  # [ROWS, AP]
     w_action = tl.load(w_x + column[None, :] * AP + dim[:, None])  # [AP, HP]
     z = tl.load(state_part + (tl.minimum(row, R - 1) // N)[:, None] * HP + column[None, :])  # [ROWS, HP]
-    z = tl.dot(edge_operand(x, EDGE, EMULATE), w_action, z, input_precision=EDGE)
+    z = dot(edge_operand(x, EDGE, EMULATE), w_action, z, EDGE, EMULATE)
     hidden = activations
     for layer in tl.static_range(L):
         if layer > 0:
@@ -169,7 +169,7 @@ def _critic_bwd(
     if PRODUCTS:
         tl.store(d_first + (nth * RP + tile * ROWS) * HP + place, d_z)
     if ACTIONS:
-        d_z = edge_operand(d_z, EDGE, EMULATE)
+        d_z = rounded_operand(d_z, False, EDGE, EMULATE)
         d_x = narrow_product(d_z, w_x, 1, AP, ROWS, HP, AP, GROUPS, EDGE, False, EMULATE)  # [ROWS, AP]
         live = (row < R)[:, None] & (dim < A)[None, :]
         tl.store(d_actions + nth * R * A + row[:, None] * A + dim[None, :], d_x, live)
@@ -267,12 +267,14 @@ class CriticRunner:
             (q [len(which), R], saved or None).
 
         Raises:
-            ValueError: `which` is none of the three.
+            ValueError: `which` is none of the three; more rows than the kernels' numbers of 32 bits count.
         """
         if which not in ((0, 1), (0,), (1,)):
             raise ValueError(f"which must be (0, 1), (0,) or (1,), the critics to run, got {which!r}")
         B, n, s = states.size(0), len(which), self.sizes
         R = B * candidates
+        if (limit := too_many(R, 1)) is not None:
+            raise ValueError(f"backend 'triton': {limit}")
         check_memory(
             self.device,
             flat=(flat, self.spec.layout.size),
@@ -283,12 +285,12 @@ class CriticRunner:
         tile: Tile = kernel.tile
         back: Tile = self._fitting("backward", n * R).tile if save else tile
         whole = max(tile.rows, back.rows)
-        RP = triton.cdiv(R, whole) * whole
+        RP = cdiv(R, whole) * whole
         n_operands = 2 * s.operands * (1 + save) + n * RP * s.HP * (2 * s.L if save else 2)
         floats = torch.empty(2 * s.floats + 2 * B * s.HP, dtype=torch.float32, device=self.device)
         operands = torch.empty(n_operands, dtype=self.operand, device=self.device)
         q = torch.empty(n, R, dtype=torch.float32, device=self.device)
-        self._prologues[save].launch(flat, None, states, floats, operands)
+        self._prologues[save].launch(flat, None, 0, states, floats, operands)
         kernel.launch((RP // tile.rows, n, 1), floats, operands, actions, q, which[0], R, B, candidates)
         return q, CriticSaved(floats, operands, RP, which, back) if save else None
 
@@ -374,7 +376,7 @@ def choose(q: Tensor, actions: Tensor, candidates: int, draw_seed: int | Tensor)
 
 def choose_block(candidates: int) -> int:
     """How many candidates the choosing kernel reads at a time."""
-    return min(1024, max(32, triton.next_power_of_2(candidates)))
+    return min(1024, max(32, 1 << (candidates - 1).bit_length()))
 
 
 @lru_cache(maxsize=256)

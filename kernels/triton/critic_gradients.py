@@ -20,7 +20,7 @@ import triton.language as tl
 from ..layout import CriticSpec
 from .chain_gradients import outer_product, row_range, state_gradient
 from .launch import INTERPRETED, Kernel, multiprocessors
-from .packing import first_layer, packed_sizes, rounded
+from .packing import cdiv, first_layer, packed_sizes, rounded
 from .prologue import edge_precision
 
 Tensor = torch.Tensor
@@ -208,11 +208,11 @@ class CriticGradients:
         each_states = None
         if need_states:
             each_states = torch.empty(n, B, S, dtype=torch.float32, device=self.device)
-            programs = triton.cdiv(B, _STATES) * triton.cdiv(S, _side(S))
+            programs = cdiv(B, _STATES) * cdiv(S, _side(S))
         if need_parameters:
             squares = (s.L - 1) * T * T
-            programs += squares + 2 * T + T * triton.cdiv(S, _side(S))
-            parts = max(1, min(triton.cdiv(2 * self.processors, n * squares), RP // _LEAST_ROWS))
+            programs += squares + 2 * T + T * cdiv(S, _side(S))
+            parts = max(1, min(cdiv(2 * self.processors, n * squares), RP // _LEAST_ROWS))
         images = torch.empty(parts * P, dtype=torch.float32, device=self.device)
         if programs:
             self.products[need_parameters].launch(
@@ -222,7 +222,7 @@ class CriticGradients:
         d_flat = torch.empty(P, dtype=torch.float32, device=self.device) if need_parameters else None
         d_states, n_states = self._of_one(each_states, n)
         d_actions, n_actions = self._of_one(each_actions, n)
-        blocks = sum(triton.cdiv(size, _BLOCK) for size in (P, n_states, n_actions))
+        blocks = sum(cdiv(size, _BLOCK) for size in (P, n_states, n_actions))
         if blocks:
             self.finish.launch(
                 (blocks, 1, 1),

@@ -53,17 +53,15 @@ def compile_for(
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def launcher(compiled: Any) -> Callable[..., None]:
-    """`launch(grid x, y, z, stream, *arguments)` of a compiled kernel, on the current GPU; it is loaded now.
+def launcher(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """(run, fixed) of a compiled kernel, on the current GPU; it is loaded now. `run(grid x, y, z, stream, *fixed,
+    *arguments)` launches it: with pointers as addresses, and None in the places of constants, which come last."""
+    return compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
 
-    Pointers are addresses; in the places of constants, which come last, stands None.
-    """
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
 
-    def launch(x: int, y: int, z: int, stream: int, *arguments: Any) -> None:
-        run(x, y, z, stream, function, metadata, None, None, None, *arguments)
-
-    return launch
+def current_device() -> int:
+    """The current GPU's number, once torch has used one; torch.cuda.current_device first looks whether it has."""
+    return int(torch._C._cuda_getDevice())
 
 
 def current_stream(device: int) -> int:
@@ -172,8 +170,10 @@ def lacks() -> str | None:
         for name in ("run", "_init_handles"):
             if not hasattr(CompiledKernel, name):
                 return f"its CompiledKernel has no {name}"
-        if not hasattr(torch._C, "_cuda_getCurrentRawStream") and torch.cuda.is_available():
-            return "torch does not tell a stream's handle"
+        if torch.cuda.is_available():
+            for name, what in (("_cuda_getCurrentRawStream", "a stream's handle"), ("_cuda_getDevice", "its GPU")):
+                if not hasattr(torch._C, name):
+                    return f"torch does not tell {what}"
         if triton.knobs.runtime.interpret:
             return None
         from . import probe

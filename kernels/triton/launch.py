@@ -123,25 +123,33 @@ class Kernel:
 
         Args:
             grid: programs along each axis.
-            *arguments: every parameter that is no constant, in order; tensors, numbers, or None for a null pointer.
+            *arguments: every parameter that is no constant, in order; tensors (on a GPU their addresses, too), numbers,
+                or None for a null pointer.
         """
         if INTERPRETED:
             self.function[grid](*arguments, **dict(self.constants), num_warps=self.num_warps)
             return
-        device = torch.cuda.current_device()
-        launch = self._loaded.get(device)
-        if launch is None:
+        device = triton_internals.current_device()
+        loaded = self._loaded.get(device)
+        if loaded is None:
             refuse_while_capturing()
             arch = _capability(device)
             made = self._compiled.get(arch) or self._compiled.setdefault(arch, self.compile(arch))
-            launch = self._loaded[device] = triton_internals.launcher(made)
+            loaded = self._loaded[device] = triton_internals.launcher(made)
+        run, fixed = loaded
         addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-        launch(*grid, triton_internals.current_stream(device), *addresses, *self._rest)
+        run(*grid, triton_internals.current_stream(device), *fixed, *addresses, *self._rest)
 
     @cached_property
     def _rest(self) -> tuple[Any, ...]:
         """What stands in the places of the constants, which follow the arguments."""
         return (None,) * len(self.constants)
+
+
+def fixed(tensor: Tensor) -> Tensor | int:
+    """A tensor that stays where it is, to be launched with often: its address, or where kernels are interpreted itself.
+    Who launches must hold the tensor."""
+    return tensor if INTERPRETED else tensor.data_ptr()
 
 
 def architecture(device: torch.device) -> int:

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .launch import Kernel
 from .ops import normals
-from .packing import rounded
+from .packing import cdiv, rounded
 from .runner import seed_arguments
 
 Tensor = torch.Tensor
@@ -47,5 +47,5 @@ def normal(seed: int | Tensor, K: int, R: int, A: int, device: torch.device) -> 
     """
     out = torch.empty(K, R, A, dtype=torch.float32, device=device)
     at, number, in_memory = seed_arguments(seed, device)
-    noise_kernel(A).launch((triton.cdiv(R, _ROWS), K, 1), out, at, number, in_memory, R)
+    noise_kernel(A).launch((cdiv(R, _ROWS), K, 1), out, at, number, in_memory, R)
     return out

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 
 from ..layout import ACTIVATIONS, CriticSpec, DenoiserSpec
-from .launch import INTERPRETED, Kernel
-from .ops import activate, edge_operand, rounded_operand
-from .packing import first_layer, gather_index, packed_sizes, rounded
+from .launch import INTERPRETED, Kernel, fixed
+from .ops import activate, dot, edge_operand, stored
+from .packing import cdiv, first_layer, gather_index, packed_sizes, rounded
 
 Tensor = torch.Tensor
 _BLOCK = 1024 if not INTERPRETED else 1 << 16  # elements a program gathers
@@ -83,7 +83,11 @@ def _prologue(
         i = (pid - float_blocks) * BLOCK + tl.arange(0, BLOCK)
         at = tl.load(index_operands + i, i < n_operands, -1)
         number = tl.load(flat + at, at >= 0, 0.0)
-        tl.store(operands + i, rounded_operand(number, BF16, EDGE, EMULATE), i < n_operands)
+        if BF16:
+            operand = stored(number, BF16, EMULATE)
+        else:
+            operand = edge_operand(number, EDGE, EMULATE)
+        tl.store(operands + i, operand, i < n_operands)
     elif pid < float_blocks + operand_blocks + step_blocks:
         if D > 0:
             k = (pid - float_blocks - operand_blocks) * STEPS + tl.arange(0, STEPS)
@@ -92,15 +96,15 @@ def _prologue(
             e = tl.load(embedding + k[:, None] * D + d[None, :], (k < K)[:, None] & d_in[None, :], 0.0)  # [STEPS, DP]
             w = tl.load(flat + W_1 + t[None, :] * D + d[:, None], d_in[:, None] & t_in[None, :], 0.0)  # [DP, TP]
             e, w = edge_operand(e, EDGE, EMULATE), edge_operand(w, EDGE, EMULATE)
-            z = tl.dot(e, w, input_precision=EDGE) + tl.load(flat + B_1 + t, t_in, 0.0)[None, :]
+            z = dot(e, w, None, EDGE, EMULATE) + tl.load(flat + B_1 + t, t_in, 0.0)[None, :]
             h = edge_operand(activate(z, KIND), EDGE, EMULATE)  # [STEPS, TP]
             w = tl.load(flat + W_3 + d[None, :] * (2 * D) + t[:, None], t_in[:, None] & d_in[None, :], 0.0)  # [TP, DP]
             w = edge_operand(w, EDGE, EMULATE)
-            features = tl.dot(h, w, input_precision=EDGE) + tl.load(flat + B_3 + d, d_in, 0.0)[None, :]
+            features = dot(h, w, None, EDGE, EMULATE) + tl.load(flat + B_3 + d, d_in, 0.0)[None, :]
             w = tl.load(flat + W_TIME + column[None, :] * STRIDE + d[:, None],
                         d_in[:, None] & (column < H)[None, :], 0.0)  # fmt: skip  # [DP, HP]
             features, w = edge_operand(features, EDGE, EMULATE), edge_operand(w, EDGE, EMULATE)
-            row = tl.dot(features, w, input_precision=EDGE) + tl.load(flat + BIAS + column, column < H, 0.0)[None, :]
+            row = dot(features, w, None, EDGE, EMULATE) + tl.load(flat + BIAS + column, column < H, 0.0)[None, :]
             tl.store(floats + n_floats + k[:, None] * HP + column[None, :], row, (k < K)[:, None])
     else:
         tiles = tl.cdiv(B, STATES)
@@ -118,7 +122,7 @@ def _prologue(
             seen = tl.where(tl.abs(s) < float("inf"), seen, 1)  # 1: NaN or infinity
             w = tl.load(weight + column[None, :] * STRIDE + i[:, None], (i < S)[:, None] & (column < H)[None, :], 0.0)
             s, w = edge_operand(s, EDGE, EMULATE), edge_operand(w, EDGE, EMULATE)
-            part = tl.dot(s, w, part, input_precision=EDGE)
+            part = dot(s, w, part, EDGE, EMULATE)
         # Of a bad state every column is NaN, and with it all that follows from that state: infinity alone might end as
         # an action within the bounds.
         bad = tl.max(seen, axis=1) > 0  # [STATES]
@@ -135,31 +139,33 @@ class Prologue:
     def __init__(self, spec: DenoiserSpec | CriticSpec, precision: str, transposed: bool, device: torch.device) -> None:
         self.index = gather_index(spec, transposed, device)
         self.kernel = prologue_kernel(spec, precision)
-        sizes = packed_sizes(spec)
-        self.networks = sizes.networks
-        self.blocks = sum(triton.cdiv(len(index), _BLOCK) for index in self.index)
+        self.networks = packed_sizes(spec).networks
+        self.lengths = [len(index) for index in self.index]
+        self._fixed = [fixed(index) for index in self.index]
+        self.blocks = sum(cdiv(length, _BLOCK) for length in self.lengths)
 
     def launch(
         self,
         flat: Tensor,
-        embedding: Tensor | None,
+        embedding: Tensor | int | None,
+        K: int,
         states: Tensor,
-        floats: Tensor,
-        operands: Tensor,
+        floats: Tensor | int,
+        operands: Tensor | int,
         told: Tensor | None = None,
     ) -> None:
-        """Fills the heads of `floats` and `operands`; K is the number of rows of the embedding.
+        """Fills the heads of `floats` and `operands`; these and the embedding [K, D] are tensors or addresses.
 
         Where a state holds NaN or infinity, its part is NaN throughout and `told` (int32 [1], on the device or in
         pinned memory, or None) is set to 1.
         """
-        K, B = 0 if embedding is None else len(embedding), len(states)
-        programs = self.blocks + triton.cdiv(K, _STEPS) + self.networks * triton.cdiv(B, _STATES)
-        on_floats, on_operands = self.index
+        B = states.size(0)
+        programs = self.blocks + cdiv(K, _STEPS) + self.networks * cdiv(B, _STATES)
+        on_floats, on_operands = self._fixed
         self.kernel.launch(
             (programs, 1, 1),
             flat, on_floats, on_operands, embedding, states, floats, operands,
-            on_floats if told is None else told, len(on_floats), len(on_operands), K, B, int(told is not None),
+            on_floats if told is None else told, *self.lengths, K, B, int(told is not None),
         )  # fmt: skip
 
 
@@ -211,6 +217,6 @@ def prologue_kernel(spec: DenoiserSpec | CriticSpec, precision: str) -> Kernel:
 
 
 def edge_precision(precision: str) -> str:
-    """How Triton multiplies float32: three products of tf32 parts make one that is as exact as float32's own. One
-    product of "tf32" is of operands that `triton_ops.edge_operand` rounded: Triton itself would cut them off."""
+    """How `ops.dot` multiplies float32: three products of tf32 parts make one that is as exact as float32's own. One
+    product of "tf32" is of operands that `ops.edge_operand` rounded: tensor cores would cut them off."""
     return "tf32x3" if precision == "fp32" else "tf32"

@@ -11,14 +11,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-import triton
 
 from ..layout import DenoiserSpec
-from ..limits import check_memory
+from ..limits import check_memory, too_many
 from .chain import chain_bwd_kernel, chain_fwd_kernel
 from .chain_gradients import ChainGradients
-from .launch import INTERPRETED, Kernel, architecture, fitting, multiprocessors
-from .packing import packed_sizes
+from .launch import INTERPRETED, Kernel, architecture, fitting, fixed, multiprocessors
+from .packing import cdiv, packed_sizes
 from .prologue import Prologue
 from .tiles import Shape, Tile, choose
 
@@ -47,6 +46,7 @@ class ChainRunner:
 
     def __init__(self, spec: DenoiserSpec, table: Tensor, embedding: Tensor, max_action: float, precision: str) -> None:
         self.spec, self.table, self.embedding, self.precision = spec, table, embedding, precision
+        self._fixed = fixed(table), fixed(embedding)
         self.max_action = max_action
         self.sizes = packed_sizes(spec)
         self.device = table.device
@@ -90,16 +90,22 @@ class ChainRunner:
         )
         plan = self.plan(B, candidates, noise is not None, save)
         actions = torch.empty(R, spec.action_dim, dtype=torch.float32, device=self.device)
-        floats, operands = plan.run(flat, states, noise, seed, actions, told)
-        return actions, ChainSaved(floats, operands, plan.rows) if save else None
+        buffer = plan.run(flat, states, noise, seed, actions, told)
+        return actions, ChainSaved(*plan.parts(buffer), plan.rows) if save else None
 
     def plan(self, B: int, candidates: int = 1, noise: bool = False, save: bool = False) -> "ChainPlan":
-        """Everything about a forward pass that its tensors do not change."""
+        """Everything about a forward pass that its tensors do not change.
+
+        Raises:
+            ValueError: more rows or steps than the kernels' numbers of 32 bits count, which Triton looks at no more.
+        """
         K, s, R = self.table.size(0), self.sizes, B * candidates
+        if (limit := too_many(R, K)) is not None:
+            raise ValueError(f"backend 'triton': {limit}")
         chosen = self._tile("saving" if save else "forward", R)
         kernel = fitting(chain_fwd_kernel(self.spec, self.precision, chosen, noise, save), self.device)
         tile: Tile = kernel.tile
-        tiles = triton.cdiv(R, tile.rows)
+        tiles = cdiv(R, tile.rows)
         RP = tiles * tile.rows
         n_floats = s.floats + (K + B) * s.HP + (2 * K + 1 if save else 1) * RP * s.AP
         n_operands = s.operands * (1 + save) + s.HP * (2 * s.L * K * RP if save else 2 * RP)
@@ -176,21 +182,33 @@ class ChainPlan:
         seed: int | Tensor,
         actions: Tensor,
         told: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Fills actions [R, A]; the other arguments are those of `ChainRunner.forward`. Returns (floats, operands)."""
-        runner, device = self.runner, self.runner.device
-        floats = torch.empty(self.n_floats, dtype=torch.float32, device=device)
-        operands = torch.empty(self.n_operands, dtype=runner.operand, device=device)
-        self.prologue.launch(flat, runner.embedding, states, floats, operands, told)
-        at, number, in_memory = seed_arguments(seed, device)
+    ) -> Tensor:
+        """Fills actions [R, A]; the other arguments are those of `ChainRunner.forward`. Returns what holds `parts`."""
+        runner = self.runner
+        # One tensor, not two, and addresses, not views of it: each of them would cost the host its time.
+        buffer = flat.new_empty(self.n_floats + self.n_operands * runner.operand.itemsize // 4)
+        floats: Tensor | int
+        operands: Tensor | int
+        if INTERPRETED:
+            floats, operands = self.parts(buffer)
+        else:
+            floats = buffer.data_ptr()
+            operands = floats + 4 * self.n_floats
+        table, embedding = runner._fixed
+        self.prologue.launch(flat, embedding, self.sizes[3], states, floats, operands, told)
+        at, number, in_memory = seed_arguments(seed, runner.device)
         self.kernel.launch(
             (self.tiles, 1, 1),
-            floats, operands, runner.table, noise, at, actions, number, runner.max_action, *self.sizes, in_memory,
+            floats, operands, table, noise, at, actions, number, runner.max_action, *self.sizes, in_memory,
         )  # fmt: skip
-        return floats, operands
+        return buffer
+
+    def parts(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
+        """(floats, operands) in the buffer: its sizes are multiples of 16, so that both are aligned."""
+        return buffer[: self.n_floats], buffer[self.n_floats :].view(self.runner.operand)
 
 
-def seed_arguments(seed: int | Tensor, device: torch.device) -> tuple[Tensor, int, int]:
+def seed_arguments(seed: int | Tensor, device: torch.device) -> tuple[Tensor | int, int, int]:
     """What kernels are told of a seed: (where it is, or anything; its bits as a signed number; whether it is there)."""
     if isinstance(seed, Tensor):
         return seed, 0, 1
@@ -198,5 +216,6 @@ def seed_arguments(seed: int | Tensor, device: torch.device) -> tuple[Tensor, in
 
 
 @lru_cache(maxsize=64)
-def _nowhere(device: torch.device) -> Tensor:
-    return torch.empty(1, dtype=torch.int64, device=device)  # never read: no stream has to wait for its contents
+def _nowhere(device: torch.device) -> Tensor | int:
+    """Never read. Where kernels are compiled it is no memory at all."""
+    return torch.empty(1, dtype=torch.int64, device=device) if INTERPRETED else 0

@@ -155,8 +155,8 @@ def test_no_bound_swallows_nan():
 
 @built
 def test_float32_products_load_little_for_their_multiply_adds():
-    """In the loop over k-groups, that of streamed weights: 12 loads of 16 bytes for 128, 16 for 256. With the 18 and 34 of
-    all rows by two columns, shared memory bounded them."""
+    """In the loop over k-groups, that of streamed weights: 12 loads of 16 bytes for 128, 16 for 256. With the 18 and 34
+    of all rows by two columns, shared memory bounded them."""
     seen = Counter()
     for part in sass().split("Function : ")[1:]:
         name = part.split(maxsplit=1)[0]

@@ -21,10 +21,12 @@ from dql.kernels.triton import internals as triton_internals
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed: pip install triton (Linux only)", allow_module_level=True)
 
-from dql.kernels.layout import DenoiserSpec
+from dql.kernels.layout import CriticSpec, DenoiserSpec
 from dql.kernels.triton import launch, tiles
 from dql.kernels.triton.chain import chain_bwd_kernel, chain_fwd_kernel
+from dql.kernels.triton.critic import CriticRunner
 from dql.kernels.triton.packing import packed_sizes
+from dql.kernels.triton.runner import ChainRunner
 from dql.values import q_values
 
 SPEC = DenoiserSpec(17, 6, 256)
@@ -167,6 +169,21 @@ def test_numbers_of_32_bits_are_enough():
     states, actions = torch.zeros(1, 3).expand(rows, 3), torch.zeros(1, 2).expand(rows, 2)
     critic = create_autospec(dql.TwinCritic, instance=True, return_value="torch's")
     assert q_values(critic, states, actions, asked) == "torch's"
+
+
+def test_more_are_refused_before_a_launch():
+    """By the runners, too: a prepared call is not checked again when it gets another number of rows."""
+    runner = ChainRunner(SPEC, torch.zeros(5, 8), torch.zeros(5, SPEC.time_dim), 1.0, "fp32")
+    sentence = r"^backend 'triton': it takes up to 1,073,741,824 rows a call; split the states$"
+    for B, N in ((limits.MAX_ROWS + 1, 1), (1 << 31, 1), (1 << 20, 1025)):
+        with pytest.raises(ValueError, match=sentence):
+            runner.plan(B, N)
+    critics = CriticRunner(CriticSpec(17, 6, 256), "fp32", torch.device("cpu"))
+    with pytest.raises(ValueError, match=sentence):
+        critics.forward(torch.zeros(1), torch.zeros(1, 17).expand(1 << 20, 17), torch.zeros(1), 1025, (0, 1), False)
+    long = ChainRunner(SPEC, torch.zeros(1001, 8), torch.zeros(1001, SPEC.time_dim), 1.0, "fp32")
+    with pytest.raises(ValueError, match="it runs up to 1000 steps, not 1001; use backend='eager'"):
+        long.plan(1)
 
 
 # The interpreter

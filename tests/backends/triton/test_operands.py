@@ -7,6 +7,7 @@ import torch
 from support import critic
 from support.cases import Case, make_problem, named_gradients, run_problem
 from support.checks import rms_error
+from support.networks import S, make_policy, states_of
 from support.rounded_chain import (
     Round,
     activation,
@@ -21,6 +22,7 @@ from support.rounded_chain import (
 )
 
 from dql.kernels import triton as kernels
+from dql.sampler import run_chain
 
 Tensor = torch.Tensor
 SMOOTH = 1e5  # an action bound that nothing reaches: rounding cuts no gradient off
@@ -124,3 +126,21 @@ def test_of_critics(precision):
         return rounded_critic(cases[i], critic_roundings(precision, changed))
 
     check_each(got, critic_roundings(precision), want)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # NumPy's, of what is meant here
+@pytest.mark.parametrize("activation", ["relu", "mish"])
+def test_float32_that_overflows_within_is_nan(activation):
+    """Of the row that it befalls alone. An infinite prediction would be clamped, and end as an action like any other,
+    as in torch: float32's three products have no infinities, for they would have to be looked for."""
+    policy, states = make_policy(activation=activation), states_of(5)
+    with torch.no_grad():
+        for name, parameter in policy.denoiser.named_parameters():
+            if name.endswith("weight"):
+                parameter.abs_().add_(1e-3)  # infinity meets no zero, nor another one with the other sign
+        policy.denoiser.get_parameter("mid_layer.0.weight")[:, -S:] = 1.0
+        states[3] = 2e38
+        got, want = (run_chain(states, policy, seed=0, backend=name) for name in ("triton", "eager"))
+    assert want.isfinite().all() and got[3].isnan().all()
+    spared = [0, 1, 2, 4]
+    torch.testing.assert_close(got[spared], want[spared], rtol=1e-4, atol=1e-4)

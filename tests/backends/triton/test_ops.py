@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(
     reason="no CUDA device, and TRITON_INTERPRET=1 was not set before triton was imported",
 )
 INF, NAN = float("inf"), float("nan")
+LARGEST_TF32 = float.fromhex("0x1.ffcp127")
 EXACT = {"mish": F.mish, "relu": torch.relu, "silu": F.silu}
 TOLERANCES = {  # relative to each element, absolute, why
     "value": (1.2e-6, 1e-7, "the exponent of exp is rounded; interpreted 8e-7, a GPU's exp and reciprocal an ulp each"),
@@ -76,9 +77,36 @@ def _polar(words: "*i32", radius: "*fp32", cosine: "*fp32", sine: "*fp32", N: tl
 
 
 @triton.jit
-def _round(x: "*fp32", out: "*fp32", N: tl.constexpr, BF16: tl.constexpr, HOW: tl.constexpr, EMULATE: tl.constexpr):
+def _round(x: "*fp32", out: "*fp32", N: tl.constexpr, BF16: tl.constexpr, HOW: tl.constexpr, EDGE: tl.constexpr,
+           EMULATE: tl.constexpr):  # fmt: skip
     i = tl.program_id(0) * N + tl.arange(0, N)
-    tl.store(out + i, ops.rounded_operand(tl.load(x + i), BF16, HOW, EMULATE).to(tl.float32))
+    if EDGE:
+        y = ops.edge_operand(tl.load(x + i), HOW, EMULATE)
+    else:
+        y = ops.rounded_operand(tl.load(x + i), BF16, HOW, EMULATE)
+    tl.store(out + i, y.to(tl.float32))
+
+
+@triton.jit
+def _apart(x: "*fp32", big: "*fp32", small: "*fp32", N: tl.constexpr, EMULATE: tl.constexpr):
+    i = tl.program_id(0) * N + tl.arange(0, N)
+    of_big, of_small = ops.apart(tl.load(x + i), EMULATE)
+    tl.store(big + i, of_big)
+    tl.store(small + i, of_small)
+
+
+@triton.jit
+def _dot(a: "*fp32", b: "*fp32", z: "*fp32", out: "*fp32", M: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
+         ADD: tl.constexpr, EMULATE: tl.constexpr):  # fmt: skip
+    m, k, n = tl.arange(0, M), tl.arange(0, K), tl.arange(0, N)
+    left = tl.load(a + m[:, None] * K + k[None, :])
+    right = tl.load(b + k[:, None] * N + n[None, :])
+    at = m[:, None] * N + n[None, :]
+    if ADD:
+        y = ops.dot(left, right, tl.load(z + at), "tf32x3", EMULATE)
+    else:
+        y = ops.dot(left, right, None, "tf32x3", EMULATE)
+    tl.store(out + at, y)
 
 
 def poisoned(*shape):
@@ -187,9 +215,9 @@ def numbers_to_round(bits_cut):
     return x
 
 
-def rounded(x, emulate, bf16=False, how="tf32"):
+def rounded(x, emulate, bf16=False, how="tf32", edge=False):
     out = poisoned(x.numel())
-    kernel = Kernel.of(_round, num_warps=4, N=1024, BF16=bf16, HOW=how, EMULATE=emulate)
+    kernel = Kernel.of(_round, num_warps=4, N=1024, BF16=bf16, HOW=how, EDGE=edge, EMULATE=emulate)
     kernel.launch((x.numel() // 1024, 1, 1), x.to(DEVICE), out)
     return out.cpu()
 
@@ -226,5 +254,84 @@ def test_tf32_operand_is_rounded_to_nearest_away_from_zero(emulate):
 
 @pytest.mark.parametrize("emulate", [True, False])
 def test_float32_operand_is_left_alone(emulate):
+    """But for a caller's finite numbers beyond tf32's largest, of which most would round to infinity."""
     x = numbers_to_round(13)
     assert torch.equal(rounded(x, emulate, how="tf32x3").view(torch.int32), x.view(torch.int32))
+    beyond = (x.abs() > LARGEST_TF32) & x.isfinite()
+    assert beyond.any()
+    want = torch.where(beyond, x.sign() * LARGEST_TF32, x)
+    assert torch.equal(rounded(x, emulate, how="tf32x3", edge=True).view(torch.int32), want.view(torch.int32))
+
+
+# float32's product of three of tf32
+
+
+def in_parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    big, small = poisoned(x.numel()), poisoned(x.numel())
+    kernel = Kernel.of(_apart, num_warps=4, N=1024, EMULATE=INTERPRETED)
+    kernel.launch((x.numel() // 1024, 1, 1), x.to(DEVICE), big, small)
+    return big.cpu(), small.cpu()
+
+
+def test_a_number_is_taken_apart():
+    """Into the nearest tf32 number and the rest, of which a tensor core takes the first bits: 2^-23 is lost at most."""
+    x = numbers_to_round(13)
+    x = x[(x.abs() <= LARGEST_TF32) & (x.abs() > 1e-30)]  # below, what is small has fewer bits than float32's least
+    x = F.pad(x, (0, -len(x) % 1024), value=1.0)
+    big, small = in_parts(x)
+    assert not (big.view(torch.int32) & 0x1FFF).any()
+    assert torch.equal(big, rounded(x, True))
+    cut = (small.view(torch.int32) & ~0x1FFF).view(torch.float32).double()
+    assert ((big.double() + cut - x.double()).abs() <= 2.0**-23 * x.abs().double()).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+def test_what_is_no_number_does_not_come_back_as_one():
+    x = torch.tensor([NAN, -NAN, INF, -INF]).repeat(256)
+    x[:256] = torch.arange(0x7F800001, 0x7F800101, dtype=torch.int32).view(torch.float32)
+    x[256:512] = torch.tensor([-1], dtype=torch.int32).view(torch.float32)
+    assert in_parts(x)[1].isnan().all()
+
+
+def multiplied(a: torch.Tensor, b: torch.Tensor, z: torch.Tensor | None) -> torch.Tensor:
+    """z + a @ b of [M, K] and [K, N]; without z of 0."""
+    (M, K), N = a.shape, b.shape[1]
+    out = poisoned(M * N).view(M, N)
+    kernel = Kernel.of(_dot, num_warps=4, M=M, K=K, N=N, ADD=z is not None, EMULATE=INTERPRETED)
+    kernel.launch((1, 1, 1), *(None if x is None else x.contiguous().to(DEVICE) for x in (a, b, z)), out)
+    return out.cpu()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e18, 1e-18])
+@pytest.mark.parametrize("add", [True, False])
+def test_float32_product_is_as_exact_as_float32(scale, add):
+    """The bound allows for sums that are cut off twelve times; without one of the three products it is broken."""
+    generator = torch.Generator().manual_seed(3)
+    a, b = torch.randn(64, 32, generator=generator), torch.randn(32, 64, generator=generator) * scale
+    z = torch.randn(64, 64, generator=generator) * scale if add else None
+    exact = a.double() @ b.double() + (0 if z is None else z.double())
+    allowed = 2.0**-20 * (a.abs().double() @ b.abs().double() + (0 if z is None else z.abs().double()))
+    assert ((multiplied(a, b, z).double() - exact).abs() <= allowed).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # NumPy's, of what is meant here
+def test_only_the_row_of_what_is_no_number_is_none():
+    """Infinity times a number is NaN, too: an overflow does not end as an action within the bounds."""
+    a, b = torch.ones(16, 32), torch.ones(32, 16)
+    a[3, 5], a[7, 0], a[11, 31] = NAN, INF, -INF
+    got = multiplied(a, b, None)
+    assert got[[3, 7, 11]].isnan().all()
+    spared = [i for i in range(16) if i not in (3, 7, 11)]
+    assert (got[spared] == 32).all()
+
+
+def test_the_largest_operands_are_numbers():
+    """What a caller hands over, made an operand, is finite in its parts if it is finite."""
+    largest = torch.finfo(torch.float32).max
+    a = torch.full((16, 64), largest)
+    a[1::2] *= -1
+    operand = rounded(a.reshape(-1), INTERPRETED, how="tf32x3", edge=True).view(16, 64)
+    assert not multiplied(operand, torch.zeros(64, 16), None).any()
+    torch.testing.assert_close(
+        multiplied(operand, torch.full((64, 16), 1e-3), None), a[:, :16] * 0.064, rtol=2**-10, atol=0
+    )
