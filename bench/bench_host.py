@@ -1,5 +1,5 @@
-"""What a call of `dql.sample` costs its host: all of it in Python and in Triton's launcher, the driver stubbed. Of `cuda`
-the extension's part of a launch is missing, too.
+"""What a call of `dql.sample` costs its host: all of it in Python and in Triton's launcher, the driver stubbed. Of
+`cuda` the extension's part of a launch is missing, too.
 
 It needs no GPU: `stubbed` says what of a GPU's host is missing then. The least of many short bursts counts, as what a
 busy machine adds is not the code's. Nothing is computed, so nothing can be compared; the kernels of a call are counted.

@@ -89,60 +89,70 @@ public:
     }
 
 private:
-    // Rows first .. of 64 columns of a factor, each thread eight numbers: a quarter of two rows.
-    DQL_DEVICE void load(const Factor& f, int column0, int64_t first, int64_t last, float (&numbers)[8]) const {
+    // What a thread asked for of 64 columns of a factor, a quarter of two rows: four float32 each, or four bf16 in two.
+    // Nothing is done with them before they are stored, so that nothing waits for them before.
+    struct Fetched {
+        uint4 half[2];
+    };
+
+    // Rows first ...
+    DQL_DEVICE void load(const Factor& f, int column0, int64_t first, int64_t last, Fetched& fetched) const {
+        const int column = column0 + thread() % 16 * 4;
         DQL_UNROLL
         for (int half = 0; half < 2; ++half) {
             const int64_t row = first + thread() / 16 + 16 * half;
-            const int column = column0 + thread() % 16 * 4;
-            DQL_UNROLL
-            for (int i = 0; i < 4; ++i) numbers[4 * half + i] = 0;
-            const int64_t within = f.period > 0 ? row % f.period : row;
-            if (row >= last || (f.ends && within >= f.limit)) continue;
-            if (f.at == nullptr) {
-                if (column == 0) numbers[4 * half] = 1;
-                continue;
-            }
-            int64_t index = f.limit == 0 || within < f.limit ? within : f.limit - 1;
-            if (f.divisor > 1) index = static_cast<int32_t>(index) / f.divisor;
-            const int64_t at = index * f.stride + column;
-            if (f.operands && column + 3 < f.width) {  // rows of operands are padded to whole vectors
+            uint4& four = fetched.half[half];
+            four = make_uint4(0, 0, 0, 0);
+            if (row >= last) continue;
+            if (f.operands) {  // whose rows are padded to whole vectors; what is behind the width goes nowhere
+                if (column >= f.stride) continue;
+                const int64_t at = row * f.stride + column;
                 if (a.bf16) {
                     const uint2 pairs = *reinterpret_cast<const uint2*>(f.at + at * 2);
-                    numbers[4 * half] = as_float(pairs.x << 16);
-                    numbers[4 * half + 1] = as_float(pairs.x & 0xffff0000u);
-                    numbers[4 * half + 2] = as_float(pairs.y << 16);
-                    numbers[4 * half + 3] = as_float(pairs.y & 0xffff0000u);
+                    four.x = pairs.x, four.y = pairs.y;
                 } else {
-                    const float4 four = load_floats(f.at + at * 4);
-                    numbers[4 * half] = four.x, numbers[4 * half + 1] = four.y;
-                    numbers[4 * half + 2] = four.z, numbers[4 * half + 3] = four.w;
+                    four = *reinterpret_cast<const uint4*>(f.at + at * 4);
                 }
                 continue;
             }
-            DQL_UNROLL
-            for (int i = 0; i < 4; ++i)
-                if (column + i < f.width) numbers[4 * half + i] = operand_at(f.at, at + i, f.operands && a.bf16);
+            if (f.at == nullptr) {
+                if (column == 0) four.x = as_bits(1.0f);
+                continue;
+            }
+            const int64_t within = f.period > 0 ? row % f.period : row;
+            if (f.ends && within >= f.limit) continue;
+            int64_t index = f.limit == 0 || within < f.limit ? within : f.limit - 1;
+            if (f.divisor > 1) index = static_cast<int32_t>(index) / f.divisor;
+            const uint32_t* at = reinterpret_cast<const uint32_t*>(f.at) + index * f.stride + column;
+            if (column < f.width) four.x = at[0];
+            if (column + 1 < f.width) four.y = at[1];
+            if (column + 2 < f.width) four.z = at[2];
+            if (column + 3 < f.width) four.w = at[3];
         }
     }
 
-    DQL_DEVICE static void store(float* tile, const float (&numbers)[8]) {
+    DQL_DEVICE void store(const Factor& f, float* tile, const Fetched& fetched) const {
         DQL_UNROLL
-        for (int half = 0; half < 2; ++half)
-            *reinterpret_cast<float4*>(tile + (thread() / 16 + 16 * half) * STRIDE + thread() % 16 * 4) = make_float4(
-                numbers[4 * half], numbers[4 * half + 1], numbers[4 * half + 2], numbers[4 * half + 3]);
+        for (int half = 0; half < 2; ++half) {
+            const uint4& four = fetched.half[half];
+            float* const to = tile + (thread() / 16 + 16 * half) * STRIDE + thread() % 16 * 4;
+            *reinterpret_cast<uint4*>(to) =
+                f.operands && a.bf16
+                    ? make_uint4(four.x << 16, four.x & 0xffff0000u, four.y << 16, four.y & 0xffff0000u)
+                    : four;
+        }
     }
 
     // Chunk after chunk through shared memory, the next one on its way to registers meanwhile.
     template <class Multiply>
     DQL_DEVICE void over_rows(const Product& p, int i0, int j0, int64_t first, int64_t last, Multiply multiply) const {
-        float from_a[8], from_b[8];
+        Fetched from_a, from_b;
         load(p.a, i0, first, last, from_a);
         load(p.b, j0, first, last, from_b);
         for (int64_t row = first; row < last; row += CHUNK) {
             sync_block();  // the chunk before is multiplied
-            store(tile_a, from_a);
-            store(tile_b, from_b);
+            store(p.a, tile_a, from_a);
+            store(p.b, tile_b, from_b);
             sync_block();
             if (row + CHUNK < last) {
                 load(p.a, i0, row + CHUNK, last, from_a);
