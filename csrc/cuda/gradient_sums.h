@@ -10,6 +10,11 @@ namespace dql {
 namespace device {
 
 constexpr int TIME_COLUMNS = 16;  // rows of the first layer's weight, of a block
+// Steps that go through the time MLP side by side: one after the other would wait for memory at each of its layers.
+constexpr int TIME_STEPS = 5;
+
+// Floats of shared memory that a block needs.
+DQL_PLAIN int finish_floats(int D, int H) { return TIME_STEPS * (8 * D + THREADS + H) + 4 * D * D + 3 * D; }
 
 struct FinishArguments {
     Mlp net;
@@ -26,9 +31,9 @@ class Finish {
 public:
     DQL_DEVICE explicit Finish(const FinishArguments& arguments)
         : a(arguments), net(a.net), hidden(reinterpret_cast<float*>(shared_memory())) {
-        slope = hidden + 2 * net.D;
-        features = slope + 2 * net.D;
-        scratch = features + net.D;
+        slope = hidden + TIME_STEPS * 2 * net.D;
+        features = slope + TIME_STEPS * 2 * net.D;
+        scratch = features + TIME_STEPS * net.D;
     }
 
     DQL_DEVICE void run() {
@@ -80,19 +85,33 @@ private:
         return sum_of(net.size + static_cast<int64_t>(k) * a.HP + column);
     }
 
-    // The time MLP at step k into shared memory.
-    DQL_DEVICE void time_forward(int k) {
+    // The time MLP at steps first .. first + steps - 1 into shared memory: hidden and slope [steps][2 D], features
+    // [steps][D]. They are seen by the block when this returns.
+    DQL_DEVICE void time_forward(int first, int steps) {
         const int D = net.D;
-        const float* embedding = a.embedding + static_cast<int64_t>(k) * D;
-        sync_block();
-        small_layer(hidden, a.flat + net.time_w1, D, 1, a.flat + net.time_b1, embedding, 2 * D, D);
-        for (int i = thread(); i < 2 * D; i += THREADS) {
-            const Activated both = activate_with_slope(hidden[i], net.activation);
+        const float* embedding = a.embedding + static_cast<int64_t>(first) * D;
+        sync_block();  // those of earlier steps are read
+        for (int i = thread(); i < steps * 2 * D; i += THREADS) {
+            const int unit = i % (2 * D), step = i / (2 * D);
+            float sum = a.flat[net.time_b1 + unit];
+            DQL_UNROLL_BY_8
+            for (int d = 0; d < D; ++d) sum = fmaf(a.flat[net.time_w1 + unit * D + d], embedding[step * D + d], sum);
+            const Activated both = activate_with_slope(sum, net.activation);
             hidden[i] = both.h, slope[i] = both.slope;
         }
         sync_block();
-        small_layer(features, a.flat + net.time_w3, 2 * D, 1, a.flat + net.time_b3, hidden, D, 2 * D);
+        for (int i = thread(); i < steps * D; i += THREADS) {
+            const int unit = i % D, step = i / D;
+            float sum = a.flat[net.time_b3 + unit];
+            DQL_UNROLL_BY_8
+            for (int d = 0; d < 2 * D; ++d)
+                sum = fmaf(a.flat[net.time_w3 + unit * 2 * D + d], hidden[step * 2 * D + d], sum);
+            features[i] = sum;
+        }
+        sync_block();
     }
+
+    DQL_DEVICE int steps_from(int first) const { return a.K - first < TIME_STEPS ? a.K - first : TIME_STEPS; }
 
     // The first layer's time columns and its bias, TIME_COLUMNS rows of the weight.
     DQL_DEVICE void first_layer(int first) {
@@ -101,18 +120,22 @@ private:
         DQL_UNROLL
         for (float& sum : sums) sum = 0;
         float bias = 0;
-        for (int k = 0; k < a.K; ++k) {
-            time_forward(k);
-            if (thread() < TIME_COLUMNS) {
-                const float d = first + thread() < net.H ? d_table(k, first + thread()) : 0;
-                scratch[thread()] = d;
-                bias += d;
+        for (int k = 0; k < a.K; k += TIME_STEPS) {
+            const int steps = steps_from(k);
+            sync_block();  // the scratch is read
+            for (int i = thread(); i < steps * TIME_COLUMNS; i += THREADS) {
+                const int row = first + i % TIME_COLUMNS;
+                scratch[i] = row < net.H ? d_table(k + i / TIME_COLUMNS, row) : 0;
             }
-            sync_block();
-            DQL_UNROLL
-            for (int n = 0; n < TIME_COLUMNS * MAX_NARROW / THREADS; ++n) {
-                const int i = thread() + n * THREADS;
-                if (i < TIME_COLUMNS * D) sums[n] = fmaf(scratch[i / D], features[i % D], sums[n]);
+            time_forward(k, steps);
+            for (int step = 0; step < steps; ++step) {
+                const float* d = scratch + step * TIME_COLUMNS;
+                if (thread() < TIME_COLUMNS) bias += d[thread()];
+                DQL_UNROLL
+                for (int n = 0; n < TIME_COLUMNS * MAX_NARROW / THREADS; ++n) {
+                    const int i = thread() + n * THREADS;
+                    if (i < TIME_COLUMNS * D) sums[n] = fmaf(d[i / D], features[step * D + i % D], sums[n]);
+                }
             }
         }
         DQL_UNROLL
@@ -125,45 +148,61 @@ private:
     }
 
     DQL_DEVICE void time_mlp() {
-        const int D = net.D;
-        float *partial = scratch, *d_features = partial + THREADS, *d_z = d_features + D;  // [THREADS], [D], [2 D]
-        float *d_w1 = d_z + 2 * D, *d_w3 = d_w1 + 2 * D * D, *d_b1 = d_w3 + 2 * D * D, *d_b3 = d_b1 + 2 * D;
-        float* d_row = d_b3 + D;  // [H]: of the table
+        const int D = net.D, H = net.H;
+        float* partial = scratch;                        // [TIME_STEPS][THREADS]
+        float* d_row = partial + TIME_STEPS * THREADS;   // [TIME_STEPS][H]: of the table
+        float* d_features = d_row + TIME_STEPS * H;      // [TIME_STEPS][D]
+        float* d_z = d_features + TIME_STEPS * D;        // [TIME_STEPS][2 D]
+        float *d_w1 = d_z + TIME_STEPS * 2 * D, *d_w3 = d_w1 + 2 * D * D, *d_b1 = d_w3 + 2 * D * D, *d_b3 = d_b1 + 2 * D;
         for (int i = thread(); i < 4 * D * D + 3 * D; i += THREADS) d_w1[i] = 0;
         const int lanes = THREADS / D;  // threads for each feature
-        for (int k = 0; k < a.K; ++k) {
-            for (int row = thread(); row < net.H; row += THREADS) d_row[row] = d_table(k, row);
-            time_forward(k);
+        for (int k = 0; k < a.K; k += TIME_STEPS) {
+            const int steps = steps_from(k);
+            for (int i = thread(); i < steps * H; i += THREADS) d_row[i] = d_table(k + i / H, i % H);
+            time_forward(k, steps);
             const int d = thread() % D, of = thread() / D;
-            float sum = 0;
+            float sums[TIME_STEPS];
+            DQL_UNROLL
+            for (float& sum : sums) sum = 0;
             if (of < lanes) {
                 DQL_UNROLL_BY_8
-                for (int row = of; row < net.H; row += lanes)
-                    sum = fmaf(d_row[row],
-                               a.flat[net.first + static_cast<int64_t>(row) * net.stride + net.time_column + d], sum);
+                for (int row = of; row < H; row += lanes) {
+                    const float weight = a.flat[net.first + static_cast<int64_t>(row) * net.stride + net.time_column + d];
+                    DQL_UNROLL
+                    for (int step = 0; step < TIME_STEPS; ++step)
+                        if (step < steps) sums[step] = fmaf(d_row[step * H + row], weight, sums[step]);
+                }
             }
-            partial[thread()] = sum;
+            DQL_UNROLL
+            for (int step = 0; step < TIME_STEPS; ++step) partial[step * THREADS + thread()] = sums[step];
             sync_block();
-            if (thread() < D) {
-                sum = 0;
-                for (int i = 0; i < lanes; ++i) sum += partial[i * D + thread()];
-                d_features[thread()] = sum;
-                d_b3[thread()] += sum;
+            for (int i = thread(); i < steps * D; i += THREADS) {
+                float sum = 0;
+                for (int n = 0; n < lanes; ++n) sum += partial[i / D * THREADS + n * D + i % D];
+                d_features[i] = sum;
             }
             sync_block();
-            small_layer(d_z, a.flat + net.time_w3, 1, 2 * D, nullptr, d_features, 2 * D, D);
-            for (int i = thread(); i < 2 * D; i += THREADS) {
-                d_z[i] *= slope[i];
-                d_b1[i] += d_z[i];
+            for (int i = thread(); i < steps * 2 * D; i += THREADS) {
+                const int unit = i % (2 * D), step = i / (2 * D);
+                float sum = 0;
+                DQL_UNROLL_BY_8
+                for (int n = 0; n < D; ++n)
+                    sum = fmaf(a.flat[net.time_w3 + n * 2 * D + unit], d_features[step * D + n], sum);
+                d_z[i] = sum * slope[i];
             }
             sync_block();
             const float* embedding = a.embedding + static_cast<int64_t>(k) * D;
-            for (int i = thread(); i < 2 * D * D; i += THREADS) {
-                d_w3[i] = fmaf(d_features[i / (2 * D)], hidden[i % (2 * D)], d_w3[i]);
-                d_w1[i] = fmaf(d_z[i / D], embedding[i % D], d_w1[i]);
+            for (int step = 0; step < steps; ++step) {
+                const float *of_z = d_z + step * 2 * D, *of_features = d_features + step * D;
+                for (int i = thread(); i < 2 * D; i += THREADS) d_b1[i] += of_z[i];
+                for (int i = thread(); i < D; i += THREADS) d_b3[i] += of_features[i];
+                for (int i = thread(); i < 2 * D * D; i += THREADS) {
+                    d_w3[i] = fmaf(of_features[i / (2 * D)], hidden[step * 2 * D + i % (2 * D)], d_w3[i]);
+                    d_w1[i] = fmaf(of_z[i / D], embedding[step * D + i % D], d_w1[i]);
+                }
             }
+            sync_block();  // d_row, partial and d_features are read
         }
-        sync_block();
         for (int i = thread(); i < 2 * D * D; i += THREADS) {
             a.d_flat[net.time_w1 + i] = d_w1[i];
             a.d_flat[net.time_w3 + i] = d_w3[i];

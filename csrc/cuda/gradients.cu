@@ -369,7 +369,7 @@ void gradients(const GradientJob& job, Stream stream) {
     f.column_blocks = net.D > 0 ? (net.H + device::TIME_COLUMNS - 1) / device::TIME_COLUMNS : 0;
     Grid finish;
     finish.x = f.add_blocks + f.column_blocks + (net.D > 0 ? 1 : 0);
-    finish.shared = (12 * net.D + 4 * net.D * net.D + THREADS + net.H) * 4;
+    finish.shared = device::finish_floats(net.D, net.H) * 4;
     launch("the sums of gradients", device::finish_kernel, finish, f, stream);
 }
 
