@@ -131,9 +131,24 @@ def gpu_summary(report: dict[str, Any]) -> str:
         parts.append(_markdown(lines))
     if (processes := len({row.get("process") for row in measured})) > 1:
         parts.append(f"Measured in {processes} processes, each after another broke: a ratio may be of two of them.")
+    parts += filter(None, [_host_and_model(measured)])
     launched = report.get("tables", {}).get(UPDATE_TITLE, [])
     parts.append(_update_table(report.get("rows", []), launched, _gpu_backends(measured)))
     return "\n\n".join(parts)
+
+
+def _host_and_model(measured: list[Row]) -> str:
+    """The host's time of a call that nothing waits for, and, of a forward pass of `cuda`, what its model says of the
+    device's (kernels/cuda/plan.py) beside the device's."""
+    lines = [["", "contender", "B", "host", "device", "predicted", "largest part", "tiling"]]
+    for row in measured:
+        said = row.get("predicted_us") is not None
+        if said or row.get("host_us") is not None and row["contender"].startswith("dql-"):
+            host = time(_median(row, "host_us")) if row.get("host_us") is not None else NOT_MEASURED
+            model = [time(row["predicted_us"]), row["predicted_part"], row["tiling"]] if said else ["", "", ""]
+            cells = [_contender(row["contender"]), f"{row['B']:,}", host, time(_median(row, "device_us"))]
+            lines.append([row["problem"], *cells, *model])
+    return _markdown(lines) if len(lines) > 1 else ""
 
 
 def _gpu_backends(measured: list[Row]) -> list[str]:

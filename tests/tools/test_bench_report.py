@@ -160,6 +160,22 @@ def test_the_table_says_what_is_missing():
     assert len(re.findall(r"^\| (?!---|sample|select|update| \|)", text, re.M)) == rows
 
 
+def test_the_table_of_the_host_and_of_the_model():
+    told = {"host_us": [8.0, 9.0, 10.0], "predicted_us": 25.4, "predicted_part": "steps", "tiling": "solo 4"}
+    measured = [
+        gpu_row("published", 1, 300.0, 9000.0, None) | {"host_us": [1.0] * 3},
+        gpu_row("dql-cuda-bf16", 1, 37.3, 73.0, 0.2) | told,
+        gpu_row("dql-triton-bf16", 1, 51.7, 80.0, 0.2) | {"host_us": [11.0] * 3, "predicted_us": None},
+        gpu_row("dql-cuda-tf32", 1, 39.0, 80.0, 0.2),  # of an older report
+    ]
+    lines = table.gpu_summary({"device": "cuda", "tables": {table.GPU_TITLE: measured}}).splitlines()
+    found = [line for line in lines if line.startswith("| sample, forward | `")]
+    assert found == [
+        "| sample, forward | `cuda`, bf16 | 1 | 9.0 us | 37.3 us | 25.4 us | steps | solo 4 |",
+        "| sample, forward | `triton`, bf16 | 1 | 11.0 us | 51.7 us |  |  |  |",
+    ]
+
+
 def test_the_table_of_an_update():
     timed = {
         "problem": "update B=256",
