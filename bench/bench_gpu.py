@@ -184,6 +184,8 @@ def _predicted(B: int, precision: str, device: torch.device) -> predicted.Predic
     facts = _facts(device) if on_gpu_of(device) else None
     if facts is None or binding.unavailable(device.index) is not None:
         return None
+    if binding.facts(device.index or 0, binding.emulating())[0] != 90:
+        return None  # it was made for Hopper
     spec = _policy(device).denoiser.spec
     ask = binding.load(binding.emulating()).max_clusters
     mlp = binding.mlp(spec, binding.emulating())

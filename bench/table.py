@@ -143,7 +143,7 @@ def _host_and_model(measured: list[Row]) -> str:
     lines = [["", "contender", "B", "host", "device", "predicted", "largest part", "tiling"]]
     for row in measured:
         said = row.get("predicted_us") is not None
-        if said or row.get("host_us") is not None and row["contender"].startswith("dql-"):
+        if said or (row.get("host_us") is not None and row["contender"].startswith("dql-")):
             host = time(_median(row, "host_us")) if row.get("host_us") is not None else NOT_MEASURED
             model = [time(row["predicted_us"]), row["predicted_part"], row["tiling"]] if said else ["", "", ""]
             cells = [_contender(row["contender"]), f"{row['B']:,}", host, time(_median(row, "device_us"))]

@@ -268,8 +268,16 @@ class Checks:
                         self.look(f"bf16 B={B} {tiling}", ACTIONS["bf16"], *self.chain(B, "bf16"))
         if capability < 90:
             return
+        emulated = binding.emulating()
+        load = binding.load(emulated)
         for precision in ("bf16",) if self.small else ("bf16", "tf32", "fp32"):
             for B in (1,) if self.small else (1, 37):
+                problem = Problem(spec, precision, B, rivals.T, 1, False)
+                numbers = cluster[B].numbers(precision)
+                if shared_bytes(problem, cluster[B]) > shared or not load.max_clusters(
+                    0, binding.mlp(spec, emulated), *numbers, 0
+                ):
+                    continue
                 with forced(cluster[B]):
                     for what in (None, "few rows", "carve-out"):
                         with without(what) if what else contextlib.nullcontext():

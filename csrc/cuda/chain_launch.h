@@ -29,10 +29,12 @@ inline device::ChainArguments chain_arguments(const ChainJob& job, bool backward
     a.operands_apart = packed.operands_apart, a.floats_apart = packed.floats_apart;
     a.flat = job.flat;
     a.states = job.states, a.embedding = job.embedding, a.told = job.told;
-    a.operands = job.packed + packed.operands + (backward ? job.tiling.cluster * s.operand_bytes() : 0);
-    a.floats = job.packed + packed.floats;
-    a.time_table = reinterpret_cast<const float*>(job.packed + packed.time_table);
-    a.state_part = reinterpret_cast<const float*>(job.packed + packed.state_part);
+    if (!s.solo) {  // which has nothing packed
+        a.operands = job.packed + packed.operands + (backward ? job.tiling.cluster * s.operand_bytes() : 0);
+        a.floats = job.packed + packed.floats;
+        a.time_table = reinterpret_cast<const float*>(job.packed + packed.time_table);
+        a.state_part = reinterpret_cast<const float*>(job.packed + packed.state_part);
+    }
     a.steps = job.steps;
     a.noise = job.noise, a.seed_at = job.seed_at, a.seed = job.seed;
     a.actions_in = job.actions_in;

@@ -528,7 +528,8 @@ private:
                         sums[i * EACH + e] = sum;
                     }
                 const float sum = summed_over_columns(sums);
-                part[row_of(n, EACH == 1 ? 0 : g % 2) * narrow + o + (EACH == 1 ? g % 4 : g / 2)] = sum;
+                if (EACH == 2 || g < 4)
+                    part[row_of(n, EACH == 1 ? 0 : g % 2) * narrow + o + (EACH == 1 ? g % 4 : g / 2)] = sum;
             }
         }
     }

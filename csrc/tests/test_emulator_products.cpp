@@ -72,13 +72,22 @@ void mma_tf32_is_the_manuals() {
     const auto of = [](uint32_t bits) {
         return error_of({}, [bits] {
             float d[4] = {};
-            const uint32_t a[4] = {0, 0, bits, 0}, b[2] = {};
+            const uint32_t a[4] = {}, b[2] = {bits, 0};
             mma_tf32(d, a, b);
         });
     };
     SAYS(of(as_bits(1.0001f)), "mma_tf32 of 1.0001, which was not rounded to tf32");
     CHECK_EQ(of(tf32(1.0001f)), "nothing");
     CHECK_EQ(of(0xffffffffu), "nothing");  // NaN, as memory is before it is written
+    emulator::run(  // a row that was not rounded, which may be one that nobody asked for, and it alone
+        [] {
+            float d[4] = {};
+            const uint32_t a[4] = {lane() / 4 == 3 ? as_bits(1.0001f) : as_bits(1.0f), 0, 0, 0}, b[2] = {as_bits(1.0f), 0};
+            mma_tf32(d, a, b);
+            CHECK_EQ(d[0] != d[0], lane() / 4 == 3);
+            CHECK_EQ(d[2], 0.0f);
+        },
+        1, 1, 1, 32, 0);
 }
 
 // Two groups of 64 rows, 256 columns, k = 128 in two chunks: swizzled by hand.

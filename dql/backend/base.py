@@ -99,10 +99,6 @@ class Backend(ABC):
         """Why "auto" must not take it here although it can run, or None."""
         return None
 
-    def yields_to(self, chain: Chain) -> str | None:
-        """The backend that was measured to run such a chain faster; "auto" takes that one if it can. None: no other."""
-        return None
-
     @abstractmethod
     def check(self, chain: Chain | None = None) -> str | None:
         """None if this backend can run `chain` (or, without one, anything at all) here; else reason and remedy."""

@@ -20,10 +20,6 @@ from dql.tensors import LOWEST_ADDRESS
 
 Tensor = torch.Tensor
 _MAX_TIME_DIM = 64
-FP32_ROWS = 960
-"""Up to which `cuda` is faster than `triton` in fp32: on an H200, whose 30 clusters of 4 blocks have 16 rows each, two
-turns take what `triton` takes for up to 2,112 rows, 120 us; at 2,500 rows they take 268 and 220 us, at 65,536 4.1 and
-3.4 ms (bench/results/2026-11-27-nvidia-h200-bench.json). Of `triton`'s three tf32 products."""
 
 
 class Plan(Protocol):
@@ -108,10 +104,6 @@ class GpuBackend(Backend):
     def __init__(self, name: str, kernels: Kernels) -> None:
         self.name, self.kernels = name, kernels
         self.stands_in, self.unavailable = kernels.stands_in, kernels.unavailable
-
-    def yields_to(self, chain: Chain) -> str | None:
-        many = chain.states.size(0) * chain.candidates > FP32_ROWS
-        return "triton" if self.name == "cuda" and chain.precision == "fp32" and many else None
 
     def only_by_name(self) -> str | None:
         variable, being = self.kernels.STAND_IN

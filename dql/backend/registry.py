@@ -55,8 +55,7 @@ def pick(name: str, chain: Chain) -> Backend:
     if name == "auto":
         for backend in _REGISTRY.values():
             if backend.check(chain) is None and backend.only_by_name() is None:
-                faster = _REGISTRY.get(backend.yields_to(chain) or "")
-                return backend if faster is None or faster.check(chain) is not None else faster
+                return backend
         reasons = "; ".join(f"{b.name}: {b.check(chain) or b.only_by_name()}" for b in _REGISTRY.values())
         raise BackendUnavailable(f"no backend can run this problem: {reasons}")
     check_name(name)
@@ -70,7 +69,7 @@ def pick(name: str, chain: Chain) -> Backend:
     return backend
 
 
-# In the order of "auto". `cpp` takes policies on the CPU alone; on a GPU `cuda` comes before `triton`, and yields to it
-# where an H200 was seen to be faster with that (`yields_to`).
+# In the order of "auto". `cpp` takes policies on the CPU alone; on a GPU `cuda` comes before `triton`: what an H200 was
+# seen to be faster with `triton` at (docs/gpu.md) has other kernels in `cuda` since, which are yet to be measured.
 for _backend in (CppBackend(), CUDA, TRITON, EagerBackend()):
     register(_backend)

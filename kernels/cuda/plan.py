@@ -5,7 +5,8 @@ counted or taken from published measurements of Hopper GPUs:
 
     launches             3,200 each: what the smallest kernel takes in a graph, 1.7 us
     prologue             2,500 for weights, and 10,000 for all blocks of 16 states that run at a time, two a
-                         multiprocessor; solo blocks have none
+                         multiprocessor. Solo blocks have none, and make the states' part of every tile: M + 64 times
+                         S HP / 128, for multiply-adds and loads; of more than 6 steps 3,500 for 6 rows of a time table
     load                 the weights once: packed ones at 30 bytes a cycle; solo the float32 ones at 64, less when many
                          multiprocessors ask, at 24 when all do, and 2,500 of latency
     per step and tile of M rows
@@ -47,7 +48,8 @@ WIDE = 8  # m_tiles of the kernel for 128 rows
 SOLO_ROWS = (4, 8, 16, 24)
 FEW_ROWS = 4  # of a tile that float32 multiplies alone (product.h); every tile's height is a multiple
 _MULTIPLY_ADDS = {"fp32": 128, "tf32": 512, "bf16": 1024}
-_LAUNCH, _PROLOGUE, _SOLO_LOAD = 3200, 2500, 2500
+_LAUNCH, _PROLOGUE, _SOLO_LOAD, _SOLO_TABLE = 3200, 2500, 2500, 3500
+_SOLO_TABLE_STEPS = 6  # as shapes.h has it
 _MEASURED = {"resident": (6250, 2.15), "streamed": (17000, 1.95), "wide": (33000, 0.55), "solo": (3500, 1.35)}
 """Kind of tiling -> (cycles of a step whatever its sum, factor of the sum but for the exchange); of solo expected."""
 _FP32_SINCE = {1: 0.70, 2: 0.61}
@@ -313,7 +315,9 @@ def cost(problem: Problem, tiling: Tiling, multiprocessors: int, at_once: int | 
         tensor = (L - 1) * max(rows * HP * HP / 1024, 40 * HP * element / 64)
         products = max(tensor, sum(read))
         load = (L - 1) * HP * HP * 4 / by_cache + _SOLO_LOAD
-        prologue = 0.0
+        # its blocks make the states' part themselves, of each tile, and the time table for so many steps at a time
+        tables = -(-problem.steps // _SOLO_TABLE_STEPS) if problem.steps > _SOLO_TABLE_STEPS else 0
+        prologue = waves * (spec.state_dim * HP * (M + 64) / 128 + tables * _SOLO_TABLE)
     else:
         pairs = NS // 16
         split = max(1, 8 // pairs) if pairs < 8 else 1

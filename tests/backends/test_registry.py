@@ -69,39 +69,6 @@ def policy() -> dql.DiffusionPolicy:
 STATES = torch.zeros(5, 3)
 
 
-class Yielding(Counting):
-    """Can run everything, but the other one is faster with more than 3 rows."""
-
-    def yields_to(self, chain):
-        return "other" if chain.states.size(0) > 3 else None
-
-
-def test_auto_takes_what_the_first_yields_to_if_that_can_run(only, policy):
-    first, last = Yielding("first"), EagerBackend()
-    only(first, Never("other"), last)
-    dql.sample(STATES, policy)
-    assert first.forwards == 1, "the faster one cannot run here, and no third one takes its place"
-    first, other = Yielding("first"), Counting("other")
-    only(first, other, last)
-    dql.sample(STATES, policy)
-    assert (first.forwards, other.forwards) == (0, 1)
-    dql.sample(STATES[:3], dql.DiffusionPolicy(3, 2, hidden_dim=16))
-    dql.sample(STATES, policy, backend="first")
-    assert (first.forwards, other.forwards) == (2, 1)
-
-
-def test_many_rows_in_fp32_are_tritons(policy):
-    """As an H200 was seen to have it; `cuda` itself runs any."""
-    chain = Chain(
-        policy.denoiser.buffer, {}, policy.denoiser.spec, STATES, 1, None, 0, policy.step_table(), 1.0, "fp32",
-        policy.denoiser.kept,
-    )  # fmt: skip
-    cuda, triton = (registry.registry()[name] for name in ("cuda", "triton"))
-    for candidates, precision, expected in ((192, "fp32", None), (193, "fp32", "triton"), (1000, "bf16", None)):
-        chain.candidates, chain.precision = candidates, precision
-        assert cuda.yields_to(chain) == expected and triton.yields_to(chain) is None
-
-
 def test_every_backend_runs_or_says_why_not():
     found = dql.backends()
     assert found["eager"] is None

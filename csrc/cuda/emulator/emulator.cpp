@@ -359,10 +359,13 @@ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 }
 
 void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    for (const uint32_t bits : {a[0], a[1], a[2], a[3], b[0], b[1]})
-        if ((bits & 0x1fffu) != 0 && as_float(bits) == as_float(bits))
-            wrong("mma_tf32 of ", as_float(bits), ", which was not rounded to tf32");
-    const Fragments& all = put(d, a, b);
+    const auto rounded = [](uint32_t bits) { return (bits & 0x1fffu) == 0 || as_float(bits) != as_float(bits); };
+    for (const uint32_t bits : {b[0], b[1]})
+        if (!rounded(bits)) wrong("mma_tf32 of ", as_float(bits), ", which was not rounded to tf32");
+    // Of a there may be rows that nobody asked for, with whatever was in their place: such a row's result is NaN.
+    uint32_t rows[4];
+    for (int i = 0; i < 4; ++i) rows[i] = rounded(a[i]) ? a[i] : 0x7fffffffu;
+    const Fragments& all = put(d, rows, b);
     together(Collective::MMA_TF32, [&] { multiply_tf32(all); });
 }
 

@@ -24,6 +24,7 @@ TILED = [
     Case(B=37, S=11, A=3, K=3, H=48),  # padded to 128 by clusters of 8
     Case(B=9, S=3, A=40, K=3, N=5, H=24, num_hidden=2, activation="silu"),
     Case(B=70, S=5, A=20, K=2, H=130, num_hidden=4, activation="relu", max_action=3.0),
+    Case(B=1, S=33, A=1, K=2, H=256, num_hidden=2),
     Case(B=3, S=7, A=6, K=3, H=72),  # so few that other rows of the tile are neither multiplied nor exchanged
 ]
 SMOOTH = 1e5  # an action bound that nothing reaches: rounding cuts no gradient off
