@@ -27,8 +27,8 @@ LAYERS = 3  # hidden ones, of the denoiser and of each critic
 FORWARD, BACKWARD, SELECT = "sample, forward", "sample, forward and backward", "select"
 SPECIAL_A_MISH, SPECIAL_A_CLOCK = 2, 16
 LAUNCH_SECONDS, LAYER_CYCLES = 2.0e-6, 500
-# prologue, chain; and the chain backwards, products, their sums; of select prologue, critics and draw
-LAUNCHES = {FORWARD: 2, BACKWARD: 5, SELECT: 5}
+# the chain; and the chain backwards, products, their sums; of select the critics' prologue, critics and draw
+LAUNCHES = {FORWARD: 1, BACKWARD: 4, SELECT: 4}
 _HIDDEN = (LAYERS - 1) * H * H  # multiply-adds of a row and step between hidden layers
 _PARAMETERS = (A + 16 + S + 1) * H + (LAYERS - 1) * (H + 1) * H + (H + 1) * A + 2 * 32 * 16 + 48
 
