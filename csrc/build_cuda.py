@@ -202,6 +202,7 @@ def resources(output: str) -> list[dict[str, Any]]:
 
 
 _PRECISIONS = ("fp32", "tf32", "bf16")  # of shapes.h
+_FIRST_LAYERS = ("", " with the states' part", " with the states' part, floats from L2")  # of block_memory.h
 
 
 def readable(mangled: Sequence[str]) -> dict[str, str]:
@@ -213,7 +214,7 @@ def readable(mangled: Sequence[str]) -> dict[str, str]:
         if chain := re.search(r"9PrecisionE(\d)ELi(\d)ELb(\d)ELb(\d)", name):
             parts = [short, _PRECISIONS[int(chain[1])], f"m{chain[2]}", "resident" if chain[3] == "1" else "streamed"]
             short = " ".join([*parts, "backward" if chain[4] == "1" else "forward"])
-        elif wide := re.search(r"ILi(\d+)ELb(\d)E", name):
-            short = f"{short} {wide[1]}" + ("" if wide[2] == "1" else " floats from L2")
+        elif wide := re.search(r"ILi(\d+)ELNS\w*10FirstLayerE(\d)", name):
+            short = f"{short} {wide[1]}{_FIRST_LAYERS[int(wide[2])]}"
         names[name] = short
     return names

@@ -95,6 +95,18 @@ DQL_DEVICE Activated activate_with_slope(float z, int kind) {
     return {one[0], slope[0]};
 }
 
+// ---- a float32 as two bf16 ----
+
+// x = high + low but for 2^-17 of it at most. What would be rounded to infinity has the largest bf16 for `high`.
+struct Parts {
+    float high, low;  // low: what is left, in float32
+};
+DQL_DEVICE Parts parts_of(float x) {
+    constexpr float LARGEST = 0x1.fep127f;
+    const float high = as_float(bf16_pair(0, not_above(not_below(x, -LARGEST), LARGEST)));
+    return {high, x - high};
+}
+
 // ---- noise: dql/noise.py ----
 
 constexpr float WHOLE = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, which the lowest bits then hold

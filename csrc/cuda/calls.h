@@ -19,8 +19,8 @@ using real = double;
     DQL_TILED(F) F(integer, transposed) F(address, embedding) F(integer, B) F(integer, K) DQL_PLACE(F)
 
 #define DQL_CHAIN_CALL(F, BAR)                                                                        \
-    F(address, flat) F(address, packed) F(address, noise) F(address, seed) F(address, seed_at)        \
-    F(address, out) F(address, saved) F(address, stream) BAR                                          \
+    F(address, flat) F(address, states) F(address, packed) F(address, told) F(address, noise)         \
+    F(address, seed) F(address, seed_at) F(address, out) F(address, saved) F(address, stream) BAR     \
     DQL_TILED(F) F(integer, transposed) F(integer, first_network) F(integer, networks)                \
     F(address, steps) F(integer, B) F(integer, N) F(integer, K) F(real, max_action)                   \
     F(address, actions_in) F(address, d_out) F(address, back) F(address, d_actions)                   \

@@ -20,9 +20,12 @@ struct ChainArguments {
     int64_t operands_apart, floats_apart;  // bytes, network to network
     const float* flat;
     const char* operands;  // of the direction
+    const char* first;     // of the first layer, if there are slabs of it
     const char* floats;
     const float* time_table;
     const float* state_part;
+    const float* states;  // [B, S], read where there are slabs, and told of:
+    int32_t* told;        // null, or set to 1 if one holds NaN or infinity
     const float* steps;
     const float* noise;
     const int64_t* seed_at;

@@ -9,7 +9,7 @@ namespace cuda {
 
 using ChainKernel = void (*)(device::ChainArguments);
 
-ChainKernel wide_chain_kernel_for(int HP, bool floats_in_shared);
+ChainKernel wide_chain_kernel_for(int HP, FirstLayer first);
 
 template <Precision P>
 ChainKernel chain_kernel_for(const Tiling& tiling, bool backward);
@@ -28,9 +28,11 @@ inline device::ChainArguments chain_arguments(const ChainJob& job, bool backward
     a.operands_apart = packed.operands_apart, a.floats_apart = packed.floats_apart;
     a.flat = job.flat;
     a.operands = job.packed + packed.operands + (backward ? job.tiling.cluster * s.operand_bytes() : 0);
+    a.first = job.packed + packed.first;
     a.floats = job.packed + packed.floats;
     a.time_table = reinterpret_cast<const float*>(job.packed + packed.time_table);
     a.state_part = reinterpret_cast<const float*>(job.packed + packed.state_part);
+    a.states = job.states, a.told = job.told;
     a.steps = job.steps;
     a.noise = job.noise, a.seed_at = job.seed_at, a.seed = job.seed;
     a.actions_in = job.actions_in;

@@ -225,6 +225,15 @@ DQL_DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Four matrices of 8 x 8 bf16, by a warp: lane 4 g + t has of each the numbers 2 t and 2 t + 1 of row g, as results of
+// products lie, and lane 8 i + r says where row r of matrix i goes, 16 bytes.
+DQL_DEVICE void store_matrices(void* row, const uint32_t (&matrices)[4]) {
+    if constexpr (HAS_CLUSTERS)
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+                     "r"(matrices[0]), "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])
+                     : "memory");
+}
+
 // ---- tensor cores that read shared memory by themselves: Hopper's, by the four warps of a warp group ----
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)

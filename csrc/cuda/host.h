@@ -67,6 +67,8 @@ struct ChainJob {
     int first_network, networks; // the critics that run; 0, 1 of a denoiser
     const float* flat;
     const char* packed;
+    const float* states;     // [B, S], of a denoiser's forward pass
+    int32_t* told;           // as the prologue's
     const float* steps;      // [K, STEP_STRIDE]; null of critics
     int64_t B, R;
     int N, K;                // K = 1 of critics

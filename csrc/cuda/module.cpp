@@ -249,6 +249,7 @@ DQL_CUDA_FUNCTION(chain_forward) {
         const Mlp& net = args.handle<MlpHandle>();
         const auto told = args.call<cuda::ChainCall>();
         cuda::ChainJob job = chain_job(net, told);
+        job.states = maybe(told.states), job.told = maybe<int32_t>(told.told);
         job.noise = maybe(told.noise);
         job.seed = told.seed, job.seed_at = maybe<const int64_t>(told.seed_at);
         job.actions_in = maybe(told.actions_in);

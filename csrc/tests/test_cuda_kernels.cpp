@@ -38,6 +38,21 @@ void activations_are_accurate() {
     }
 }
 
+void parts_add_up() {
+    for (const float x : random_floats(1000, 100)) {
+        const device::Parts parts = device::parts_of(x);
+        CHECK_EQ(parts.high, rounded(x, Precision::BF16));
+        CHECK_NEAR(double{parts.high} + rounded(parts.low, Precision::BF16), x, 0x1p-17 * std::fabs(x));
+    }
+    const float largest = std::numeric_limits<float>::max();
+    for (const float x : {0.0f, 1.0f, -1.5f, 1e-30f, 3.3e38f, -3.4e38f, largest, -largest}) {
+        const device::Parts parts = device::parts_of(x);
+        CHECK(std::isfinite(parts.high) && std::isfinite(rounded(parts.low, Precision::BF16)));
+        CHECK_NEAR(double{parts.high} + rounded(parts.low, Precision::BF16), x, 0x1p-16 * std::fabs(x));
+    }
+    CHECK(std::isnan(device::parts_of(NOT_A_NUMBER).high) && std::isnan(device::parts_of(NOT_A_NUMBER).low));
+}
+
 double exact_normal(uint64_t seed, uint32_t row, uint32_t k, uint32_t dim) {
     const PhiloxWords words = philox(seed, row, k, dim / 4, 0);
     const double length = std::sqrt(-2 * std::log(unit_double(words.w[dim % 4 / 2 * 2])));
@@ -137,9 +152,10 @@ void chunks_have_one_place() {
             const int per_lane = 16 / s.element;
             for (int chunk = 0; chunk < s.layer_bytes() / 16; ++chunk) {
                 const device::Place place = device::place_of(s, chunk);
-                for (int e = 0; e < per_lane; ++e)
-                    if (operand_index(s, 0, place.column, place.k + e) != int64_t{chunk} * per_lane + e)
-                        CHECK_EQ(operand_index(s, 0, place.column, place.k + e), int64_t{chunk} * per_lane + e);
+                for (int e = 0; e < per_lane; ++e) {
+                    const int64_t index = operand_index(s, 0, place.column, device::k_of(s, place, e));
+                    if (index != int64_t{chunk} * per_lane + e) CHECK_EQ(index, int64_t{chunk} * per_lane + e);
+                }
             }
         }
 }
@@ -179,7 +195,19 @@ void check_prologue(const Sizes& sizes, const Tiling& tiling, int64_t B, int K, 
                     }
                 }
             }
-            for (int64_t b = 0; b < B; ++b) {
+            // Of the first layer in slabs: zeros between x and the states and behind them, two bf16 of each weight.
+            const int narrow = (net.X + 3) / 4 * 4;
+            for (int i = 0; i < s.slabs * 32; ++i) {
+                const int from = i < net.X ? net.x_column + i : i < narrow || i >= narrow + net.S ? -1 : net.state_column + i - narrow;
+                const float weight = real && from >= 0 ? first_row[from] : 0;
+                const char* slab = packed.data() + places.first + i / 32 * s.HP * 128;
+                const int row = wide_row(column);
+                const float high = device::as_float(bits_of(slab, wide_place(row, i % 32) / 2, Precision::BF16));
+                const float low = device::as_float(bits_of(slab, wide_place(row, 32 + i % 32) / 2, Precision::BF16));
+                CHECK_EQ(high, rounded(weight, Precision::BF16));
+                CHECK_NEAR(double{high} + low, weight, 0x1p-17 * std::fabs(weight));
+            }
+            for (int64_t b = 0; s.slabs == 0 && b < B; ++b) {
                 double sum = real && net.D == 0 ? w[net.first_bias + column] : 0;
                 for (int j = 0; real && j < net.S; ++j)
                     sum += double{first_row[net.state_column + j]} * states[b * net.S + j];
@@ -267,6 +295,7 @@ void prologues() {
 
 int main() {
     RUN(activations_are_accurate);
+    RUN(parts_add_up);
     RUN(uniforms_are_exact);
     RUN(noise_is_the_stream);
     RUN(candidates_are_drawn);

@@ -235,8 +235,9 @@ class ChainPlan:
         moving = calls["prologue"].move(at, states.data_ptr(), base, address(told), stream)
         module.prologue(runner.mlp, moving + self.prologue)
         moving = calls["chain"].move(
-            at, base, address(noise), number, number_at, actions.data_ptr(), address(saved), stream
-        )
+            at, states.data_ptr(), base, address(told), address(noise), number, number_at, actions.data_ptr(),
+            address(saved), stream,
+        )  # fmt: skip
         module.chain_forward(runner.mlp, moving + self.chain)
         return ChainSaved(packed, saved, self.tiling) if saved is not None else None
 

@@ -360,6 +360,17 @@ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     together(Collective::MMA_TF32, [&] { multiply_tf32(all); });
 }
 
+void store_matrices(void* row, const uint32_t (&matrices)[4]) {
+    check_inside(offset_of(row), 16, 16, "store_matrices");
+    Fragments& all = my_warp().fragments;
+    memcpy(all.a[lane()], matrices, sizeof matrices);
+    my_warp().rows[lane()] = static_cast<char*>(row);
+    together(Collective::STORE_MATRICES, [&] {
+        for (int i = 0; i < 4; ++i)
+            for (int from = 0; from < 32; ++from) memcpy(my_warp().rows[8 * i + from / 4] + from % 4 * 4, &all.a[from][i], 4);
+    });
+}
+
 // ---- wgmma: each warp its own 16 rows, a group at a time, from what shared memory holds then ----
 
 uint64_t swizzled_operand(const void* at) { return static_cast<uint64_t>(offset_of(at)); }

@@ -115,6 +115,8 @@ inline void wait_for_previous() {}
 void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
+void store_matrices(void* row, const uint32_t (&matrices)[4]);
+
 uint64_t swizzled_operand(const void* at);
 inline void fence_async() {}
 void wgmma_begin();

@@ -20,10 +20,10 @@ constexpr uint32_t ALL_LANES = 0xffffffffu;
 constexpr int64_t MOST_BYTES = (1 << 20) - 1;  // of a barrier's count
 
 // What a warp's lanes do together.
-enum class Collective : int { BLOCK, SOME, CLUSTER, WARP, SHUFFLE, MMA_BF16, MMA_TF32, WGMMA_CLOSE, WGMMA_WAIT };
+enum class Collective : int { BLOCK, SOME, CLUSTER, WARP, SHUFFLE, MMA_BF16, MMA_TF32, STORE_MATRICES, WGMMA_CLOSE, WGMMA_WAIT };
 inline const char* name_of(Collective kind) {
-    static const char* const names[] = {"sync_block", "sync_some", "sync_cluster", "sync_warp",  "shuffle_xor",
-                                        "mma_bf16",   "mma_tf32",  "wgmma_close",  "wgmma_wait"};
+    static const char* const names[] = {"sync_block", "sync_some", "sync_cluster",   "sync_warp",   "shuffle_xor",
+                                        "mma_bf16",   "mma_tf32",  "store_matrices", "wgmma_close", "wgmma_wait"};
     return names[static_cast<int>(kind)];
 }
 
@@ -64,6 +64,7 @@ struct Warp {
     int which;
     Fragments fragments;
     float* out[32];
+    char* rows[32];
     std::vector<std::pair<int64_t, WideProduct>> products;  // with their groups
     int64_t groups;
 };

@@ -31,7 +31,8 @@ CHAINS = {
     for weights in ("resident", "streamed")
     for direction in ("forward", "backward")
 }
-WIDES = {f"wide_chain {width}{floats}" for width in (128, 256) for floats in ("", " floats from L2")}
+FIRST_LAYERS = ("", " with the states' part", " with the states' part, floats from L2")
+WIDES = {f"wide_chain {width}{first}" for width in (128, 256) for first in FIRST_LAYERS}
 OTHERS = {"prologue", "products", "finish", "choose", "noise"}
 
 
