@@ -44,7 +44,7 @@ struct BlockMemory {
     int peers;     // [C][M][narrow]: of the cluster's blocks
     int narrow, row_bytes;
     int first, time;    // wide, if a product is made of the first layer's input: [slabs][M][128 bytes]; [2][HP] floats
-    int stages;         // wide: of the ring
+    int slabs, stages;  // wide: of the first layer's input, or 0; of the ring
     int64_t bytes;
 
     DQL_PLAIN FirstLayer first_layer() const {  // of tiles of 128 rows
@@ -64,6 +64,7 @@ struct BlockMemory {
             return static_cast<int>(start);
         };
         barriers = take(64);
+        slabs = s.slabs;
         first = time = stages = 0;
         if (s.wide) {  // inputs, v, x0 of the step before, the ring; narrow sums lie in h
             const int stage = s.HP * WIDE_CHUNK * 2;

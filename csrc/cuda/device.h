@@ -69,6 +69,11 @@ DQL_DEVICE uint32_t shared_address(const void* pointer) {
 
 // The compiler moves no load or store across: fewer loads at a time need fewer registers.
 DQL_DEVICE void keep_order() { asm volatile("" ::: "memory"); }
+// A number that the compiler knows nothing of: what follows from it is computed here, and takes no register before.
+DQL_DEVICE int made_here(int number) {
+    asm volatile("" : "+r"(number));
+    return number;
+}
 DQL_DEVICE void sync_block() { __syncthreads(); }
 DQL_DEVICE void sync_warp() { __syncwarp(); }
 // `threads` of the block, whole warps, at barrier number `which` of 1 .. 15.
@@ -248,6 +253,8 @@ DQL_DEVICE uint64_t swizzled_operand(const void* at) {
     const uint64_t address = (shared_address(at) & 0x3ffff) >> 4, eight_rows = 1024 >> 4, swizzle_128 = 1;
     return address | static_cast<uint64_t>(1) << 16 | eight_rows << 32 | swizzle_128 << 62;
 }
+// What lies `bytes` behind an operand, in the same shared memory.
+DQL_DEVICE uint64_t further(uint64_t operand, int bytes) { return operand + (bytes >> 4); }
 // What was written to shared memory by stores is seen by these tensor cores and by bulk copies.
 DQL_DEVICE void fence_async() {
     if constexpr (HAS_CLUSTERS) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -35,15 +35,11 @@ public:
           memory(shared_memory()),
           w(warp()),
           group(w / 4),
-          g(lane() / 4),
-          t(lane() % 4),
           narrow(a.memory.narrow),
-          slabs(FIRST == FirstLayer::PRODUCT ? (a.memory.narrow + a.net.S + WIDE_SLAB - 1) / WIDE_SLAB : 0),
-          small(FIRST == FirstLayer::PRODUCT ? a.net.X : 0),
           full(reinterpret_cast<Barrier*>(memory + a.memory.barriers)),
           empty(full + WIDE_MOST_STAGES),
           input(memory + a.memory.h[0] + group * CHUNKS * INPUT_BYTES),
-          first(memory + a.memory.first + group * slabs * INPUT_BYTES),
+          first(memory + a.memory.first + group * a.memory.slabs * INPUT_BYTES),
           v(floats_at(a.memory.v)),
           own(floats_at(a.memory.own)) {}
 
@@ -57,8 +53,8 @@ public:
         }
         wait_for_previous();
         if constexpr (FLOATS_IN_SHARED)
-            for (int i = 4 * thread(); i < (a.net.X - small + a.net.O + a.net.L - 1) * HP; i += 4 * WIDE_THREADS)
-                *reinterpret_cast<float4*>(floats_at(a.memory.floats) + i) = load_floats(global_floats() + small * HP + i);
+            for (int i = 4 * thread(); i < (a.net.X - unread() + a.net.O + a.net.L - 1) * HP; i += 4 * WIDE_THREADS)
+                *reinterpret_cast<float4*>(floats_at(a.memory.floats) + i) = load_floats(global_floats() + unread() * HP + i);
         sync_block();
         if (group == 2) {
             fewer_registers<24>();
@@ -82,7 +78,7 @@ private:
         int odd = 0;
         for (int tile = block_x(); tile < a.tiles; tile += blocks_x())
             for (int k = 0; k < a.K; ++k) {
-                for (int slab = 0; slab < slabs; ++slab) {
+                for (int slab = 0; slab < (FIRST == FirstLayer::PRODUCT ? a.memory.slabs : 0); ++slab) {
                     const bool with_time = slab == 0;
                     expect(ring, CHUNK_BYTES + (with_time ? HP * 4 : 0));
                     fill(ring, a.first + static_cast<int64_t>(slab) * CHUNK_BYTES);
@@ -122,8 +118,7 @@ private:
     DQL_DEVICE void consume() {
         Turn ring;
         int odd = 0;
-        for (int tile = block_x(); tile < a.tiles; tile += blocks_x()) {
-            row0 = static_cast<int64_t>(tile) * 2 * ROWS + 16 * w;
+        for (tile = block_x(); tile < a.tiles; tile += blocks_x()) {
             begin();
             for (k = 0; k < a.K; ++k) {
                 float z[HP / 2];
@@ -136,13 +131,13 @@ private:
                     sync_some(1 + group, 128);  // the group's inputs are written
                     if (FIRST == FirstLayer::PRODUCT && layer == 0) {
                         first_product(z, ring);
-                        add(z, time_row(odd) + 4 * t);
+                        add(z, time_row(odd) + 4 * t());
                     } else {
                         product(z, ring);
                         sync_some(1 + group, 128);  // and read
                         add(z, small_floats(a.net.X + a.net.O + layer - 1));
                     }
-                    activate_all(z, a.net.activation);
+                    activate_all_briefly(z, a.net.activation);
                     if (layer + 1 < a.net.L) hand_on(z);
                 }
                 narrow_sums(z);
@@ -154,35 +149,40 @@ private:
     }
 
     // High times high, and what the low parts add to it.
-    DQL_DEVICE void first_product(float (&z)[HP / 2], Turn& ring) {
-        DQL_NO_UNROLL
-        for (int slab = 0; slab < slabs; ++slab) {
-            const char *x = first + slab * INPUT_BYTES, *w_x = weights(ring);
-            barrier_wait(full + ring.stage, ring.turn & 1);
-            wgmma_begin();
-            DQL_UNROLL
-            for (int i = 0; i < LOW; i += 32) {
-                wgmma_bf16(z, swizzled_operand(x + i), swizzled_operand(w_x + i), slab + i > 0);
-                wgmma_bf16(z, swizzled_operand(x + i), swizzled_operand(w_x + LOW + i), true);
-                wgmma_bf16(z, swizzled_operand(x + LOW + i), swizzled_operand(w_x + i), true);
-            }
-            wgmma_close();
-            wgmma_wait<0>(z);
-            if (lane() == 0) barrier_arrive(empty + ring.stage);
-            next(ring);
+    template <bool ADD>
+    DQL_DEVICE void slab_product(float (&z)[HP / 2], Turn& ring, int slab) {
+        const uint64_t x = swizzled_operand(first + slab * INPUT_BYTES), w_x = swizzled_operand(weights(ring));
+        barrier_wait(full + ring.stage, ring.turn & 1);
+        wgmma_begin();
+        DQL_UNROLL
+        for (int i = 0; i < LOW; i += 32) {
+            wgmma_bf16(z, further(x, i), further(w_x, i), ADD || i > 0);
+            wgmma_bf16(z, further(x, i), further(w_x, LOW + i), true);
+            wgmma_bf16(z, further(x, LOW + i), further(w_x, i), true);
         }
+        wgmma_close();
+        wgmma_wait<0>(z);
+        if (lane() == 0) barrier_arrive(empty + ring.stage);
+        next(ring);
+    }
+    // The first apart: that nothing is added to must be known when this is compiled, or registers are held for it.
+    DQL_DEVICE void first_product(float (&z)[HP / 2], Turn& ring) {
+        slab_product<false>(z, ring, 0);
+        DQL_NO_UNROLL
+        for (int slab = 1; slab < a.memory.slabs; ++slab) slab_product<true>(z, ring, slab);
     }
 
     DQL_DEVICE void product(float (&z)[HP / 2], Turn& ring) {
+        const uint64_t h = swizzled_operand(input);
         int before = 0;  // the stage of the chunk before
         DQL_UNROLL
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
             barrier_wait(full + ring.stage, ring.turn & 1);
+            const uint64_t of_weights = swizzled_operand(weights(ring));
             wgmma_begin();
             DQL_UNROLL
             for (int i = 0; i < WIDE_CHUNK / 16; ++i)
-                wgmma_bf16(z, swizzled_operand(input + chunk * INPUT_BYTES + 32 * i),
-                           swizzled_operand(weights(ring) + 32 * i), chunk + i > 0);
+                wgmma_bf16(z, further(h, chunk * INPUT_BYTES + 32 * i), further(of_weights, 32 * i), chunk + i > 0);
             wgmma_close();
             if (chunk > 0) {
                 wgmma_wait<1>(z);
@@ -199,7 +199,11 @@ private:
     DQL_DEVICE static float& at(float (&z)[HP / 2], int pair, int half, int i) {
         return z[8 * pair + i / 2 * 4 + 2 * half + i % 2];
     }
-    DQL_DEVICE int row_of(int half) const { return 8 * half + g; }  // of the warp's
+    // Of this lane in fragments: row, and quarter of the columns.
+    DQL_DEVICE static int g() { return lane() / 4; }
+    DQL_DEVICE static int t() { return lane() % 4; }
+    DQL_DEVICE static int row_of(int half) { return 8 * half + g(); }              // of the warp's
+    DQL_DEVICE int64_t row0() const { return static_cast<int64_t>(tile) * 2 * ROWS + 16 * w; }
     DQL_DEVICE float* narrow_at(float* from, int row) const { return from + (w * 16 + row) * narrow; }
     // The narrow sums of a row lie where the warp's rows of the last product's input were: half of them in a chunk.
     DQL_DEVICE float* sums_at(int row) const {
@@ -207,8 +211,9 @@ private:
     }
     // Row `row` of the packed floats, from this lane's columns on: those of pair p are 16 p further.
     DQL_DEVICE const float* small_floats(int row) const {
-        return (FLOATS_IN_SHARED ? floats_at(a.memory.floats) : global_floats()) + (row - small) * HP + 4 * t;
+        return (FLOATS_IN_SHARED ? floats_at(a.memory.floats) : global_floats()) + (row - unread()) * HP + 4 * t();
     }
+    DQL_DEVICE int unread() const { return FIRST == FirstLayer::PRODUCT ? a.net.X : 0; }  // W_x among the operands
     DQL_DEVICE const float* global_floats() const {
         return reinterpret_cast<const float*>(a.floats + a.first_network * a.floats_apart);
     }
@@ -216,9 +221,9 @@ private:
     // On the FMA units, onto the states' part. Four pairs at a time: all at once would need more registers than there are.
     DQL_DEVICE void first_layer() {
         const float* state[2];
-        const float* time = a.time_table + static_cast<int64_t>(k) * HP + 4 * t;
+        const float* time = a.time_table + static_cast<int64_t>(k) * HP + 4 * t();
         DQL_UNROLL
-        for (int half = 0; half < 2; ++half) state[half] = a.state_part + state_of(row_of(half)) * HP + 4 * t;
+        for (int half = 0; half < 2; ++half) state[half] = a.state_part + state_of(row_of(half)) * HP + 4 * t();
         float4 of_state[4][2];  // of the four pairs to come, on their way meanwhile
         const auto load = [&](int pair) {
             DQL_UNROLL
@@ -229,15 +234,17 @@ private:
         if (FLOATS_IN_SHARED) load(0);
         DQL_NO_UNROLL
         for (int pair = 0; pair < PAIRS; pair += 4) {
+            const int place = place_of_matrix();
             if (!FLOATS_IN_SHARED) load(pair);
-            float z[4][2][4];
+            float z[32];  // [4 pairs][half][4 columns]
             DQL_UNROLL
             for (int p = 0; p < 4; ++p) {
                 const float4 of_time = load_floats(time + 16 * (pair + p));
                 DQL_UNROLL
                 for (int half = 0; half < 2; ++half) {
-                    z[p][half][0] = of_state[p][half].x + of_time.x, z[p][half][1] = of_state[p][half].y + of_time.y;
-                    z[p][half][2] = of_state[p][half].z + of_time.z, z[p][half][3] = of_state[p][half].w + of_time.w;
+                    const int at = 8 * p + 4 * half;
+                    z[at] = of_state[p][half].x + of_time.x, z[at + 1] = of_state[p][half].y + of_time.y;
+                    z[at + 2] = of_state[p][half].z + of_time.z, z[at + 3] = of_state[p][half].w + of_time.w;
                 }
             }
             if (FLOATS_IN_SHARED && pair + 4 < PAIRS) load(pair + 4);  // what is not in shared memory takes registers
@@ -249,18 +256,18 @@ private:
                     const float4 w_i = load_floats(w_x + 16 * p);
                     DQL_UNROLL
                     for (int half = 0; half < 2; ++half) {
-                        z[p][half][0] = fmaf(x[half], w_i.x, z[p][half][0]);
-                        z[p][half][1] = fmaf(x[half], w_i.y, z[p][half][1]);
-                        z[p][half][2] = fmaf(x[half], w_i.z, z[p][half][2]);
-                        z[p][half][3] = fmaf(x[half], w_i.w, z[p][half][3]);
+                        const int at = 8 * p + 4 * half;
+                        z[at] = fmaf(x[half], w_i.x, z[at]), z[at + 1] = fmaf(x[half], w_i.y, z[at + 1]);
+                        z[at + 2] = fmaf(x[half], w_i.z, z[at + 2]), z[at + 3] = fmaf(x[half], w_i.w, z[at + 3]);
                     }
                 }
             }
+            activate_all_briefly(z, a.net.activation);
             DQL_UNROLL
             for (int p = 0; p < 4; ++p) {
-                DQL_UNROLL
-                for (int half = 0; half < 2; ++half) activate_all(z[p][half], a.net.activation);
-                hand_on(z[p][0], z[p][1], pair + p);
+                const float upper[4] = {z[8 * p], z[8 * p + 1], z[8 * p + 2], z[8 * p + 3]};
+                const float lower[4] = {z[8 * p + 4], z[8 * p + 5], z[8 * p + 6], z[8 * p + 7]};
+                hand_on(place, upper, lower, pair + p);
             }
         }
     }
@@ -281,20 +288,25 @@ private:
 
     // A pair's columns of two rows, g and g + 8, into the next product's input as products have them: number k of a row
     // is the column that has row k of the operands (wide_row), in which order the weights' k are packed.
-    DQL_DEVICE void hand_on(const float (&upper)[4], const float (&lower)[4], int pair) {
-        const int matrix = lane() / 8, row = w % 4 * 16 + matrix % 2 * 8 + lane() % 8;
-        const int place = wide_place(row, matrix / 2 * 8) ^ pair % 4 * 32;
-        store_matrices(input + pair / 4 * INPUT_BYTES + place,
+    DQL_DEVICE void hand_on(int place, const float (&upper)[4], const float (&lower)[4], int pair) {
+        store_matrices(input + pair / 4 * INPUT_BYTES + (place ^ pair % 4 * 32),
                        {bf16_pair(upper[0], upper[1]), bf16_pair(lower[0], lower[1]), bf16_pair(upper[2], upper[3]),
                         bf16_pair(lower[2], lower[3])});
     }
 
+    // Where this lane's row of a pair's matrix begins, of the first pair.
+    DQL_DEVICE int place_of_matrix() const {
+        const int matrix = lane() / 8, row = w % 4 * 16 + matrix % 2 * 8 + lane() % 8;
+        return made_here(wide_place(row, matrix / 2 * 8));
+    }
+
     DQL_DEVICE void hand_on(float (&z)[HP / 2]) {
+        const int place = place_of_matrix();
         DQL_UNROLL
         for (int pair = 0; pair < PAIRS; ++pair) {
             const float upper[4] = {at(z, pair, 0, 0), at(z, pair, 0, 1), at(z, pair, 0, 2), at(z, pair, 0, 3)};
             const float lower[4] = {at(z, pair, 1, 0), at(z, pair, 1, 1), at(z, pair, 1, 2), at(z, pair, 1, 3)};
-            hand_on(upper, lower, pair);
+            hand_on(place, upper, lower, pair);
         }
     }
 
@@ -323,7 +335,7 @@ private:
             DQL_UNROLL
             for (int half = 0; half < 2; ++half) {
                 const float both = summed_over_quad(sum[half]);
-                if (t < 2 && o + t < a.net.O) sums_at(row_of(half))[o + t] = both;
+                if (t() < 2 && o + t() < a.net.O) sums_at(row_of(half))[o + t()] = both;
             }
         }
     }
@@ -331,7 +343,7 @@ private:
     // ---- the chain: the warp's 16 rows, a quad of a row's numbers by one lane ----
 
     DQL_DEVICE int64_t state_of(int row) const {  // behind the last row the last one's
-        const int64_t r = row0 + row;
+        const int64_t r = row0() + row;
         return static_cast<int>(r < a.R ? r : a.R - 1) / a.N;
     }
 
@@ -340,7 +352,7 @@ private:
         for (int quad = lane(); quad < 4 * narrow; quad += 32) {
             const int row = quad / (narrow / 4), q = quad % (narrow / 4);
             float x[4] = {0, 0, 0, 0}, zero[4] = {0, 0, 0, 0};
-            draw(a, x, row0 + row, q, 0);
+            draw(a, x, row0() + row, q, 0);
             put_x(row, q, x);
             put(narrow_at(own, row) + 4 * q, zero);
         }
@@ -355,13 +367,13 @@ private:
             get(x, narrow_at(v, row) + 4 * q);
             get(x0_before, narrow_at(own, row) + 4 * q);
             const bool last = k + 1 == a.K;
-            if (!last) draw(a, noise, row0 + row, q, k + 1);
+            if (!last) draw(a, noise, row0() + row, q, k + 1);
             float bias[4] = {0, 0, 0, 0};
             read(bias, a.flat + a.net.out_bias, q, a.net.O);
             const Updated updated = chain_step(a, step, k, sum, bias, x, x0_before, noise);
             put(narrow_at(own, row) + 4 * q, updated.x0);
             put_x(row, q, updated.next);
-            if (last && row0 + row < a.R) write_actions(a, row0 + row, q, updated.next);
+            if (last && row0() + row < a.R) write_actions(a, row0() + row, q, updated.next);
         }
     }
 
@@ -386,7 +398,7 @@ private:
     // The states behind x, a lane a number of each row. One that holds NaN or infinity becomes NaN in every column of the
     // product, and with it all that follows from that state: infinity alone might end as an action within the bounds.
     DQL_DEVICE void put_states() {
-        for (int column = narrow + lane(); column < slabs * WIDE_SLAB; column += 32) {
+        for (int column = narrow + lane(); column < a.memory.slabs * WIDE_SLAB; column += 32) {
             const int j = column - narrow, place = column % WIDE_SLAB;
             char* slab = first + column / WIDE_SLAB * INPUT_BYTES;
             bool bad = false;
@@ -406,13 +418,11 @@ private:
 
     const ChainArguments& a;
     char* memory;
-    int w, group, g, t, narrow;  // of this lane: warp, warp group, row and quarter of fragments
-    int slabs, small;            // of the first layer's input; rows of floats that nobody reads
+    int w, group, narrow;
     Barrier *full, *empty;
     char *input, *first;
     float *v, *own;
-    int k = 0;
-    int64_t row0 = 0;  // of the warp
+    int k = 0, tile = 0;
 };
 
 template <int HP, FirstLayer FIRST>

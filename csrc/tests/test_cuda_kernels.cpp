@@ -25,6 +25,9 @@ void activations_are_accurate() {
             CHECK_NEAR(both.h, h, relative * std::fabs(h) + 2e-36);
             CHECK_NEAR(both.slope, slope, relative * std::fabs(slope) + 4e-7);
             CHECK_EQ(device::activate(x, kind), both.h);
+            float brief[1] = {x};
+            device::activate_all_briefly(brief, kind);
+            CHECK_NEAR(brief[0], h, relative * std::fabs(h) + (kind == device::MISH ? 2.4e-7 * std::fabs(z) : 2e-36));
         }
         for (const float huge : {1e4f, 3e38f, INFINITE}) {
             CHECK_EQ(device::activate(huge, kind), huge);
@@ -35,6 +38,9 @@ void activations_are_accurate() {
         const device::Activated none = device::activate_with_slope(NOT_A_NUMBER, kind);
         CHECK(none.h != none.h && none.slope != none.slope);
         CHECK(std::isnan(device::activate(NOT_A_NUMBER, kind)));
+        float brief[4] = {1e30f, -1e30f, 0.0f, NOT_A_NUMBER};
+        device::activate_all_briefly(brief, kind);
+        CHECK(brief[0] == 1e30f && brief[1] == 0 && brief[2] == 0 && std::isnan(brief[3]));
     }
 }
 

@@ -86,6 +86,7 @@ void sync_warp();
 void sync_cluster();
 float shuffle_xor(float value, int mask);
 inline void keep_order() {}
+inline int made_here(int number) { return number; }
 
 void copy16(void* to, const void* from);
 void close_group();
@@ -118,6 +119,7 @@ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 void store_matrices(void* row, const uint32_t (&matrices)[4]);
 
 uint64_t swizzled_operand(const void* at);
+inline uint64_t further(uint64_t operand, int bytes) { return operand + bytes; }
 inline void fence_async() {}
 void wgmma_begin();
 void wgmma_close();
