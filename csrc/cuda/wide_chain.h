@@ -121,7 +121,7 @@ private:
         for (tile = block_x(); tile < a.tiles; tile += blocks_x()) {
             begin();
             for (k = 0; k < a.K; ++k) {
-                float z[HP / 2];
+                float z[HP / 2], noise[4];
                 if constexpr (FIRST != FirstLayer::PRODUCT) {
                     sync_warp();  // v is written
                     first_layer();
@@ -133,7 +133,7 @@ private:
                         first_product(z, ring);
                         add(z, time_row(odd) + 4 * t());
                     } else {
-                        product(z, ring);
+                        product(z, ring, noise, layer + 1 == a.net.L);
                         sync_some(1 + group, 128);  // and read
                         add(z, small_floats(a.net.X + a.net.O + layer - 1));
                     }
@@ -142,7 +142,7 @@ private:
                 }
                 narrow_sums(z);
                 sync_warp();
-                update();
+                update(noise);
                 odd ^= 1;
             }
         }
@@ -172,7 +172,8 @@ private:
         for (int slab = 1; slab < a.memory.slabs; ++slab) slab_product<true>(z, ring, slab);
     }
 
-    DQL_DEVICE void product(float (&z)[HP / 2], Turn& ring) {
+    // While the tensor cores finish the last layer, what noise its step will need is drawn.
+    DQL_DEVICE void product(float (&z)[HP / 2], Turn& ring, float (&noise)[4], bool last) {
         const uint64_t h = swizzled_operand(input);
         int before = 0;  // the stage of the chunk before
         DQL_UNROLL
@@ -191,6 +192,7 @@ private:
             before = ring.stage;
             next(ring);
         }
+        if (last) draw_ahead(noise);
         wgmma_wait<0>(z);
         if (lane() == 0) barrier_arrive(empty + before);
     }
@@ -358,16 +360,24 @@ private:
         }
     }
 
-    DQL_DEVICE void update() {
+    // Of this lane's first quad, which is all of it where there are up to eight numbers a row.
+    DQL_DEVICE void draw_ahead(float (&noise)[4]) {
+        DQL_UNROLL
+        for (int i = 0; i < 4; ++i) noise[i] = 0;
+        if (k + 1 < a.K && lane() < 4 * narrow)
+            draw(a, noise, row0() + lane() / (narrow / 4), lane() % (narrow / 4), k + 1);
+    }
+
+    DQL_DEVICE void update(float (&noise)[4]) {
         const Step step(a.steps + k * STEP_STRIDE);
         for (int quad = lane(); quad < 4 * narrow; quad += 32) {
             const int row = quad / (narrow / 4), q = quad % (narrow / 4);
-            float sum[4], x[4], x0_before[4], noise[4] = {0, 0, 0, 0};
+            float sum[4], x[4], x0_before[4];
             get(sum, sums_at(row) + 4 * q);
             get(x, narrow_at(v, row) + 4 * q);
             get(x0_before, narrow_at(own, row) + 4 * q);
             const bool last = k + 1 == a.K;
-            if (!last) draw(a, noise, row0() + row, q, k + 1);
+            if (!last && quad >= 32) draw(a, noise, row0() + row, q, k + 1);
             float bias[4] = {0, 0, 0, 0};
             read(bias, a.flat + a.net.out_bias, q, a.net.O);
             const Updated updated = chain_step(a, step, k, sum, bias, x, x0_before, noise);
