@@ -120,7 +120,9 @@ private:
         const int column = rest % job.tiling.cluster * s.NS + i % s.NS;
         const float* flat = job.flat + rest / job.tiling.cluster * net.apart;
         float number = 0;
-        if (column < net.H) {
+        if (s.wide && row >= s.X && row < s.X + s.O) {
+            number = narrow_word(flat, narrow_place(s.O, (row - s.X) * s.NS + i % s.NS));
+        } else if (column < net.H) {
             if (row < s.X)
                 number = flat[net.first + static_cast<int64_t>(column) * net.stride + net.x_column + row];
             else if (row < s.X + s.O)
@@ -129,6 +131,17 @@ private:
                 number = flat[net.hidden_bias[row - s.X - s.O] + column];
         }
         reinterpret_cast<float*>(job.packed + a.places.floats)[i] = number;
+    }
+
+    DQL_DEVICE float narrow_word(const float* flat, const NarrowPlace& place) const {
+        const float* weight = flat + net.out + static_cast<int64_t>(place.output) * net.H;
+        float part[2];
+        DQL_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            const Parts parts = parts_of(place.column + i < net.H ? weight[place.column + i] : 0);
+            part[i] = place.low ? parts.low : parts.high;
+        }
+        return as_float(bf16_pair(part[0], part[1]));
     }
 
     // One step's row of the table.

@@ -103,7 +103,8 @@ struct Slices {
     DQL_PLAIN int64_t layer_bytes() const { return static_cast<int64_t>(NS) * HP * element; }
     DQL_PLAIN int64_t operand_bytes() const { return (L - 1) * layer_bytes(); }
     DQL_PLAIN int64_t first_bytes() const { return static_cast<int64_t>(slabs) * HP * WIDE_CHUNK * 2; }
-    // Floats of one block, the same for both directions: W_x [X][NS] | W_out [O][NS] | biases [L - 1][NS]
+    // Floats of one block, the same for both directions: W_x [X][NS] | W_out [O][NS] | biases [L - 1][NS]. Wide, W_out is
+    // [pairs][O][4 quarters] of high and low parts of four columns: see narrow_place.
     DQL_PLAIN int floats() const { return (X + O + L - 1) * NS; }
     // Bytes of a row of activations in shared memory: eight lanes' 16 bytes, two rows of them, fall into all banks.
     DQL_PLAIN int row_bytes() const { return rounded_up(HP * element, 128) + GROUP_BYTES; }
@@ -120,6 +121,16 @@ DQL_PLAIN constexpr int wide_place(int row, int k) { return row * 128 + (k / 8 ^
 // as the product's results lie.
 DQL_PLAIN constexpr int wide_row(int column) {
     return column / 16 * 16 + column / 2 % 2 * 8 + column % 16 / 4 * 2 + column % 2;
+}
+
+// The last layer's weights as a lane's operands of m16n8k16, four words of two bf16: word i of the wide W_out is of this
+// output, these two columns and their low parts or high ones.
+struct NarrowPlace {
+    int output, column;
+    bool low;
+};
+DQL_PLAIN constexpr NarrowPlace narrow_place(int O, int i) {
+    return {i / 16 % O, i / 16 / O * 16 + i / 4 % 4 * 4 + i % 2 * 2, i % 4 / 2 != 0};
 }
 
 // Where a number of a layer's weight lies in one block's operands: `column` of NS, `k` of HP. In elements.

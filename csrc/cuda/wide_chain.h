@@ -312,33 +312,35 @@ private:
         }
     }
 
-    // Two outputs at a time: four sums that do not wait for each other are as many as a scheduler can add to without a
-    // pause, and half as many shuffles.
+    // The last layer, eight outputs at a time, by a warp for its own rows: results of the layer before are operands as they
+    // lie, in two parts like the weights.
     DQL_DEVICE void narrow_sums(float (&z)[HP / 2]) {
-        for (int o = 0; o < a.net.O; o += 2) {
-            const float* w_out = small_floats(a.net.X + o);
-            const int next = o + 1 < a.net.O ? HP : 0;  // behind the last output its weights again
-            float sum[2][2] = {{0, 0}, {0, 0}};         // [half][output]
+        const int O = a.net.O;
+        for (int o = 0; o < O; o += 8) {
+            const int output = o + g() < O ? o + g() : O - 1;  // behind the last one that again
+            const float* w_out = small_floats(a.net.X) + 16 * output;
+            float sum[3][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}, {0, 0, 0, 0}};
             DQL_UNROLL
             for (int pair = 0; pair < PAIRS; ++pair) {
-                if (pair % 4 == 0) sync_warp();
+                const float4 w = load_floats(w_out + pair * O * 16);
+                uint32_t high[4], low[4];
                 DQL_UNROLL
-                for (int i = 0; i < 2; ++i) {
-                    const float4 w = load_floats(w_out + i * next + 16 * pair);
-                    DQL_UNROLL
-                    for (int half = 0; half < 2; ++half) {
-                        sum[half][i] = fmaf(at(z, pair, half, 0), w.x, sum[half][i]);
-                        sum[half][i] = fmaf(at(z, pair, half, 1), w.y, sum[half][i]);
-                        sum[half][i] = fmaf(at(z, pair, half, 2), w.z, sum[half][i]);
-                        sum[half][i] = fmaf(at(z, pair, half, 3), w.w, sum[half][i]);
-                    }
+                for (int i = 0; i < 4; ++i) {
+                    const float first = at(z, pair, i % 2, i / 2 * 2), second = at(z, pair, i % 2, i / 2 * 2 + 1);
+                    high[i] = bf16_pair(first, second);
+                    low[i] = bf16_pair(first - as_float(high[i] << 16), second - as_float(high[i] & 0xffff0000u));
                 }
+                const uint32_t w_high[2] = {as_bits(w.x), as_bits(w.y)}, w_low[2] = {as_bits(w.z), as_bits(w.w)};
+                mma_bf16(sum[0], high, w_high);
+                mma_bf16(sum[1], high, w_low);
+                mma_bf16(sum[2], low, w_high);
             }
             DQL_UNROLL
-            for (int half = 0; half < 2; ++half) {
-                const float both = summed_over_quad(sum[half]);
-                if (t() < 2 && o + t() < a.net.O) sums_at(row_of(half))[o + t()] = both;
-            }
+            for (int half = 0; half < 2; ++half)
+                if (o + 2 * t() < O)
+                    *reinterpret_cast<uint2*>(sums_at(row_of(half)) + o + 2 * t()) =
+                        make_uint2(as_bits(sum[0][2 * half] + (sum[1][2 * half] + sum[2][2 * half])),
+                                   as_bits(sum[0][2 * half + 1] + (sum[1][2 * half + 1] + sum[2][2 * half + 1])));
         }
     }
 

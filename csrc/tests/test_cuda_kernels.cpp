@@ -185,7 +185,7 @@ void check_prologue(const Sizes& sizes, const Tiling& tiling, int64_t B, int K, 
             const float* floats = reinterpret_cast<const float*>(packed.data() + floats_at);
             const float* first_row = w + net.first + int64_t{real ? column : 0} * net.stride;
             for (int x = 0; x < net.X; ++x) CHECK_EQ(floats[x * s.NS], real ? first_row[net.x_column + x] : 0.0f);
-            for (int o = 0; o < net.O; ++o)
+            for (int o = 0; !s.wide && o < net.O; ++o)
                 CHECK_EQ(floats[(net.X + o) * s.NS], real ? w[net.out + o * net.H + column] : 0.0f);
             for (int layer = 0; layer < net.L - 1; ++layer) {
                 CHECK_EQ(floats[(net.X + net.O + layer) * s.NS], real ? w[net.hidden_bias[layer] + column] : 0.0f);
@@ -221,6 +221,19 @@ void check_prologue(const Sizes& sizes, const Tiling& tiling, int64_t B, int K, 
                 CHECK_NEAR(part[(network * B + b) * s.HP + column], sum, real ? 2e-6 * (net.S + 4) : 0);
             }
         }
+    }
+    for (int network = 0; s.wide && network < net.networks; ++network) {  // the last layer's, in parts
+        const float* w_out = flat.data() + network * net.apart + net.out;
+        const char* words = packed.data() + places.floats + network * places.floats_apart + net.X * s.HP * 4;
+        for (int o = 0; o < net.O; ++o)
+            for (int column = 0; column < s.HP; ++column) {
+                const int word = ((column / 16 * net.O + o) * 4 + column % 16 / 4) * 4 + column % 4 / 2;
+                const float high = device::as_float(bits_of(words, 2 * word + column % 2, Precision::BF16));
+                const float low = device::as_float(bits_of(words, 2 * (word + 2) + column % 2, Precision::BF16));
+                const float weight = column < net.H ? w_out[o * net.H + column] : 0;
+                CHECK_EQ(high, rounded(weight, Precision::BF16));
+                CHECK_NEAR(double{high} + low, weight, 0x1p-17 * std::fabs(weight));
+            }
     }
     for (int k = 0; net.D > 0 && k < K; ++k) {
         const TimeMlp time(net, flat, embedding.data() + k * net.D);

@@ -144,8 +144,9 @@ def test_many_rows_have_hoppers_tensor_cores():
     kernels = {name: count for name, count in disassembly()["90a"].items() if "wide_chain" in name}
     assert len(kernels) == len(WIDES)
     for count in kernels.values():
-        assert count["HGMMA"] > 0
-        assert count["HMMA"] == count["LDL"] == count["STL"] == 0
+        assert count["HGMMA"] > 0 and count["HMMA"] > 0
+        assert count["LDL"] == count["STL"] == 0
+        assert count["STSM"] > 0, "matrices of results to shared memory"
         assert count["UBLKCP"] > 0
         assert count["USETMAXREG"] == 2
 

@@ -58,6 +58,7 @@ MANY = [
     Case(B=37, S=17, A=6, K=1, H=256, num_hidden=2),
     Case(B=37, S=17, A=6, K=2, H=128, num_hidden=2, activation="relu"),
     Case(B=37, S=1, A=1, K=2, H=256, num_hidden=4),
+    Case(B=280, S=17, A=6, K=3, H=128, num_hidden=2),  # nine tiles, of which a block has two or three
 ]
 
 
