@@ -50,6 +50,8 @@ struct Step {
         a = first.x, b = first.y, c0 = first.z, cx = first.w;
         cp = row != nullptr ? row[4] : 0, s = row != nullptr ? row[5] : 0;
     }
+    DQL_DEVICE Step(float4 first, float4 second)  // two halves of a row
+        : a(first.x), b(first.y), c0(first.z), cx(first.w), cp(second.x), s(second.y) {}
 };
 
 DQL_DEVICE void put(float* to, const float (&from)[4]) {

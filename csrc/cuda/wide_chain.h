@@ -121,7 +121,8 @@ private:
         for (tile = block_x(); tile < a.tiles; tile += blocks_x()) {
             begin();
             for (k = 0; k < a.K; ++k) {
-                float z[HP / 2], noise[4];
+                float z[HP / 2];
+                Ahead ahead;
                 if constexpr (FIRST != FirstLayer::PRODUCT) {
                     sync_warp();  // v is written
                     first_layer();
@@ -133,7 +134,7 @@ private:
                         first_product(z, ring);
                         add(z, time_row(odd) + 4 * t());
                     } else {
-                        product(z, ring, noise, layer + 1 == a.net.L);
+                        product(z, ring, ahead, layer + 1 == a.net.L);
                         sync_some(1 + group, 128);  // and read
                         add(z, small_floats(a.net.X + a.net.O + layer - 1));
                     }
@@ -142,7 +143,7 @@ private:
                 }
                 narrow_sums(z);
                 sync_warp();
-                update(noise);
+                update(ahead);
                 odd ^= 1;
             }
         }
@@ -172,8 +173,12 @@ private:
         for (int slab = 1; slab < a.memory.slabs; ++slab) slab_product<true>(z, ring, slab);
     }
 
-    // While the tensor cores finish the last layer, what noise its step will need is drawn.
-    DQL_DEVICE void product(float (&z)[HP / 2], Turn& ring, float (&noise)[4], bool last) {
+    // While the tensor cores finish the last layer, what the step's update will need is loaded and drawn.
+    struct Ahead {
+        float4 step[2];
+        float bias[4], noise[4];  // of this lane's first quad: the only one where there are up to eight numbers a row
+    };
+    DQL_DEVICE void product(float (&z)[HP / 2], Turn& ring, Ahead& ahead, bool last) {
         const uint64_t h = swizzled_operand(input);
         int before = 0;  // the stage of the chunk before
         DQL_UNROLL
@@ -192,7 +197,7 @@ private:
             before = ring.stage;
             next(ring);
         }
-        if (last) draw_ahead(noise);
+        if (last) look_ahead(ahead);
         wgmma_wait<0>(z);
         if (lane() == 0) barrier_arrive(empty + before);
     }
@@ -362,16 +367,22 @@ private:
         }
     }
 
-    // Of this lane's first quad, which is all of it where there are up to eight numbers a row.
-    DQL_DEVICE void draw_ahead(float (&noise)[4]) {
+    DQL_DEVICE void look_ahead(Ahead& ahead) const {
+        const float* step = a.steps + k * STEP_STRIDE;
+        ahead.step[0] = load_floats(step), ahead.step[1] = load_floats(step + 4);
+        look_ahead(ahead.bias, ahead.noise, lane());
+    }
+    DQL_DEVICE void look_ahead(float (&bias)[4], float (&noise)[4], int quad) const {
         DQL_UNROLL
-        for (int i = 0; i < 4; ++i) noise[i] = 0;
-        if (k + 1 < a.K && lane() < 4 * narrow)
-            draw(a, noise, row0() + lane() / (narrow / 4), lane() % (narrow / 4), k + 1);
+        for (int i = 0; i < 4; ++i) bias[i] = noise[i] = 0;
+        if (quad >= 4 * narrow) return;
+        const int row = quad / (narrow / 4), q = quad % (narrow / 4);
+        read(bias, a.flat + a.net.out_bias, q, a.net.O);
+        if (k + 1 < a.K) draw(a, noise, row0() + row, q, k + 1);
     }
 
-    DQL_DEVICE void update(float (&noise)[4]) {
-        const Step step(a.steps + k * STEP_STRIDE);
+    DQL_DEVICE void update(Ahead& ahead) {
+        const Step step(ahead.step[0], ahead.step[1]);
         for (int quad = lane(); quad < 4 * narrow; quad += 32) {
             const int row = quad / (narrow / 4), q = quad % (narrow / 4);
             float sum[4], x[4], x0_before[4];
@@ -379,10 +390,8 @@ private:
             get(x, narrow_at(v, row) + 4 * q);
             get(x0_before, narrow_at(own, row) + 4 * q);
             const bool last = k + 1 == a.K;
-            if (!last && quad >= 32) draw(a, noise, row0() + row, q, k + 1);
-            float bias[4] = {0, 0, 0, 0};
-            read(bias, a.flat + a.net.out_bias, q, a.net.O);
-            const Updated updated = chain_step(a, step, k, sum, bias, x, x0_before, noise);
+            if (quad >= 32) look_ahead(ahead.bias, ahead.noise, quad);
+            const Updated updated = chain_step(a, step, k, sum, ahead.bias, x, x0_before, ahead.noise);
             put(narrow_at(own, row) + 4 * q, updated.x0);
             put_x(row, q, updated.next);
             if (last && row0() + row < a.R) write_actions(a, row0() + row, q, updated.next);
