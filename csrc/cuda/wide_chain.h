@@ -9,7 +9,8 @@
 // all steps. A float32 is two bf16 there, and in its weights; of the four products of parts three are made, which leaves
 // errors of 2^-17 of the terms, beside 2^-9 where the hidden layers round. So nothing that grows with the rows is written
 // beforehand, or read at a step. The time table's row comes with the weights. States too wide for that (wide_slabs) have
-// their float32 part made by the prologue, and x is added to it on the FMA units.
+// their float32 part made by the prologue, and x is added to it on the FMA units. The last layer has two parts of
+// everything likewise, but each warp makes it for its own rows, of the results as they lie in its registers.
 //
 // Forward without saving; everything else goes by chain.h.
 #pragma once

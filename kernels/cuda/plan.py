@@ -15,9 +15,9 @@ taken from published measurements of Hopper GPUs. Per step of the chain and tile
 and once the resident weights at 30 bytes a cycle. What a step takes is more, since its terms overlap less and need more
 instructions than they count: measured on an H200 (bench/results/2026-11-27-nvidia-h200-first.json, 1.9 GHz), steps of
 published sizes took 3,500 cycles and, on top, 1.95 times the model where weights are resident, 3.45 times where they
-are streamed, 1.7 times with tiles of 128 rows: within a third of each of 26 measurements, most within a tenth. How many
-clusters run at a time is asked of the device: 15 of 8 blocks there, and 30 of 4, where the multiprocessors would be
-enough for 16 and 33.
+are streamed, 1.7 times with tiles of 128 rows: within a third of each of 26 measurements, most within a tenth. Tiles of
+128 rows have had less to do since, which no GPU has timed yet. How many clusters run at a time is asked of the device:
+15 of 8 blocks there, and 30 of 4, where the multiprocessors would be enough for 16 and 33.
 
 Few rows want many blocks each: clusters of 8 leave a block 32 of 256
 columns. Many rows want few: what a cluster exchanges grows with its size, what a stream costs is shared by the rows.
