@@ -80,6 +80,10 @@ DQL_DEVICE void sync_warp() { __syncwarp(); }
 DQL_DEVICE void sync_some(int which, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(which), "r"(threads) : "memory");
 }
+// The same without waiting for the others.
+DQL_DEVICE void arrive_some(int which, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(which), "r"(threads) : "memory");
+}
 DQL_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
 // 16 bytes from device memory to shared memory, both at multiples of 16, as part of the calling thread's open group.

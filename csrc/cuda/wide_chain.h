@@ -3,7 +3,8 @@
 // Two warp groups have 64 rows each and every column of them, so that they need nothing of each other but the weights'
 // ring, which a third group fills by bulk copies of 64 numbers of k for all columns. While one group waits for the special
 // function units with its activations, the other multiplies: the ring's depth is how far apart they may be. Inputs of a
-// layer are overwritten by its results: they leave the accumulators when the product has been made.
+// layer are overwritten by its results: they leave the accumulators when the product has been made. So that they don't
+// fall into step, and both wait for the one and then both for the other, they take turns at the tensor cores.
 //
 // The first layer is such a product as well. Its input, [x, state], has a place of its own, where the states stay for
 // all steps. A float32 is two bf16 there, and in its weights; of the four products of parts three are made, which leaves
@@ -28,6 +29,8 @@ class WideChain {
     static constexpr int ROWS = 64;                             // of a warp group
     static constexpr int INPUT_BYTES = ROWS * WIDE_CHUNK * 2;   // of a warp group's input, 64 numbers of k
     static constexpr int LOW = WIDE_SLAB * 2;                   // bytes from a high part to its low one
+    static constexpr bool IN_TURN = FIRST == FirstLayer::PRODUCT;  // where that leaves registers enough
+    static constexpr int TURN_OF_FIRST = 3;                     // a named barrier, and the next of the second group
     static constexpr bool FLOATS_IN_SHARED = FIRST != FirstLayer::IN_L2;
 
 public:
@@ -119,6 +122,7 @@ private:
     DQL_DEVICE void consume() {
         Turn ring;
         int odd = 0;
+        if (IN_TURN && group == 1) arrive_some(TURN_OF_FIRST, 256);  // the first group's turn
         for (tile = block_x(); tile < a.tiles; tile += blocks_x()) {
             begin();
             for (k = 0; k < a.K; ++k) {
@@ -130,7 +134,10 @@ private:
                 }
                 for (int layer = FIRST == FirstLayer::PRODUCT ? 0 : 1; layer < a.net.L; ++layer) {
                     fence_async();
-                    sync_some(1 + group, 128);  // the group's inputs are written
+                    if (IN_TURN)  // the group's inputs are written, and it is its turn
+                        sync_some(TURN_OF_FIRST + group, 256);
+                    else
+                        sync_some(1 + group, 128);
                     if (FIRST == FirstLayer::PRODUCT && layer == 0) {
                         first_product(z, ring);
                         add(z, time_row(odd) + 4 * t());
@@ -148,6 +155,13 @@ private:
                 odd ^= 1;
             }
         }
+        if (IN_TURN && group == 0) sync_some(TURN_OF_FIRST, 256);  // the last turn that it was given
+    }
+
+    // So many of a layer's `count` chunks are asked for. When it is all, or as many as the ring has, the other group's are
+    // next: the ring goes on only when that has been through them too.
+    DQL_DEVICE void give_turn(int asked, int count) const {
+        if (IN_TURN && asked == (count < a.memory.stages ? count : a.memory.stages)) arrive_some(TURN_OF_FIRST + 1 - group, 256);
     }
 
     // High times high, and what the low parts add to it.
@@ -163,6 +177,7 @@ private:
             wgmma_bf16(z, further(x, LOW + i), further(w_x, i), true);
         }
         wgmma_close();
+        give_turn(slab + 1, a.memory.slabs);
         wgmma_wait<0>(z);
         if (lane() == 0) barrier_arrive(empty + ring.stage);
         next(ring);
@@ -191,6 +206,7 @@ private:
             for (int i = 0; i < WIDE_CHUNK / 16; ++i)
                 wgmma_bf16(z, further(h, chunk * INPUT_BYTES + 32 * i), further(of_weights, 32 * i), chunk + i > 0);
             wgmma_close();
+            if (chunk + 1 >= WIDE_STAGES || chunk + 1 == CHUNKS) give_turn(chunk + 1, CHUNKS);
             if (chunk > 0) {
                 wgmma_wait<1>(z);
                 if (lane() == 0) barrier_arrive(empty + before);

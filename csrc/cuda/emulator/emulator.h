@@ -82,6 +82,7 @@ inline char* shared_memory() { return emulator::here.shared; }
 
 void sync_block();
 void sync_some(int which, int threads);
+void arrive_some(int which, int threads);
 void sync_warp();
 void sync_cluster();
 float shuffle_xor(float value, int mask);
