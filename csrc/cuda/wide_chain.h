@@ -29,7 +29,6 @@ class WideChain {
     static constexpr int ROWS = 64;                             // of a warp group
     static constexpr int INPUT_BYTES = ROWS * WIDE_CHUNK * 2;   // of a warp group's input, 64 numbers of k
     static constexpr int LOW = WIDE_SLAB * 2;                   // bytes from a high part to its low one
-    static constexpr bool IN_TURN = FIRST == FirstLayer::PRODUCT;  // where that leaves registers enough
     static constexpr int TURN_OF_FIRST = 3;                     // a named barrier, and the next of the second group
     static constexpr bool FLOATS_IN_SHARED = FIRST != FirstLayer::IN_L2;
 
@@ -122,7 +121,7 @@ private:
     DQL_DEVICE void consume() {
         Turn ring;
         int odd = 0;
-        if (IN_TURN && group == 1) arrive_some(TURN_OF_FIRST, 256);  // the first group's turn
+        if (in_turn() && group == 1) arrive_some(TURN_OF_FIRST, 256);  // the first group's turn
         for (tile = block_x(); tile < a.tiles; tile += blocks_x()) {
             begin();
             for (k = 0; k < a.K; ++k) {
@@ -134,7 +133,7 @@ private:
                 }
                 for (int layer = FIRST == FirstLayer::PRODUCT ? 0 : 1; layer < a.net.L; ++layer) {
                     fence_async();
-                    if (IN_TURN)  // the group's inputs are written, and it is its turn
+                    if (in_turn())  // the group's inputs are written, and it is its turn
                         sync_some(TURN_OF_FIRST + group, 256);
                     else
                         sync_some(1 + group, 128);
@@ -155,13 +154,17 @@ private:
                 odd ^= 1;
             }
         }
-        if (IN_TURN && group == 0) sync_some(TURN_OF_FIRST, 256);  // the last turn that it was given
+        if (in_turn() && group == 0) sync_some(TURN_OF_FIRST, 256);  // the last turn that it was given
     }
+
+    // Where the ring has a whole layer, or else a group would wait for the other in the middle of one; and where that
+    // leaves registers enough.
+    DQL_DEVICE bool in_turn() const { return FIRST == FirstLayer::PRODUCT && a.memory.stages >= CHUNKS; }
 
     // So many of a layer's `count` chunks are asked for. When it is all, or as many as the ring has, the other group's are
     // next: the ring goes on only when that has been through them too.
     DQL_DEVICE void give_turn(int asked, int count) const {
-        if (IN_TURN && asked == (count < a.memory.stages ? count : a.memory.stages)) arrive_some(TURN_OF_FIRST + 1 - group, 256);
+        if (in_turn() && asked == (count < a.memory.stages ? count : a.memory.stages)) arrive_some(TURN_OF_FIRST + 1 - group, 256);
     }
 
     // High times high, and what the low parts add to it.
