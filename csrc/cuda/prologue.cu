@@ -34,7 +34,9 @@ DQL_HOST_DEVICE Place place_of(const Slices& s, int chunk) {
     return {tile / 2 * 16 + output_column(tile % 2, lane / 4), (group * 4 + lane % 4) * per_lane};
 }
 // The k of number i of those 16 bytes.
-DQL_HOST_DEVICE int k_of(const Slices& s, const Place& place, int i) { return place.k + (s.wide ? output_column(0, i) : i); }
+DQL_HOST_DEVICE int k_of(const Slices& s, const Place& place, int i) {
+    return place.k + (s.wide ? output_column(0, i) : i);
+}
 
 class Prologue {
 public:
@@ -103,7 +105,8 @@ private:
             const int from = chunk / 8 / s.HP * WIDE_SLAB + piece % 4 * 8 + i;
             float number = 0;
             if (column < net.H && from < net.X) number = weight[net.x_column + from];
-            if (column < net.H && from >= narrow && from < narrow + net.S) number = weight[net.state_column + from - narrow];
+            if (column < net.H && from >= narrow && from < narrow + net.S)
+                number = weight[net.state_column + from - narrow];
             const Parts parts = parts_of(number);
             part[i] = piece < 4 ? parts.high : parts.low;
         }
@@ -239,7 +242,8 @@ void prologue(const PrologueJob& job, Stream stream) {
     a.first_blocks = static_cast<int>(s.first_bytes() / 16 / THREADS);  // HP is 128 or 256
     a.float_blocks = blocks(a.floats);
     a.time_blocks = job.net.D > 0 ? job.K : 0;
-    a.state_blocks = s.slabs > 0 ? 0 : static_cast<int>((job.B + device::STATES_A_BLOCK - 1) / device::STATES_A_BLOCK);
+    a.state_blocks = static_cast<int>((job.B + device::STATES_A_BLOCK - 1) / device::STATES_A_BLOCK);
+    if (s.slabs > 0) a.state_blocks = 0;  // the chain reads the states
     Grid grid;
     grid.x = a.operand_blocks + a.first_blocks + a.float_blocks + a.time_blocks + int64_t{job.net.networks} * a.state_blocks;
     grid.shared = 4 * (device::STATE_CHUNK + 1) * device::STATES_A_BLOCK;

@@ -57,7 +57,8 @@ public:
         wait_for_previous();
         if constexpr (FLOATS_IN_SHARED)
             for (int i = 4 * thread(); i < (a.net.X - unread() + a.net.O + a.net.L - 1) * HP; i += 4 * WIDE_THREADS)
-                *reinterpret_cast<float4*>(floats_at(a.memory.floats) + i) = load_floats(global_floats() + unread() * HP + i);
+                *reinterpret_cast<float4*>(floats_at(a.memory.floats) + i) =
+                    load_floats(global_floats() + unread() * HP + i);
         sync_block();
         if (group == 2) {
             fewer_registers<24>();
@@ -164,7 +165,8 @@ private:
     // So many of a layer's `count` chunks are asked for. When it is all, or as many as the ring has, the other group's are
     // next: the ring goes on only when that has been through them too.
     DQL_DEVICE void give_turn(int asked, int count) const {
-        if (in_turn() && asked == (count < a.memory.stages ? count : a.memory.stages)) arrive_some(TURN_OF_FIRST + 1 - group, 256);
+        if (in_turn() && asked == (count < a.memory.stages ? count : a.memory.stages))
+            arrive_some(TURN_OF_FIRST + 1 - group, 256);
     }
 
     // High times high, and what the low parts add to it.

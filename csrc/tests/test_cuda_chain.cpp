@@ -1,7 +1,8 @@
 // What no result of the chain kernels shows. In tiles of 128 rows, whatever the order in which weights arrive and products
-// are made, the bits are the same: each waits for what it reads, and for who reads what it writes. And in a cluster whose pairs are split, a layer's partial sums lie in the buffer
-// that the layer before did not use. With a single one, nothing but an exchange through other blocks would keep a warp
-// from writing sums that another still reads. Whether results are right is in tests/backends/cuda.
+// are made, the bits are the same: each waits for what it reads, and for who reads what it writes. And in a cluster whose
+// pairs are split, a layer's partial sums lie in the buffer that the layer before did not use. With a single one, nothing
+// but an exchange through other blocks would keep a warp from writing sums that another still reads. Whether results are
+// right is in tests/backends/cuda.
 #include <vector>
 
 #include "../cuda/emulator/emulator.cpp"
@@ -68,7 +69,8 @@ void check_orders(const Sizes& sizes, FirstLayer first) {
     std::vector<float> out(B * net.X), before;
     int32_t told = 0;
     emulator::order(emulator::Order::RANDOM);
-    cuda::prologue({net, tiling, false, flat.data(), embedding.data(), states.data(), B, K, packed.data(), &told}, nullptr);
+    cuda::prologue({net, tiling, false, flat.data(), embedding.data(), states.data(), B, K, packed.data(), &told},
+                   nullptr);
     cuda::ChainJob job = {};
     job.net = net, job.tiling = tiling, job.networks = 1;
     job.flat = flat.data(), job.packed = packed.data(), job.steps = steps.data(), job.noise = noise.data();

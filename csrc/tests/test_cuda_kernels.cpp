@@ -204,7 +204,9 @@ void check_prologue(const Sizes& sizes, const Tiling& tiling, int64_t B, int K, 
             // Of the first layer in slabs: zeros between x and the states and behind them, two bf16 of each weight.
             const int narrow = (net.X + 3) / 4 * 4;
             for (int i = 0; i < s.slabs * 32; ++i) {
-                const int from = i < net.X ? net.x_column + i : i < narrow || i >= narrow + net.S ? -1 : net.state_column + i - narrow;
+                int from = -1;
+                if (i < net.X) from = net.x_column + i;
+                if (i >= narrow && i < narrow + net.S) from = net.state_column + i - narrow;
                 const float weight = real && from >= 0 ? first_row[from] : 0;
                 const char* slab = packed.data() + places.first + i / 32 * s.HP * 128;
                 const int row = wide_row(column);

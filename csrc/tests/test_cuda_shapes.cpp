@@ -254,7 +254,8 @@ void packed_parts_follow_each_other() {
             CHECK_EQ(packed.time_table - packed.floats, tiling.cluster * s.floats() * 4);
             CHECK_EQ(packed.state_part - packed.time_table, 5 * s.HP * 4);
             CHECK_EQ(packed.end - packed.state_part, s.slabs > 0 ? 0 : 37 * s.HP * 4);
-            for (const int64_t offset : {packed.first, packed.floats, packed.time_table, packed.state_part}) CHECK_EQ(offset % 16, 0);
+            for (const int64_t offset : {packed.first, packed.floats, packed.time_table, packed.state_part})
+                CHECK_EQ(offset % 16, 0);
             CHECK_EQ(s.operand_bytes() % 16, 0);
             CHECK_EQ(s.floats() * 4 % 16, 0);
             const int64_t RP = whole_tiles(37, tiling);

@@ -384,7 +384,8 @@ void store_matrices(void* row, const uint32_t (&matrices)[4]) {
     my_warp().rows[lane()] = static_cast<char*>(row);
     together(Collective::STORE_MATRICES, [&] {
         for (int i = 0; i < 4; ++i)
-            for (int from = 0; from < 32; ++from) memcpy(my_warp().rows[8 * i + from / 4] + from % 4 * 4, &all.a[from][i], 4);
+            for (int from = 0; from < 32; ++from)
+                memcpy(my_warp().rows[8 * i + from / 4] + from % 4 * 4, &all.a[from][i], 4);
     });
 }
 
