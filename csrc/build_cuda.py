@@ -202,6 +202,7 @@ def resources(output: str) -> list[dict[str, Any]]:
 
 
 _PRECISIONS = ("fp32", "tf32", "bf16")  # of shapes.h
+_FIRST_LAYERS = ("", " with the states' part", " with the states' part, floats from L2")  # of block_memory.h
 
 
 def readable(mangled: Sequence[str]) -> dict[str, str]:
@@ -216,7 +217,7 @@ def readable(mangled: Sequence[str]) -> dict[str, str]:
             short = " ".join([*parts, "backward" if chain[4] == "1" else "forward"])
         elif solo := re.search(r"ILi(\d+)ELi(\d+)ELNS\w*4SoloE(\d)E", name):
             short = f"{short} {solo[1]} of {solo[2]} rows {('forward', 'saving', 'backward')[int(solo[3])]}"
-        elif wide := re.search(r"ILi(\d+)ELb(\d)E", name):
-            short = f"{short} {wide[1]}" + ("" if wide[2] == "1" else " floats from L2")
+        elif wide := re.search(r"ILi(\d+)ELNS\w*10FirstLayerE(\d)", name):
+            short = f"{short} {wide[1]}{_FIRST_LAYERS[int(wide[2])]}"
         names[name] = short
     return names

@@ -73,6 +73,20 @@ DQL_DEVICE void activate_all(float (&z)[COUNT], int kind) {
     }
 }
 
+// Mish in six instructions: z + z r, where r = -2 / (1 + (1 + e)^2) is its t less 1. Of very negative z that leaves
+// rounding errors of z's size, 2^-23 |z|, where the value is less; infinity becomes NaN. Before a product in bf16 neither
+// matters.
+DQL_DEVICE float mish_briefly(float z) {
+    const float e = exp2_approximate(z * 1.44269504f);
+    return fmaf(z, reciprocal(fmaf(e, fmaf(e, -0.5f, -1.0f), -1.0f)), z);  // infinite e: r = 0
+}
+template <int COUNT>
+DQL_DEVICE void activate_all_briefly(float (&z)[COUNT], int kind) {
+    if (kind != MISH) return activate_all(z, kind);
+    DQL_UNROLL
+    for (int i = 0; i < COUNT; ++i) z[i] = mish_briefly(z[i]);
+}
+
 template <int COUNT>
 DQL_DEVICE void activate_all_with_slope(float (&z)[COUNT], float (&slope)[COUNT], int kind) {
     DQL_UNROLL
@@ -93,6 +107,18 @@ DQL_DEVICE Activated activate_with_slope(float z, int kind) {
     float one[1] = {z}, slope[1];
     activate_all_with_slope(one, slope, kind);
     return {one[0], slope[0]};
+}
+
+// ---- a float32 as two bf16 ----
+
+// x = high + low but for 2^-17 of it at most. What would be rounded to infinity has the largest bf16 for `high`.
+struct Parts {
+    float high, low;  // low: what is left, in float32
+};
+DQL_DEVICE Parts parts_of(float x) {
+    constexpr float LARGEST = 0x1.fep127f;
+    const float high = as_float(bf16_pair(0, not_above(not_below(x, -LARGEST), LARGEST)));
+    return {high, x - high};
 }
 
 // ---- noise: dql/noise.py ----

@@ -26,6 +26,10 @@ struct Division {
     DQL_PLAIN int last_group(int warp, int groups) const { return (warp % split + 1) * groups / split; }
 };
 
+// Of tiles of 128 rows: one more product, of x and the states; or float32 sums of x, added to the states' part, with
+// weights from shared memory or, where they find no room there, from the L2 cache.
+enum class FirstLayer : int { PRODUCT, IN_SHARED, IN_L2 };
+
 // Byte offsets. M rows a tile, `narrow` floats a row of everything as wide as an action.
 struct BlockMemory {
     int barriers;  // weights, activations (2), narrow sums
@@ -40,12 +44,18 @@ struct BlockMemory {
     int peers;     // [C][M][narrow]: of the cluster's blocks
     int table;     // solo: [SOLO_TABLE_STEPS][HP], the time table's rows of some steps
     int narrow, row_bytes;
+    int first, time;    // wide, if a product is made of the first layer's input: [slabs][M][128 bytes]; [2][HP] floats
+    int slabs, stages;  // wide: of the first layer's input, or 0; of the ring
     int64_t bytes;
+
+    DQL_PLAIN FirstLayer first_layer() const {  // of tiles of 128 rows
+        return first > 0 ? FirstLayer::PRODUCT : floats > 0 ? FirstLayer::IN_SHARED : FirstLayer::IN_L2;
+    }
 
     DQL_PLAIN BlockMemory(const Mlp& net, const Tiling& tiling) {
         const Slices s(net, tiling);
         const int M = tiling.rows(), slots = s.pairs() < WARPS ? s.pairs() : WARPS;
-        narrow = rounded_up(net.X > net.O ? net.X : net.O, 4);
+        narrow = narrow_width(net);
         row_bytes = s.row_bytes();
         const int narrow_bytes = M * narrow * 4;
         int64_t at = 0;
@@ -69,16 +79,22 @@ struct BlockMemory {
             return;
         }
         barriers = take(64);
-        if (s.wide) {  // inputs, the ring, then v, x0 of the step before, and the narrow sums
+        slabs = s.slabs;
+        first = time = stages = 0;
+        if (s.wide) {  // inputs, v, x0 of the step before, the ring; narrow sums lie in h
+            const int stage = s.HP * WIDE_CHUNK * 2;
             at = 1024;
             h[0] = h[1] = take(static_cast<int64_t>(M) * s.HP * 2);
-            weights = take(WIDE_STAGES * s.HP * WIDE_CHUNK * 2);
+            first = s.slabs > 0 ? take(static_cast<int64_t>(s.slabs) * M * WIDE_CHUNK * 2) : 0;
             v = take(narrow_bytes);
             own = take(narrow_bytes);
-            parts = take(narrow_bytes);
-            sums = sums_apart = peers = 0;
-            const int small = s.floats() * 4;
-            floats = at + small <= WIDE_SHARED ? take(small) : 0;  // 0: read from device memory
+            time = take(s.slabs > 0 ? 2 * s.HP * 4 : 0);
+            sums = sums_apart = parts = peers = 0;
+            const int small = (s.floats() - (s.slabs > 0 ? net.X * s.NS : 0)) * 4;  // W_x is among the operands
+            floats = at + small + WIDE_STAGES * stage <= WIDE_SHARED ? take(small) : 0;  // 0: read from device memory
+            at = (at + 1023) / 1024 * 1024;
+            stages = at + WIDE_MOST_STAGES * stage <= WIDE_SHARED ? WIDE_MOST_STAGES : WIDE_STAGES;
+            weights = take(stages * stage);
             bytes = at;
             return;
         }

@@ -12,7 +12,7 @@ bool is_wide(const Tiling& tiling) { return tiling.m_tiles == WIDE_M_TILES; }
 
 ChainKernel kernel_for(const Mlp& net, const Tiling& tiling, bool saves, bool backward) {
     if (tiling.solo > 0) return solo_chain_kernel_for(Slices(net, tiling).HP, tiling.solo, saves, backward);
-    if (is_wide(tiling)) return wide_chain_kernel_for(Slices(net, tiling).HP, BlockMemory(net, tiling).floats > 0);
+    if (is_wide(tiling)) return wide_chain_kernel_for(Slices(net, tiling).HP, BlockMemory(net, tiling).first_layer());
     switch (tiling.precision) {
         case Precision::FP32: return chain_kernel_for<Precision::FP32>(tiling, backward);
         case Precision::TF32: return chain_kernel_for<Precision::TF32>(tiling, backward);

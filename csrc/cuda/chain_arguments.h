@@ -19,12 +19,14 @@ struct ChainArguments {
     int first_network;
     int64_t operands_apart, floats_apart;  // bytes, network to network
     const float* flat;
-    const float *states, *embedding;  // solo alone: others have them in what was packed
-    int32_t* told;
     const char* operands;  // of the direction
+    const char* first;     // of the first layer, if there are slabs of it
     const char* floats;
     const float* time_table;
     const float* state_part;
+    const float* embedding;  // [K, D], read by solo blocks
+    const float* states;  // [B, S], read by solo blocks and where there are slabs, and told of:
+    int32_t* told;        // null, or set to 1 if one holds NaN or infinity
     const float* steps;
     const float* noise;
     const int64_t* seed_at;
@@ -50,6 +52,8 @@ struct Step {
         a = first.x, b = first.y, c0 = first.z, cx = first.w;
         cp = row != nullptr ? row[4] : 0, s = row != nullptr ? row[5] : 0;
     }
+    DQL_DEVICE Step(float4 first, float4 second)  // two halves of a row
+        : a(first.x), b(first.y), c0(first.z), cx(first.w), cp(second.x), s(second.y) {}
 };
 
 DQL_DEVICE void put(float* to, const float (&from)[4]) {

@@ -9,7 +9,7 @@ namespace cuda {
 
 using ChainKernel = void (*)(device::ChainArguments);
 
-ChainKernel wide_chain_kernel_for(int HP, bool floats_in_shared);
+ChainKernel wide_chain_kernel_for(int HP, FirstLayer first);
 ChainKernel solo_chain_kernel_for(int HP, int rows, bool saves, bool backward);
 
 template <Precision P>
@@ -31,6 +31,7 @@ inline device::ChainArguments chain_arguments(const ChainJob& job, bool backward
     a.states = job.states, a.embedding = job.embedding, a.told = job.told;
     if (!s.solo) {  // which has nothing packed
         a.operands = job.packed + packed.operands + (backward ? job.tiling.cluster * s.operand_bytes() : 0);
+        a.first = job.packed + packed.first;
         a.floats = job.packed + packed.floats;
         a.time_table = reinterpret_cast<const float*>(job.packed + packed.time_table);
         a.state_part = reinterpret_cast<const float*>(job.packed + packed.state_part);

@@ -5,9 +5,17 @@
 namespace dql {
 namespace cuda {
 
-ChainKernel wide_chain_kernel_for(int HP, bool floats_in_shared) {
-    if (floats_in_shared) return HP == 128 ? device::wide_chain_kernel<128, true> : device::wide_chain_kernel<256, true>;
-    return HP == 128 ? device::wide_chain_kernel<128, false> : device::wide_chain_kernel<256, false>;
+template <FirstLayer FIRST>
+static ChainKernel of_width(int HP) {
+    return HP == 128 ? device::wide_chain_kernel<128, FIRST> : device::wide_chain_kernel<256, FIRST>;
+}
+
+ChainKernel wide_chain_kernel_for(int HP, FirstLayer first) {
+    switch (first) {
+        case FirstLayer::PRODUCT: return of_width<FirstLayer::PRODUCT>(HP);
+        case FirstLayer::IN_SHARED: return of_width<FirstLayer::IN_SHARED>(HP);
+        default: return of_width<FirstLayer::IN_L2>(HP);
+    }
 }
 
 }  // namespace cuda

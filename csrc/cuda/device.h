@@ -69,11 +69,20 @@ DQL_DEVICE uint32_t shared_address(const void* pointer) {
 
 // The compiler moves no load or store across: fewer loads at a time need fewer registers.
 DQL_DEVICE void keep_order() { asm volatile("" ::: "memory"); }
+// A number that the compiler knows nothing of: what follows from it is computed here, and takes no register before.
+DQL_DEVICE int made_here(int number) {
+    asm volatile("" : "+r"(number));
+    return number;
+}
 DQL_DEVICE void sync_block() { __syncthreads(); }
 DQL_DEVICE void sync_warp() { __syncwarp(); }
 // `threads` of the block, whole warps, at barrier number `which` of 1 .. 15.
 DQL_DEVICE void sync_some(int which, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(which), "r"(threads) : "memory");
+}
+// The same without waiting for the others.
+DQL_DEVICE void arrive_some(int which, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(which), "r"(threads) : "memory");
 }
 DQL_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
@@ -234,6 +243,15 @@ DQL_DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Four matrices of 8 x 8 bf16, by a warp: lane 4 g + t has of each the numbers 2 t and 2 t + 1 of row g, as results of
+// products lie, and lane 8 i + r says where row r of matrix i goes, 16 bytes.
+DQL_DEVICE void store_matrices(void* row, const uint32_t (&matrices)[4]) {
+    if constexpr (HAS_CLUSTERS)
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+                     "r"(matrices[0]), "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])
+                     : "memory");
+}
+
 // ---- tensor cores that read shared memory by themselves: Hopper's, by the four warps of a warp group ----
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -248,6 +266,8 @@ DQL_DEVICE uint64_t swizzled_operand(const void* at) {
     const uint64_t address = (shared_address(at) & 0x3ffff) >> 4, eight_rows = 1024 >> 4, swizzle_128 = 1;
     return address | static_cast<uint64_t>(1) << 16 | eight_rows << 32 | swizzle_128 << 62;
 }
+// What lies `bytes` behind an operand, in the same shared memory.
+DQL_DEVICE uint64_t further(uint64_t operand, int bytes) { return operand + (bytes >> 4); }
 // What was written to shared memory by stores is seen by these tensor cores and by bulk copies.
 DQL_DEVICE void fence_async() {
     if constexpr (HAS_CLUSTERS) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -68,8 +68,8 @@ struct ChainJob {
     bool transposed;             // as packed
     int first_network, networks; // the critics that run; 0, 1 of a denoiser
     const float* flat;
-    const float *states, *embedding;  // solo: [B, S] and [K, D]; see PrologueJob
-    int32_t* told;           // solo: likewise
+    const float *states, *embedding;  // [B, S] of a denoiser's forward pass; solo: [K, D]; see PrologueJob
+    int32_t* told;           // as the prologue's
     const char* packed;      // null of solo
     const float* steps;      // [K, STEP_STRIDE]; null of critics
     int64_t B, R;

@@ -16,7 +16,7 @@ struct PrologueArguments {
     Slices slices;
     int chunks = 0;  // of 16 bytes: all operands
     int floats = 0;
-    int operand_blocks = 0, float_blocks = 0, time_blocks = 0, state_blocks = 0;
+    int operand_blocks = 0, first_blocks = 0, float_blocks = 0, time_blocks = 0, state_blocks = 0;
 };
 
 // Column and first k of the 16 bytes number `chunk` of one block's layer: the inverse of operand_index.
@@ -27,10 +27,15 @@ DQL_HOST_DEVICE Place place_of(const Slices& s, int chunk) {
     const int per_lane = 16 / s.element;
     if (s.wide) {
         const int row = chunk / 8 % s.HP, piece = chunk % 8, kc = chunk / 8 / s.HP;
-        return {row / 16 * 16 + output_column(row / 8 % 2, row % 8), kc * WIDE_CHUNK + (piece ^ row % 8) * 8};
+        const int k = kc * WIDE_CHUNK + (piece ^ row % 8) * 8;  // as it is stored
+        return {row / 16 * 16 + output_column(row / 8 % 2, row % 8), k / 16 * 16 + output_column(k / 8 % 2, 0)};
     }
     const int lane = chunk % 32, group = chunk / 32 % s.groups, tile = chunk / 32 / s.groups;
     return {tile / 2 * 16 + output_column(tile % 2, lane / 4), (group * 4 + lane % 4) * per_lane};
+}
+// The k of number i of those 16 bytes.
+DQL_HOST_DEVICE int k_of(const Slices& s, const Place& place, int i) {
+    return place.k + (s.wide ? output_column(0, i) : i);
 }
 
 class Prologue {
@@ -43,7 +48,9 @@ public:
         int block = block_x();
         if (block < a.operand_blocks) {
             operands(block * THREADS + thread());
-        } else if ((block -= a.operand_blocks) < a.float_blocks) {
+        } else if ((block -= a.operand_blocks) < a.first_blocks) {
+            first_layer(block * THREADS + thread());
+        } else if ((block -= a.first_blocks) < a.float_blocks) {
             floats(block * THREADS + thread());
         } else if ((block -= a.float_blocks) < a.time_blocks) {
             time(block);
@@ -73,8 +80,8 @@ private:
         DQL_UNROLL
         for (int i = 0; i < 8; ++i) {
             numbers[i] = 0;
-            if (i < per_lane && column < net.H && place.k + i < net.H)
-                numbers[i] = weight[column * column_stride + (place.k + i) * k_stride];
+            const int k = k_of(s, place, i);
+            if (i < per_lane && column < net.H && k < net.H) numbers[i] = weight[column * column_stride + k * k_stride];
         }
         uint4 packed;
         if (job.tiling.precision == Precision::BF16)
@@ -87,6 +94,27 @@ private:
         reinterpret_cast<uint4*>(job.packed + a.places.operands)[chunk] = packed;
     }
 
+    // 16 bytes of the first layer's slabs: of eight numbers the high parts, or the low ones.
+    DQL_DEVICE void first_layer(int chunk) {
+        const int row = chunk / 8 % s.HP, piece = chunk % 8 ^ row % 8, narrow = narrow_width(net);
+        const int column = row / 16 * 16 + output_column(row / 8 % 2, row % 8);
+        const float* weight = job.flat + net.first + static_cast<int64_t>(column) * net.stride;
+        float part[8];
+        DQL_UNROLL
+        for (int i = 0; i < 8; ++i) {
+            const int from = chunk / 8 / s.HP * WIDE_SLAB + piece % 4 * 8 + i;
+            float number = 0;
+            if (column < net.H && from < net.X) number = weight[net.x_column + from];
+            if (column < net.H && from >= narrow && from < narrow + net.S)
+                number = weight[net.state_column + from - narrow];
+            const Parts parts = parts_of(number);
+            part[i] = piece < 4 ? parts.high : parts.low;
+        }
+        reinterpret_cast<uint4*>(job.packed + a.places.first)[chunk] =
+            make_uint4(bf16_pair(part[0], part[1]), bf16_pair(part[2], part[3]), bf16_pair(part[4], part[5]),
+                       bf16_pair(part[6], part[7]));
+    }
+
     DQL_DEVICE void floats(int i) {
         if (i >= a.floats) return;
         int rest = i / s.NS;
@@ -94,7 +122,21 @@ private:
         rest /= rows;
         const int column = rest % job.tiling.cluster * s.NS + i % s.NS;
         const float* flat = job.flat + rest / job.tiling.cluster * net.apart;
-        reinterpret_cast<float*>(job.packed + a.places.floats)[i] = small_float(net, flat, row, column);
+        reinterpret_cast<float*>(job.packed + a.places.floats)[i] =
+            s.wide && row >= s.X && row < s.X + s.O
+                ? narrow_word(flat, narrow_place(s.O, (row - s.X) * s.NS + i % s.NS))
+                : small_float(net, flat, row, column);
+    }
+
+    DQL_DEVICE float narrow_word(const float* flat, const NarrowPlace& place) const {
+        const float* weight = flat + net.out + static_cast<int64_t>(place.output) * net.H;
+        float part[2];
+        DQL_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            const Parts parts = parts_of(place.column + i < net.H ? weight[place.column + i] : 0);
+            part[i] = place.low ? parts.low : parts.high;
+        }
+        return as_float(bf16_pair(part[0], part[1]));
     }
 
     // One step's row of the table.
@@ -186,14 +228,16 @@ void prologue(const PrologueJob& job, Stream stream) {
     const Slices s(job.net, job.tiling);
     const auto blocks = [](int threads) { return (threads + THREADS - 1) / THREADS; };
     device::PrologueArguments a = {job, Packed(job.net, job.tiling, job.transposed, job.B, job.K), s};
-    a.chunks = static_cast<int>((a.places.floats - a.places.operands) / 16);
+    a.chunks = static_cast<int>((a.places.first - a.places.operands) / 16);
     a.floats = job.net.networks * job.tiling.cluster * s.floats();
     a.operand_blocks = blocks(a.chunks);
+    a.first_blocks = static_cast<int>(s.first_bytes() / 16 / THREADS);  // HP is 128 or 256
     a.float_blocks = blocks(a.floats);
     a.time_blocks = job.net.D > 0 ? job.K : 0;
     a.state_blocks = static_cast<int>((job.B + device::STATES_A_BLOCK - 1) / device::STATES_A_BLOCK);
+    if (s.slabs > 0) a.state_blocks = 0;  // the chain reads the states
     Grid grid;
-    grid.x = a.operand_blocks + a.float_blocks + a.time_blocks + int64_t{job.net.networks} * a.state_blocks;
+    grid.x = a.operand_blocks + a.first_blocks + a.float_blocks + a.time_blocks + int64_t{job.net.networks} * a.state_blocks;
     grid.overlaps = true;
     grid.shared = 4 * (device::STATE_CHUNK + 1) * device::STATES_A_BLOCK;
     launch("the prologue", device::prologue_kernel, grid, a, stream);

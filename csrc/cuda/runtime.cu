@@ -84,7 +84,8 @@ int compiled_for(int ordinal) {
 
 bool can_run_wide(int ordinal) {
     cudaFuncAttributes unused;
-    return device(ordinal).capability == 90 && no_code(ordinal, wide_chain_kernel_for(256, true), unused).empty();
+    const ChainKernel kernel = wide_chain_kernel_for(256, FirstLayer::PRODUCT);
+    return device(ordinal).capability == 90 && no_code(ordinal, kernel, unused).empty();
 }
 
 void use_device(int ordinal) { check(cudaSetDevice(ordinal), "cudaSetDevice"); }

@@ -31,9 +31,11 @@ constexpr int FRAGMENT_BYTES = 512;                // a k-group of an n-tile: 16
 constexpr int STEP_STRIDE = 8;                     // floats a row of the step table: a, b, c0, cx, cp, s, 0, 0
 
 // Tiles of 128 rows, bf16 on Hopper alone (wide_chain.h): 64 numbers of k at a time, for all columns, in rows of 128
-// bytes whose 16-byte pieces are swizzled.
-constexpr int WIDE_M_TILES = 8, WIDE_CHUNK = 64, WIDE_STAGES = 3, WIDE_THREADS = 3 * 128,
-              WIDE_SHARED = 227 * 1024;  // bytes that a block may have
+// bytes whose 16-byte pieces are swizzled. Of the first layer's input, [x, 0 .., state], a row has WIDE_SLAB numbers at a
+// time, as two bf16 each: the nearest, and behind those the nearest to what is left.
+constexpr int WIDE_M_TILES = 8, WIDE_CHUNK = 64, WIDE_SLAB = WIDE_CHUNK / 2, WIDE_THREADS = 3 * 128,
+              WIDE_STAGES = 3, WIDE_MOST_STAGES = 4,  // chunks of weights under way
+              WIDE_SHARED = 227 * 1024;               // bytes that a block may have
 
 // Tiles of few rows, bf16, by a block alone (solo_chain.h): the first hidden layer's weights in registers, the others' in
 // shared memory. Rows of activations are SOLO_PAD bytes longer than their numbers, see solo_row.
@@ -75,10 +77,22 @@ DQL_PLAIN constexpr int padded_width(int H, const Tiling& tiling) {
     return rounded_up(H, tiling.cluster == 1 ? 32 : 16 * tiling.cluster);
 }
 
+DQL_PLAIN constexpr int narrow_width(const Mlp& net) { return rounded_up(net.X > net.O ? net.X : net.O, 4); }
+
+// Slabs of the first layer's input in tiles of 128 rows. 0: there is no room for them, and the states' part is made
+// beforehand, as for all other tilings. See BlockMemory.
+DQL_PLAIN constexpr int wide_slabs(const Mlp& net, int HP) {
+    const int narrow = narrow_width(net), slabs = (narrow + net.S + WIDE_SLAB - 1) / WIDE_SLAB, M = 16 * WIDE_M_TILES;
+    const int bytes = 1024 + M * HP * 2 + slabs * M * WIDE_CHUNK * 2 + WIDE_STAGES * HP * WIDE_CHUNK * 2 +
+                      2 * M * narrow * 4 + (2 + net.O + net.L - 1) * HP * 4;
+    return net.D > 0 && bytes <= WIDE_SHARED ? slabs : 0;
+}
+
 // What a block holds of a padded network, and where: the sizes of packed buffers.
 struct Slices {
     int HP, NS, L, X, O, element, groups;  // groups: k-groups of a row
     bool wide, solo;
+    int slabs;  // of the first layer's input, if a product is made of it; else 0
 
     DQL_PLAIN Slices(const Mlp& net, const Tiling& tiling)
         : HP(padded_width(net.H, tiling)),
@@ -89,14 +103,17 @@ struct Slices {
           element(element_bytes(tiling.precision)),
           groups(HP * element / GROUP_BYTES),
           wide(tiling.m_tiles == WIDE_M_TILES),
-          solo(tiling.solo > 0) {}
+          solo(tiling.solo > 0),
+          slabs(wide ? wide_slabs(net, HP) : 0) {}
 
     DQL_PLAIN int pairs() const { return NS / 16; }
     // Operands of one block, one direction: [L - 1][2 pairs][groups][32 lanes][16 bytes]
     DQL_PLAIN int64_t layer_bytes() const { return static_cast<int64_t>(NS) * HP * element; }
     DQL_PLAIN int64_t operand_bytes() const { return (L - 1) * layer_bytes(); }
-    // Floats of one block, the same for both directions: W_x [X][NS] | W_out [O][NS] | biases [L - 1][NS]; X and O of solo
-    // tiles rounded up to whole quads, with zeros.
+    DQL_PLAIN int64_t first_bytes() const { return static_cast<int64_t>(slabs) * HP * WIDE_CHUNK * 2; }
+    // Floats of one block, the same for both directions: W_x [X][NS] | W_out [O][NS] | biases [L - 1][NS]. Wide, W_out is
+    // [pairs][O][4 quarters] of high and low parts of four columns: see narrow_place. Solo, X and O are rounded up to
+    // whole quads, with zeros.
     DQL_PLAIN int floats() const {
         return ((solo ? rounded_up(X, 4) + rounded_up(O, 4) : X + O) + L - 1) * NS;
     }
@@ -116,12 +133,27 @@ DQL_PLAIN constexpr int solo_row(int n, int row_bytes) { return n * row_bytes + 
 // Where number k (0 .. 63) of a row lies in a wide operand, in bytes.
 DQL_PLAIN constexpr int wide_place(int row, int k) { return row * 128 + (k / 8 ^ row % 8) * 16 + k % 8 * 2; }
 
+// Where column n of a wide product is among its rows of operands, and as a k of the next layer's, whose input is stored
+// as the product's results lie.
+DQL_PLAIN constexpr int wide_row(int column) {
+    return column / 16 * 16 + column / 2 % 2 * 8 + column % 16 / 4 * 2 + column % 2;
+}
+
+// The last layer's weights as a lane's operands of m16n8k16, four words of two bf16: word i of the wide W_out is of this
+// output, these two columns and their low parts or high ones.
+struct NarrowPlace {
+    int output, column;
+    bool low;
+};
+DQL_PLAIN constexpr NarrowPlace narrow_place(int O, int i) {
+    return {i / 16 % O, i / 16 / O * 16 + i / 4 % 4 * 4 + i % 2 * 2, i % 4 / 2 != 0};
+}
+
 // Where a number of a layer's weight lies in one block's operands: `column` of NS, `k` of HP. In elements.
 DQL_PLAIN int64_t operand_index(const Slices& s, int layer, int column, int k) {
     if (s.wide) {
-        const int within = column % 16, row = column - within + within / 2 % 2 * 8 + within / 4 * 2 + within % 2;
         const int64_t chunk = static_cast<int64_t>(layer) * (s.HP / WIDE_CHUNK) + k / WIDE_CHUNK;
-        return chunk * s.HP * WIDE_CHUNK + wide_place(row, k % WIDE_CHUNK) / 2;
+        return chunk * s.HP * WIDE_CHUNK + wide_place(wide_row(column), wide_row(k) % WIDE_CHUNK) / 2;
     }
     const int per_lane = 16 / s.element, per_group = GROUP_BYTES / s.element;
     const int pair = column / 16, within = column % 16;
@@ -133,27 +165,29 @@ DQL_PLAIN int64_t operand_index(const Slices& s, int layer, int column, int k) {
 
 // One buffer of packed weights and what depends on them and on the states, by byte:
 //     operands      [networks][directions][C][operand_bytes()]
+//     first         [slabs][HP][128 bytes]: of W_x and W_s, a row of each column as the input has them, swizzled
 //     floats        [networks][C][floats()]
 //     time table    [K][HP]: W_t time_mlp(embedding_k) + b of the first layer; not of critics
-//     state part    [networks][B][HP]: W_s s; of critics W_s s + b
+//     state part    [networks][B][HP]: W_s s; of critics W_s s + b; none where there are slabs
 // Solo blocks read parameters and states themselves, and nothing is packed for them.
 struct Packed {
-    int64_t operands, floats, time_table, state_part, end;
+    int64_t operands, first, floats, time_table, state_part, end;
     int64_t operands_apart, floats_apart;  // from one network to the next, in bytes
 
     DQL_PLAIN Packed(const Mlp& net, const Tiling& tiling, bool transposed, int64_t B, int K) {
         const Slices s(net, tiling);
         if (s.solo) {
-            operands = floats = time_table = state_part = end = operands_apart = floats_apart = 0;
+            operands = first = floats = time_table = state_part = end = operands_apart = floats_apart = 0;
             return;
         }
         operands_apart = (transposed ? 2 : 1) * tiling.cluster * s.operand_bytes();
         floats_apart = static_cast<int64_t>(tiling.cluster) * s.floats() * 4;
         operands = 0;
-        floats = operands + net.networks * operands_apart;
+        first = operands + net.networks * operands_apart;
+        floats = first + s.first_bytes();
         time_table = floats + net.networks * floats_apart;
         state_part = time_table + (net.D > 0 ? static_cast<int64_t>(K) * s.HP * 4 : 0);
-        end = state_part + net.networks * B * s.HP * 4;
+        end = state_part + (s.slabs > 0 ? 0 : net.networks * B * s.HP * 4);
     }
 };
 

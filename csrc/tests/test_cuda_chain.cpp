@@ -1,14 +1,16 @@
-// What no result of the chain kernel shows: how much the blocks of a cluster send each other; and that in a cluster whose
-// pairs are split, a layer's partial sums lie in the buffer
-// that the layer before did not use. With a single one, nothing but an exchange through other blocks would keep a warp
-// from writing sums that another still reads. Whether results are right is in tests/backends/cuda.
+// What no result of the chain kernels shows: how much the blocks of a cluster send each other. In tiles of 128 rows,
+// whatever the order in which weights arrive and products are made, the bits are the same: each waits for what it reads,
+// and for who reads what it writes. And in a cluster whose pairs are split, a layer's partial sums lie in the buffer that
+// the layer before did not use. With a single one, nothing but an exchange through other blocks would keep a warp from
+// writing sums that another still reads. Whether results are right is in tests/backends/cuda.
 #include <vector>
 
 #include "../cuda/emulator/emulator.cpp"
-#include "../cuda/prologue.cu"
 #define PRECISION Precision::BF16
 #pragma GCC diagnostic ignored "-Wmissing-field-initializers"  // as csrc/build_cuda.py has it
 #include "../cuda/chain_kernels.h"
+#include "../cuda/chain_wide.cu"
+#include "../cuda/prologue.cu"
 #include "check.h"
 #include "cuda_networks.h"
 
@@ -99,10 +101,53 @@ void split_pairs_have_two_buffers_in_turn() {
     }
 }
 
+// Three tiles by one block, in which two steps each have a row of the time table in turn.
+void check_orders(const Sizes& sizes, FirstLayer first) {
+    const Mlp net = mlp(sizes, device::MISH);
+    const Tiling tiling = {Precision::BF16, 1, WIDE_M_TILES, false};
+    const int K = 3, B = 300;
+    const std::vector<float> flat = random_floats(net.size, 0.1), states = random_floats(B * net.S),
+                             embedding = random_floats(K * net.D), steps = random_floats(K * STEP_STRIDE, 0.5),
+                             noise = random_floats(K * B * net.X);
+    std::vector<char> packed(Packed(net, tiling, false, B, K).end, static_cast<char>(0xff));
+    std::vector<float> out(B * net.X), before;
+    int32_t told = 0;
+    emulator::order(emulator::Order::RANDOM);
+    cuda::prologue({net, tiling, false, flat.data(), embedding.data(), states.data(), B, K, packed.data(), &told},
+                   nullptr);
+    cuda::ChainJob job = {};
+    job.net = net, job.tiling = tiling, job.networks = 1;
+    job.flat = flat.data(), job.packed = packed.data(), job.steps = steps.data(), job.noise = noise.data();
+    job.states = states.data(), job.told = &told;
+    job.B = job.R = B, job.N = 1, job.K = K, job.max_action = 2, job.out = out.data();
+    const device::ChainArguments a = cuda::chain_arguments(job, false);
+    CHECK_EQ(a.memory.first_layer() == first, true);
+    const cuda::ChainKernel kernel = cuda::wide_chain_kernel_for(a.HP, first);
+    for (const emulator::Order order : {emulator::Order::EAGER, emulator::Order::LATE, emulator::Order::RANDOM})
+        for (uint64_t seed = 0; seed < (order == emulator::Order::RANDOM ? 2 : 1); ++seed) {
+            emulator::order(order);
+            emulator::seed(seed);
+            std::fill(out.begin(), out.end(), NOT_A_NUMBER);
+            emulator::run([&] { kernel(a); }, 1, 1, 1, WIDE_THREADS, a.memory.bytes);
+            if (before.empty()) before = out;
+            CHECK(memcmp(out.data(), before.data(), out.size() * 4) == 0);
+            for (const float x : out) CHECK(std::isfinite(x));
+        }
+    CHECK_EQ(told, 0);
+    emulator::order(emulator::Order::RANDOM);
+}
+
+void many_rows_in_any_order() {
+    check_orders({17, 6, 16, 100, 2}, FirstLayer::PRODUCT);
+    check_orders({29, 8, 16, 256, 2}, FirstLayer::PRODUCT);
+    check_orders({60, 9, 16, 256, 2}, FirstLayer::IN_SHARED);
+}
+
 }  // namespace
 
 int main() {
     RUN(rows_that_nobody_asked_for_are_not_sent);
+    RUN(many_rows_in_any_order);
     RUN(split_pairs_have_two_buffers_in_turn);
     return check::report();
 }

@@ -25,6 +25,9 @@ void activations_are_accurate() {
             CHECK_NEAR(both.h, h, relative * std::fabs(h) + 2e-36);
             CHECK_NEAR(both.slope, slope, relative * std::fabs(slope) + 4e-7);
             CHECK_EQ(device::activate(x, kind), both.h);
+            float brief[1] = {x};
+            device::activate_all_briefly(brief, kind);
+            CHECK_NEAR(brief[0], h, relative * std::fabs(h) + (kind == device::MISH ? 2.4e-7 * std::fabs(z) : 2e-36));
         }
         for (const float huge : {1e4f, 3e38f, INFINITE}) {
             CHECK_EQ(device::activate(huge, kind), huge);
@@ -35,7 +38,25 @@ void activations_are_accurate() {
         const device::Activated none = device::activate_with_slope(NOT_A_NUMBER, kind);
         CHECK(none.h != none.h && none.slope != none.slope);
         CHECK(std::isnan(device::activate(NOT_A_NUMBER, kind)));
+        float brief[4] = {1e30f, -1e30f, 0.0f, NOT_A_NUMBER};
+        device::activate_all_briefly(brief, kind);
+        CHECK(brief[0] == 1e30f && brief[1] == 0 && brief[2] == 0 && std::isnan(brief[3]));
     }
+}
+
+void parts_add_up() {
+    for (const float x : random_floats(1000, 100)) {
+        const device::Parts parts = device::parts_of(x);
+        CHECK_EQ(parts.high, rounded(x, Precision::BF16));
+        CHECK_NEAR(double{parts.high} + rounded(parts.low, Precision::BF16), x, 0x1p-17 * std::fabs(x));
+    }
+    const float largest = std::numeric_limits<float>::max();
+    for (const float x : {0.0f, 1.0f, -1.5f, 1e-30f, 3.3e38f, -3.4e38f, largest, -largest}) {
+        const device::Parts parts = device::parts_of(x);
+        CHECK(std::isfinite(parts.high) && std::isfinite(rounded(parts.low, Precision::BF16)));
+        CHECK_NEAR(double{parts.high} + rounded(parts.low, Precision::BF16), x, 0x1p-16 * std::fabs(x));
+    }
+    CHECK(std::isnan(device::parts_of(NOT_A_NUMBER).high) && std::isnan(device::parts_of(NOT_A_NUMBER).low));
 }
 
 double exact_normal(uint64_t seed, uint32_t row, uint32_t k, uint32_t dim) {
@@ -137,9 +158,10 @@ void chunks_have_one_place() {
             const int per_lane = 16 / s.element;
             for (int chunk = 0; chunk < s.layer_bytes() / 16; ++chunk) {
                 const device::Place place = device::place_of(s, chunk);
-                for (int e = 0; e < per_lane; ++e)
-                    if (operand_index(s, 0, place.column, place.k + e) != int64_t{chunk} * per_lane + e)
-                        CHECK_EQ(operand_index(s, 0, place.column, place.k + e), int64_t{chunk} * per_lane + e);
+                for (int e = 0; e < per_lane; ++e) {
+                    const int64_t index = operand_index(s, 0, place.column, device::k_of(s, place, e));
+                    if (index != int64_t{chunk} * per_lane + e) CHECK_EQ(index, int64_t{chunk} * per_lane + e);
+                }
             }
         }
 }
@@ -163,7 +185,7 @@ void check_prologue(const Sizes& sizes, const Tiling& tiling, int64_t B, int K, 
             const float* floats = reinterpret_cast<const float*>(packed.data() + floats_at);
             const float* first_row = w + net.first + int64_t{real ? column : 0} * net.stride;
             for (int x = 0; x < net.X; ++x) CHECK_EQ(floats[x * s.NS], real ? first_row[net.x_column + x] : 0.0f);
-            for (int o = 0; o < net.O; ++o)
+            for (int o = 0; !s.wide && o < net.O; ++o)
                 CHECK_EQ(floats[(net.X + o) * s.NS], real ? w[net.out + o * net.H + column] : 0.0f);
             for (int layer = 0; layer < net.L - 1; ++layer) {
                 CHECK_EQ(floats[(net.X + net.O + layer) * s.NS], real ? w[net.hidden_bias[layer] + column] : 0.0f);
@@ -179,7 +201,21 @@ void check_prologue(const Sizes& sizes, const Tiling& tiling, int64_t B, int K, 
                     }
                 }
             }
-            for (int64_t b = 0; b < B; ++b) {
+            // Of the first layer in slabs: zeros between x and the states and behind them, two bf16 of each weight.
+            const int narrow = (net.X + 3) / 4 * 4;
+            for (int i = 0; i < s.slabs * 32; ++i) {
+                int from = -1;
+                if (i < net.X) from = net.x_column + i;
+                if (i >= narrow && i < narrow + net.S) from = net.state_column + i - narrow;
+                const float weight = real && from >= 0 ? first_row[from] : 0;
+                const char* slab = packed.data() + places.first + i / 32 * s.HP * 128;
+                const int row = wide_row(column);
+                const float high = device::as_float(bits_of(slab, wide_place(row, i % 32) / 2, Precision::BF16));
+                const float low = device::as_float(bits_of(slab, wide_place(row, 32 + i % 32) / 2, Precision::BF16));
+                CHECK_EQ(high, rounded(weight, Precision::BF16));
+                CHECK_NEAR(double{high} + low, weight, 0x1p-17 * std::fabs(weight));
+            }
+            for (int64_t b = 0; s.slabs == 0 && b < B; ++b) {
                 double sum = real && net.D == 0 ? w[net.first_bias + column] : 0;
                 for (int j = 0; real && j < net.S; ++j)
                     sum += double{first_row[net.state_column + j]} * states[b * net.S + j];
@@ -187,6 +223,19 @@ void check_prologue(const Sizes& sizes, const Tiling& tiling, int64_t B, int K, 
                 CHECK_NEAR(part[(network * B + b) * s.HP + column], sum, real ? 2e-6 * (net.S + 4) : 0);
             }
         }
+    }
+    for (int network = 0; s.wide && network < net.networks; ++network) {  // the last layer's, in parts
+        const float* w_out = flat.data() + network * net.apart + net.out;
+        const char* words = packed.data() + places.floats + network * places.floats_apart + net.X * s.HP * 4;
+        for (int o = 0; o < net.O; ++o)
+            for (int column = 0; column < s.HP; ++column) {
+                const int word = ((column / 16 * net.O + o) * 4 + column % 16 / 4) * 4 + column % 4 / 2;
+                const float high = device::as_float(bits_of(words, 2 * word + column % 2, Precision::BF16));
+                const float low = device::as_float(bits_of(words, 2 * (word + 2) + column % 2, Precision::BF16));
+                const float weight = column < net.H ? w_out[o * net.H + column] : 0;
+                CHECK_EQ(high, rounded(weight, Precision::BF16));
+                CHECK_NEAR(double{high} + low, weight, 0x1p-17 * std::fabs(weight));
+            }
     }
     for (int k = 0; net.D > 0 && k < K; ++k) {
         const TimeMlp time(net, flat, embedding.data() + k * net.D);
@@ -267,6 +316,7 @@ void prologues() {
 
 int main() {
     RUN(activations_are_accurate);
+    RUN(parts_add_up);
     RUN(uniforms_are_exact);
     RUN(noise_is_the_stream);
     RUN(candidates_are_drawn);

@@ -83,30 +83,72 @@ void results_are_neighbours() {
             for (int e = 0; e < 2; ++e) CHECK_EQ(output_column(j, 2 * t + e), 4 * t + 2 * j + e);
 }
 
-// Wide operands: row n of a chunk is the column that n-tile n / 8 of its pair has at n % 8, its bytes swizzled within
-// the row, so that eight rows' pieces of one k meet eight different groups of banks.
+// Wide operands: row n of a chunk is the column that n-tile n / 8 of its pair has at n % 8, and so number n of its row is
+// that k, since the next layer's input lies as the results do. Bytes are swizzled within the row, so that eight rows'
+// pieces of one k meet eight different groups of banks.
 void wide_operands_are_swizzled_rows() {
     const Tiling tiling = {Precision::BF16, 1, WIDE_M_TILES, false};
     for (const int H : {100, 256}) {
         const Slices s(mlp(H, 3, 6, 17), tiling);
         CHECK_EQ(s.HP, H <= 128 ? 128 : 256);
         for (int layer = 0; layer < 2; ++layer)
-            for (int n = 0; n < s.HP; ++n)
+            for (int n = 0; n < s.HP; ++n) {
+                const auto of = [](int i) { return i / 16 * 16 + output_column(i / 8 % 2, i % 8); };
+                CHECK_EQ(wide_row(of(n)), n);
                 for (int k = 0; k < s.HP; ++k) {
-                    const int column = n / 16 * 16 + output_column(n / 8 % 2, n % 8);
                     const int64_t chunk = layer * (s.HP / WIDE_CHUNK) + k / WIDE_CHUNK;
                     const int64_t byte = chunk * s.HP * 128 + n * 128 + ((k % 64 / 8) ^ (n % 8)) * 16 + k % 8 * 2;
-                    if (operand_index(s, layer, column, k) * 2 != byte) {
-                        CHECK_EQ(operand_index(s, layer, column, k) * 2, byte);
+                    if (operand_index(s, layer, of(n), of(k)) * 2 != byte) {
+                        CHECK_EQ(operand_index(s, layer, of(n), of(k)) * 2, byte);
                         return;
                     }
                 }
+            }
     }
     for (int k = 0; k < WIDE_CHUNK; k += 8) {
         std::set<int> banks;
         for (int row = 0; row < 8; ++row) banks.insert(wide_place(row, k) / 16 % 8);
         CHECK_EQ(banks.size(), size_t{8});
     }
+}
+
+// Eight rows of 16 bytes that a matrix of results is stored in, all columns of it: no bank twice. So for x, whose quads
+// of eight rows are stored at a time.
+void wide_stores_meet_no_bank_twice() {
+    for (int first = 0; first < 64; first += 8)
+        for (int k = 0; k < WIDE_CHUNK; k += 8) {
+            std::set<int> banks;
+            for (int row = first; row < first + 8; ++row) banks.insert(wide_place(row, k) % 128 / 16);
+            CHECK_EQ(banks.size(), size_t{8});
+        }
+}
+
+// The first layer is a product wherever its input, its ring and all the rest fit; of the published sizes, but for states
+// of 45 and more, with a chunk more on its way.
+void wide_first_layers() {
+    const auto memory_of = [](int S, int A, int H) {
+        const Mlp net = mlp(H, 3, A, S);
+        const Tiling tiling = {Precision::BF16, 1, WIDE_M_TILES, false};
+        const BlockMemory memory(net, tiling);
+        CHECK(memory.bytes <= WIDE_SHARED);
+        CHECK_EQ(memory.first > 0, Slices(net, tiling).slabs > 0);
+        CHECK_EQ(memory.first_layer() == FirstLayer::PRODUCT, memory.first > 0);
+        return memory;
+    };
+    for (const int H : {100, 256}) {
+        CHECK_EQ(memory_of(11, 3, H).first_layer() == FirstLayer::PRODUCT, true);
+        CHECK_EQ(memory_of(17, 6, H).first_layer() == FirstLayer::PRODUCT, true);
+        CHECK_EQ(memory_of(29, 8, H).first_layer() == FirstLayer::PRODUCT, true);  // two slabs
+        CHECK_EQ(memory_of(17, 6, H).stages, WIDE_MOST_STAGES);
+        CHECK_EQ(memory_of(60, 9, H).first_layer() == FirstLayer::PRODUCT, H == 100);
+    }
+    CHECK_EQ(memory_of(60, 9, 256).first_layer() == FirstLayer::IN_SHARED, true);
+    CHECK_EQ(memory_of(60, 64, 256).first_layer() == FirstLayer::IN_L2, true);
+    CHECK_EQ(memory_of(512, 6, 100).first_layer() == FirstLayer::PRODUCT, false);
+    CHECK_EQ(Slices(mlp(256, 3, 6, 17), {Precision::BF16, 1, 4, false}).slabs, 0);
+    Mlp critic = mlp(256, 3, 6, 17);
+    critic.D = 0;
+    CHECK_EQ(Slices(critic, {Precision::BF16, 1, WIDE_M_TILES, false}).slabs, 0);
 }
 
 // Every k-group of every pair is multiplied by exactly one warp, and the owners of results are as chain.h takes them.
@@ -150,10 +192,20 @@ void shared_memory_is_divided() {
                 const int slots = s.pairs() < WARPS ? s.pairs() : WARPS, parts = slots * M * memory.narrow * 4;
                 if (s.wide) {
                     CHECK_EQ(memory.h[0] % 1024, 0);
+                    CHECK_EQ(memory.first % 1024, 0);
                     CHECK_EQ(memory.weights % 1024, 0);
-                    CHECK(memory.weights - memory.h[0] >= M * s.HP * 2);
-                    CHECK(memory.v - memory.weights >= WIDE_STAGES * s.HP * 128);
-                    CHECK(memory.bytes - memory.parts >= M * memory.narrow * 4);
+                    CHECK((memory.first > 0 ? memory.first : memory.v) - memory.h[0] >= M * s.HP * 2);
+                    if (memory.first > 0) CHECK(memory.v - memory.first >= s.slabs * M * 128);
+                    CHECK(memory.own - memory.v >= M * memory.narrow * 4);
+                    CHECK(memory.time - memory.own >= M * memory.narrow * 4);
+                    const int floats = s.floats() - (memory.first > 0 ? A * s.HP : 0);
+                    const int after_time = memory.floats > 0 ? memory.floats : memory.weights;
+                    if (memory.first > 0) CHECK(after_time - memory.time >= 2 * s.HP * 4 && memory.floats > 0);
+                    if (memory.floats > 0) CHECK(memory.weights - memory.floats >= floats * 4);
+                    CHECK(memory.stages == WIDE_STAGES || memory.stages == WIDE_MOST_STAGES);
+                    CHECK(memory.bytes - memory.weights >= memory.stages * s.HP * 128);
+                    CHECK(memory.bytes <= WIDE_SHARED || memory.first_layer() == FirstLayer::IN_L2);
+                    CHECK(8 * memory.narrow * 4 <= 16 * WIDE_CHUNK * 2);  // a chunk's rows of a warp hold half its sums
                 } else {
                     CHECK(memory.h[1] - memory.h[0] >= M * memory.row_bytes);
                     CHECK(memory.weights - memory.h[1] >= M * memory.row_bytes);
@@ -252,11 +304,13 @@ void packed_parts_follow_each_other() {
             Mlp net = mlp(H, 3, 6, 17);
             const Slices s(net, tiling);
             const Packed packed(net, tiling, true, 37, 5);
-            CHECK_EQ(packed.floats, 2 * tiling.cluster * s.operand_bytes());
+            CHECK_EQ(packed.first, 2 * tiling.cluster * s.operand_bytes());
+            CHECK_EQ(packed.floats - packed.first, s.slabs * s.HP * 128);
             CHECK_EQ(packed.time_table - packed.floats, tiling.cluster * s.floats() * 4);
             CHECK_EQ(packed.state_part - packed.time_table, 5 * s.HP * 4);
-            CHECK_EQ(packed.end - packed.state_part, 37 * s.HP * 4);
-            for (const int64_t offset : {packed.floats, packed.time_table, packed.state_part}) CHECK_EQ(offset % 16, 0);
+            CHECK_EQ(packed.end - packed.state_part, s.slabs > 0 ? 0 : 37 * s.HP * 4);
+            for (const int64_t offset : {packed.first, packed.floats, packed.time_table, packed.state_part})
+                CHECK_EQ(offset % 16, 0);
             CHECK_EQ(s.operand_bytes() % 16, 0);
             CHECK_EQ(s.floats() * 4 % 16, 0);
             const int64_t RP = whole_tiles(37, tiling);
@@ -274,6 +328,8 @@ int main() {
     RUN(a_lane_reads_its_own_numbers);
     RUN(results_are_neighbours);
     RUN(wide_operands_are_swizzled_rows);
+    RUN(wide_stores_meet_no_bank_twice);
+    RUN(wide_first_layers);
     RUN(warps_share_a_product);
     RUN(shared_memory_is_divided);
     RUN(loads_of_activations_meet_no_bank_twice);

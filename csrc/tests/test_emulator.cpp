@@ -170,7 +170,26 @@ void some_meet() {
         });
         CHECK_EQ(after, 96);
     });
+    always([] {  // two warps in turn, 20 times: neither is ahead, or waits for one that only came by
+        int turns = 0;
+        bool right = true;
+        run({}, [&] {
+            if (warp() == 1) arrive_some(1, 64);
+            for (int i = 0; i < 20; ++i) {
+                sync_some(1 + warp(), 64);
+                if (lane() == 0) right = right && turns++ == 2 * i + warp();
+                sync_warp();
+                arrive_some(2 - warp(), 64);
+            }
+            if (warp() == 0) sync_some(1, 64);
+        });
+        CHECK(right);
+        CHECK_EQ(turns, 40);
+    });
     SAYS(error_of({}, [] { sync_some(0, 64); }), "barriers are 1 .. 15");
+    SAYS(error_of({}, [] { arrive_some(16, 64); }), "arrive_some(16, 64): barriers are 1 .. 15");
+    SAYS(error_of({}, [] { if (warp() == 0) arrive_some(1, 64); }), "a block ended, but barrier 1 still waits");
+    SAYS(error_of({}, [] { if (warp() == 0) arrive_some(1, 64), arrive_some(1, 64); }), "comes to a barrier again");
     SAYS(error_of({}, [] { sync_some(1, 48); }), "whole warps");
     SAYS(error_of({1, 1, 1, 128}, [] { if (warp() < 2) sync_some(1, 96 + 32 * warp()); }), "others meet there with");
     SAYS(error_of({}, [] { sync_some(1 + lane() % 2, 64); }), "are in sync_some(");

@@ -184,6 +184,33 @@ void wgmma_is_checked() {
          "warps of a warp group closed");
 }
 
+// ---- results on their way back to shared memory ----
+
+// Lane 4 g + t has numbers 2 t and 2 t + 1 of row g of each matrix; where the row goes, lane 8 i + g says.
+void matrices_are_stored_by_rows() {
+    always([] {
+        std::vector<uint16_t> found(32 * 8);
+        run({1, 1, 1, 32}, [&] {
+            const auto place = [](int matrix, int row) { return (row * 4 + (matrix ^ row % 4)) * 16; };
+            uint32_t four[4];
+            for (uint32_t i = 0; i < 4; ++i) {
+                const uint32_t number = 64 * i + lane() / 4 * 8 + lane() % 4 * 2;
+                four[i] = number | (number + 1) << 16;
+            }
+            store_matrices(shared_memory() + place(lane() / 8, lane() % 8), four);
+            for (int i = 0; i < 8; ++i)
+                memcpy(&found[lane() * 8 + i], shared_memory() + place(lane() / 8, lane() % 8) + 2 * i, 2);
+        });
+        for (uint16_t i = 0; i < 256; ++i) CHECK_EQ(found[i], i);
+    });
+    const auto of = [](int byte) {
+        return error_of({1, 1, 1, 32}, [byte] { store_matrices(shared_memory() + byte, {0, 0, 0, 0}); });
+    };
+    CHECK_EQ(of(4080), "nothing");
+    SAYS(of(4088), "store_matrices");
+    SAYS(of(8), "not at a multiple of 16");
+}
+
 // ---- single instructions ----
 
 void roundings() {
@@ -217,6 +244,7 @@ int main() {
     RUN(mma_tf32_is_the_manuals);
     RUN(wgmma_is_the_manuals);
     RUN(wgmma_is_checked);
+    RUN(matrices_are_stored_by_rows);
     RUN(roundings);
     return check::report();
 }

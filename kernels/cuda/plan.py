@@ -52,6 +52,9 @@ _LAUNCH, _PROLOGUE, _SOLO_LOAD, _SOLO_TABLE = 3200, 2500, 2500, 3500
 _SOLO_TABLE_STEPS = 6  # as shapes.h has it
 _MEASURED = {"resident": (6250, 2.15), "streamed": (17000, 1.95), "wide": (33000, 0.55), "solo": (3500, 1.35)}
 """Kind of tiling -> (cycles of a step whatever its sum, factor of the sum but for the exchange); of solo expected."""
+_WIDE_SINCE = 0.55
+"""What a step of 128 rows takes of what it took when it was measured, expected: since its first and last layer are
+products, too, a warp has 4,356 instructions in place of 7,773 and reads no states' part from device memory."""
 _FP32_SINCE = {1: 0.70, 2: 0.61}
 """m_tiles -> what a float32 product takes of what it took when it was measured, by counting: then 18 and 34 loads of 16
 bytes from shared memory, 4 cycles each, bounded a k-group's 128 and 256 multiply-adds of a warp; now they are 12 and
@@ -245,6 +248,14 @@ def shared_bytes(problem: Problem, tiling: Tiling, emulated: bool | None = None)
     return int(binding.load(emulated).shared_bytes(mlp, *tiling.numbers(problem.precision), 0))
 
 
+def _bytes_of_first(spec: DenoiserSpec | CriticSpec, HP: int) -> int:
+    """Shared memory of a block of 128 rows that makes a product of its first layer: `wide_slabs` of shapes.h."""
+    narrow = -(-spec.action_dim // 4) * 4
+    slabs = -(-(narrow + spec.state_dim) // 32)
+    inputs, ring = (128 * HP * 2 + slabs * 128 * 128), 3 * HP * 128
+    return 1024 + inputs + ring + 2 * 128 * narrow * 4 + (2 + spec.action_dim + spec.num_hidden - 1) * HP * 4
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a forward pass is taken to last, in cycles: of a multiprocessor's clock.
@@ -305,6 +316,10 @@ def cost(problem: Problem, tiling: Tiling, multiprocessors: int, at_once: int | 
     narrow = 2 * M * A * NS / 128 + 300
     load = exchange = stream = 0.0
     if wide:
+        # Where there is room for the first layer's input, the states are read once and nothing is made of them before.
+        product_of_first = _bytes_of_first(spec, HP) <= 227 * 1024
+        if product_of_first:
+            least, factor, prologue = _WIDE_SINCE * least, _WIDE_SINCE * factor, _PROLOGUE
         activations, narrow = 0.0, 1500.0
         arithmetic = max((L - 1) * M * HP * HP / 2048, L * M * HP * 20 / 128)
         products, stream = (4 / 3 * arithmetic, 0.0) if arithmetic > weights / by_cache else (0.0, weights / by_cache)

@@ -163,10 +163,15 @@ def test_128_rows(network, max_action):
 
 
 @pytest.mark.parametrize(
-    "options", [{"H": 80}, {"A": 24}, {"num_hidden": 2}, {"num_hidden": 4}, {"activation": "silu"}, {"K": 1}]
-)
+    "options",
+    [
+        {"H": 80}, {"A": 24}, {"num_hidden": 2}, {"num_hidden": 4}, {"activation": "silu"}, {"K": 1},
+        {"S": 17, "A": 6}, {"S": 29, "A": 8}, {"S": 60, "A": 9}, {"S": 60, "A": 9, "H": 128},
+    ],
+)  # fmt: skip
 def test_128_rows_of_other_networks(options):
-    """With 24 actions of width 256 the small layers' weights stay in device memory."""
+    """The first layer is a product of one slab, of two, of three, or a sum onto the states' part; with 24 actions of
+    width 256 the small layers' weights stay in device memory."""
     case = replace(Case(B=300, S=11, A=3, K=5, H=256, max_action=2.5), **options)
     problem = on_device(make_problem(case, torch.float32))
     skip_misfit(WIDE_TILING, "bf16", problem.policy.denoiser.spec)

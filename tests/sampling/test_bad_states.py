@@ -154,6 +154,35 @@ def test_every_kind_of_cuda_kernel(tiling, runs_here):
     assert got[bad].isnan().all() and torch.equal(got[~bad], want[~bad]) and clear()
 
 
+@pytest.mark.parametrize("sizes", [(17, 6), (29, 8), (60, 9)], ids=str)
+@pytest.mark.parametrize("N", [None, 3])
+def test_every_column_in_tiles_of_128_rows(N, sizes, runs_here):
+    """Where the chain looks at the states, in one slab or two, and where the prologue makes their part. Candidates of
+    a state share what becomes of it."""
+    runs_here("cuda")
+    policy = dql.DiffusionPolicy(*sizes, **(SMALL | {"hidden_dim": 256})).to(DEVICE)
+    good = on_device(states_of(150, sizes[0]))
+    with cuda_plan.forced(Tiling(1, 8, False)):
+        want = chain(good, policy, "cuda", precision="bf16", num_candidates=N)
+        assert want.isfinite().all() and not clear()
+        states, bad = good.clone(), torch.zeros(150, dtype=torch.bool, device=DEVICE)
+        for column in range(sizes[0]):
+            row = 149 - 2 * column
+            states[row, column], bad[row] = BAD[column % 3], True
+        got = chain(states, policy, "cuda", precision="bf16", num_candidates=N)
+        assert got[bad].isnan().all() and torch.equal(got[~bad], want[~bad]) and clear()
+        got = chain(states, policy, "cuda", precision="bf16", num_candidates=N, report=False)
+        assert got[bad].isnan().all() and not clear()
+        with torch.no_grad():
+            policy.denoiser.flat.zero_()
+            largest = torch.finfo(torch.float32).max
+            huge = (
+                on_device(torch.full((150, sizes[0]), largest))
+                * (1 - 2 * (torch.arange(150, device=DEVICE) % 2))[:, None]
+            )
+            assert chain(huge, policy, "cuda", precision="bf16", num_candidates=N).isfinite().all() and not clear()
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_huge_finite_states_are_good(backend, precision):
     """Their sum overflows, and so may their product with the weights: that is no mistake of the states.

@@ -33,6 +33,8 @@ void end_of_block(Machine& m, Block& block) {
         if (&m.blocks[d.rank] == &block) wrong("a block ended while ", d.bytes, " bytes to it were under way");
     for (const auto& barrier : block.barriers) check_not_overwritten(here.rank, barrier.first);
     check_guards(block);
+    for (int which = 1; which < 16; ++which)
+        if (block.some[which].warps != 0) wrong("a block ended, but barrier ", which, " still waits for others");
     for (int w = 0; w < m.threads / 32; ++w)
         if (w % 4 != 0 && block.warps[w].groups != block.warps[w - 1].groups)
             wrong("warps of a warp group closed ", block.warps[w].groups, " and ", block.warps[w - 1].groups,
@@ -100,6 +102,7 @@ void begin_cluster(Machine& m, int64_t x, int64_t y, int64_t blocks_x, int64_t b
         fill(block, shared_bytes);
         block.ended = 0;
         block.warps = &m.warps[rank * per_block];
+        for (Meeting& meeting : block.some) meeting = Meeting();
         block.barriers.clear();
     }
     for (size_t w = 0; w < m.warps.size(); ++w) {
@@ -197,13 +200,27 @@ void sync_block() {
     if (!last_of_warp(Collective::BLOCK) || !met(my_block().all, machine->threads)) sleep_in("sync_block");
 }
 
-void sync_some(int which, int threads) {
+namespace {
+Meeting& meeting_of(const char* call, int which, int threads) {
     if (which < 1 || which > 15 || threads % 32 != 0 || threads < 32 || threads > machine->threads)
-        wrong("sync_some(", which, ", ", threads, "): barriers are 1 .. 15, threads whole warps of the block");
+        wrong(call, "(", which, ", ", threads, "): barriers are 1 .. 15, threads whole warps of the block");
     Meeting& meeting = my_block().some[which];
     if (meeting.threads == 0) meeting.threads = threads;
     if (meeting.threads != threads)
-        wrong("sync_some(", which, ") of ", threads, " threads, but others meet there with ", meeting.threads);
+        wrong(call, "(", which, ") of ", threads, " threads, but others meet there with ", meeting.threads);
+    return meeting;
+}
+}  // namespace
+
+void arrive_some(int which, int threads) {
+    Meeting& meeting = meeting_of("arrive_some", which, threads);
+    if (!last_of_warp(Collective::ARRIVE, which)) return sleep_in("arrive_some", which, threads);
+    met(meeting, threads, false);
+    my_warp().runnable = ALL_LANES;
+}
+
+void sync_some(int which, int threads) {
+    Meeting& meeting = meeting_of("sync_some", which, threads);
     if (!last_of_warp(Collective::SOME, which) || !met(meeting, threads))
         sleep_in("sync_some", which, threads);
 }
@@ -367,6 +384,18 @@ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     for (int i = 0; i < 4; ++i) rows[i] = rounded(a[i]) ? a[i] : 0x7fffffffu;
     const Fragments& all = put(d, rows, b);
     together(Collective::MMA_TF32, [&] { multiply_tf32(all); });
+}
+
+void store_matrices(void* row, const uint32_t (&matrices)[4]) {
+    check_inside(offset_of(row), 16, 16, "store_matrices");
+    Fragments& all = my_warp().fragments;
+    memcpy(all.a[lane()], matrices, sizeof matrices);
+    my_warp().rows[lane()] = static_cast<char*>(row);
+    together(Collective::STORE_MATRICES, [&] {
+        for (int i = 0; i < 4; ++i)
+            for (int from = 0; from < 32; ++from)
+                memcpy(my_warp().rows[8 * i + from / 4] + from % 4 * 4, &all.a[from][i], 4);
+    });
 }
 
 // ---- wgmma: each warp its own 16 rows, a group at a time, from what shared memory holds then ----

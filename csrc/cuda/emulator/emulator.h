@@ -89,11 +89,13 @@ inline char* shared_memory() { return emulator::here.shared; }
 
 void sync_block();
 void sync_some(int which, int threads);
+void arrive_some(int which, int threads);
 void sync_warp();
 void sync_cluster();
 inline void leave_cluster() { sync_cluster(); }
 float shuffle_xor(float value, int mask);
 inline void keep_order() {}
+inline int made_here(int number) { return number; }
 
 void copy16(void* to, const void* from);
 void close_group();
@@ -123,7 +125,10 @@ inline void wait_for_previous() {}
 void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
+void store_matrices(void* row, const uint32_t (&matrices)[4]);
+
 uint64_t swizzled_operand(const void* at);
+inline uint64_t further(uint64_t operand, int bytes) { return operand + bytes; }
 inline void fence_async() {}
 void wgmma_begin();
 void wgmma_close();

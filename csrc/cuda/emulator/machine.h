@@ -20,10 +20,13 @@ constexpr uint32_t ALL_LANES = 0xffffffffu;
 constexpr int64_t MOST_BYTES = (1 << 20) - 1;  // of a barrier's count
 
 // What a warp's lanes do together.
-enum class Collective : int { BLOCK, SOME, CLUSTER, WARP, SHUFFLE, MMA_BF16, MMA_TF32, WGMMA_CLOSE, WGMMA_WAIT };
+enum class Collective : int {
+    BLOCK, SOME, ARRIVE, CLUSTER, WARP, SHUFFLE, MMA_BF16, MMA_TF32, STORE_MATRICES, WGMMA_CLOSE, WGMMA_WAIT
+};
 inline const char* name_of(Collective kind) {
-    static const char* const names[] = {"sync_block", "sync_some", "sync_cluster", "sync_warp",  "shuffle_xor",
-                                        "mma_bf16",   "mma_tf32",  "wgmma_close",  "wgmma_wait"};
+    static const char* const names[] = {"sync_block",  "sync_some", "arrive_some", "sync_cluster",   "sync_warp",
+                                        "shuffle_xor", "mma_bf16",  "mma_tf32",    "store_matrices", "wgmma_close",
+                                        "wgmma_wait"};
     return names[static_cast<int>(kind)];
 }
 
@@ -64,12 +67,13 @@ struct Warp {
     int which;
     Fragments fragments;
     float* out[32];
+    char* rows[32];
     std::vector<std::pair<int64_t, WideProduct>> products;  // with their groups
     int64_t groups;
 };
 
 struct Meeting {
-    uint32_t warps = 0;
+    uint32_t warps = 0, passed = 0;  // that have come; of these, that went on at once
     int threads = 0;  // as the first to come said
 };
 
@@ -171,13 +175,16 @@ void together(Collective kind, const Act& act) {
     my_warp().runnable = ALL_LANES;
 }
 
-// Of some or all warps of the block. True when all have come: then they run on.
-inline bool met(Meeting& meeting, int threads) {
+// Of some or all warps of the block. True when all have come: then those that wait run on.
+inline bool met(Meeting& meeting, int threads, bool waits = true) {
     Block& block = my_block();
-    meeting.warps |= 1u << (here.thread >> 5);
+    const uint32_t warp = 1u << (here.thread >> 5);
+    if ((meeting.warps & warp) != 0) wrong("a warp comes to a barrier again before the others have");
+    meeting.warps |= warp;
+    if (!waits) meeting.passed |= warp;
     if (__builtin_popcount(meeting.warps) * 32 < threads) return false;
     for (int w = 0; w < machine->threads / 32; ++w)
-        if ((meeting.warps >> w & 1) != 0) block.warps[w].runnable = ALL_LANES;
+        if (((meeting.warps & ~meeting.passed) >> w & 1) != 0) block.warps[w].runnable = ALL_LANES;
     meeting = Meeting();
     return true;
 }

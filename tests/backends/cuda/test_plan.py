@@ -87,6 +87,7 @@ def test_few_rows_in_bf16_are_a_block_alones(on):
 def test_the_model_is_as_near_as_it_says(on, monkeypatch):
     """Device times of an H200, us (bench/results/2026-11-27-nvidia-h200-first.json, -bench.json, -profile.md)."""
     monkeypatch.setattr(cuda_plan, "_FP32_SINCE", {1: 1.0, 2: 1.0})
+    monkeypatch.setattr(cuda_plan, "_bytes_of_first", lambda spec, HP: 1 << 30)
     measured = {
         ("bf16", Tiling(8, 1, True)): {1: 37.3, 37: 36.6, 256: 68.4},
         ("bf16", Tiling(4, 1, True)): {37: 40.9, 256: 41.9},

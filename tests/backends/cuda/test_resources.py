@@ -31,7 +31,8 @@ CHAINS = {
     for weights in ("resident", "streamed")
     for direction in ("forward", "backward")
 }
-WIDES = {f"wide_chain {width}{floats}" for width in (128, 256) for floats in ("", " floats from L2")}
+FIRST_LAYERS = ("", " with the states' part", " with the states' part, floats from L2")
+WIDES = {f"wide_chain {width}{first}" for width in (128, 256) for first in FIRST_LAYERS}
 SOLOS = {
     f"solo_chain {width} of {rows} rows {what}"
     for width in (128, 256)
@@ -195,8 +196,9 @@ def test_many_rows_have_hoppers_tensor_cores():
     kernels = {name: count for name, count in disassembly()["90a"].items() if "wide_chain" in name}
     assert len(kernels) == len(WIDES)
     for count in kernels.values():
-        assert count["HGMMA"] > 0
-        assert count["HMMA"] == count["LDL"] == count["STL"] == 0
+        assert count["HGMMA"] > 0 and count["HMMA"] > 0
+        assert count["LDL"] == count["STL"] == 0
+        assert count["STSM"] > 0, "matrices of results to shared memory"
         assert count["UBLKCP"] > 0
         assert count["USETMAXREG"] == 2
 

@@ -53,19 +53,56 @@ def test_any_tiling_rounds_alike(case, precision):
             assert rms_error(got[name], want) <= TOLERANCES["bf16 flips"].rel, f"{name} by {tiling}"
 
 
-@pytest.mark.parametrize(
-    "case", [*(replace(c, H=H) for c in TILED[:2] for H in (100, 256)), replace(TILED[0], H=256, A=24)], ids=str
-)
-def test_128_rows(case):
-    """The kernel for many rows: forward alone. With 24 actions its small layers' weights stay in device memory."""
-    problem = make_problem(replace(case, B=4 * case.B), torch.float32)  # a whole tile and a part
-    options = {"noise": problem.noise, "num_candidates": case.N, "precision": "bf16", "sampler": problem.table}
+MANY = [
+    *(replace(c, H=H) for c in TILED[:2] for H in (100, 256)),
+    replace(TILED[0], H=256, A=24),  # the small layers' weights stay in device memory
+    *(Case(B=37, S=S, A=A, K=5, H=H) for S, A in ((17, 6), (29, 8), (60, 9)) for H in (128, 256)),
+    Case(B=37, S=17, A=6, K=1, H=256, num_hidden=2),
+    Case(B=37, S=17, A=6, K=2, H=128, num_hidden=2, activation="relu"),
+    Case(B=37, S=1, A=1, K=2, H=256, num_hidden=4),
+    Case(B=280, S=17, A=6, K=3, H=128, num_hidden=2),  # nine tiles, of which a block has two or three
+]
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize("case", MANY, ids=str)
+def test_128_rows(case, scale):
+    """The kernel for many rows: forward alone. Its first layer is a product of one to three slabs of [x, state], or, by
+    60 + 9 columns of width 256, a sum onto the states' part: as good as float32 beside the hidden layers' rounding."""
+    case = replace(case, B=4 * case.B, max_action=SMOOTH)  # a whole tile and a part
+    problem = make_problem(case, torch.float32)
+    found = []
+    for tiling in (Tiling(1, 4, False), Tiling(1, cuda_plan.WIDE, False)):
+        with torch.no_grad(), cuda_plan.forced(tiling):
+            found.append(
+                dql.sample(
+                    scale * problem.states, problem.policy, backend="cuda", noise=problem.noise,
+                    num_candidates=case.N, precision="bf16", sampler=problem.table,
+                )
+            )  # fmt: skip
+    assert rms_error(found[1], found[0]) <= TOLERANCES["bf16 flips"].rel
+
+
+@pytest.mark.parametrize("S", [17, 29, 60])
+def test_a_first_layer_of_128_rows_that_cancels(S):
+    """Of (1 + 2^-9) (1 + 2^-10) - 1 nothing is left where either factor is rounded to bf16; the product of what is then
+    cut off is far below the rest."""
+    policy = dql.DiffusionPolicy(S, 6, T=1, max_action=SMOOTH, activation="relu")
     with torch.no_grad():
-        want = dql.sample(problem.states, problem.policy, backend="cuda", **options)
-        with cuda_plan.forced(Tiling(1, cuda_plan.WIDE, False)):
-            got = dql.sample(problem.states, problem.policy, backend="cuda", **options)
-    assert rms_error(got, want) <= TOLERANCES["bf16 flips"].rel
-    assert float((got == want).double().mean()) > 0.2, "the operands are the same"
+        policy.denoiser.flat.zero_()
+        tensors = dict(policy.denoiser.named_parameters())
+        tensors["mid_layer.0.weight"][:, -S:] = 1 + 2**-9
+        tensors["mid_layer.0.bias"][:] = -1
+        tensors["mid_layer.2.weight"][:] = tensors["mid_layer.4.weight"][:] = torch.eye(256)
+        tensors["final_layer.weight"][:] = 2**-8
+        states = torch.zeros(200, S)
+        states[torch.arange(200), torch.arange(200) % S] = 1 + 2**-10
+        found = []
+        for tiling in (Tiling(1, 4, False), Tiling(1, cuda_plan.WIDE, False)):
+            with cuda_plan.forced(tiling):
+                found.append(dql.sample(states, policy, backend="cuda", noise=torch.zeros(1, 200, 6), precision="bf16"))
+    assert found[0].abs().min() > 0
+    assert torch.equal(*found)
 
 
 def test_128_rows_are_for_sampling_alone():
