@@ -85,30 +85,9 @@ private:
         return sum_of(net.size + static_cast<int64_t>(k) * a.HP + column);
     }
 
-    // The time MLP at steps first .. first + steps - 1 into shared memory: hidden and slope [steps][2 D], features
-    // [steps][D]. They are seen by the block when this returns.
+    // The time MLP at steps first .. first + steps - 1 into hidden, slope and features.
     DQL_DEVICE void time_forward(int first, int steps) {
-        const int D = net.D;
-        const float* embedding = a.embedding + static_cast<int64_t>(first) * D;
-        sync_block();  // those of earlier steps are read
-        for (int i = thread(); i < steps * 2 * D; i += THREADS) {
-            const int unit = i % (2 * D), step = i / (2 * D);
-            float sum = a.flat[net.time_b1 + unit];
-            DQL_UNROLL_BY_8
-            for (int d = 0; d < D; ++d) sum = fmaf(a.flat[net.time_w1 + unit * D + d], embedding[step * D + d], sum);
-            const Activated both = activate_with_slope(sum, net.activation);
-            hidden[i] = both.h, slope[i] = both.slope;
-        }
-        sync_block();
-        for (int i = thread(); i < steps * D; i += THREADS) {
-            const int unit = i % D, step = i / D;
-            float sum = a.flat[net.time_b3 + unit];
-            DQL_UNROLL_BY_8
-            for (int d = 0; d < 2 * D; ++d)
-                sum = fmaf(a.flat[net.time_w3 + unit * 2 * D + d], hidden[step * 2 * D + d], sum);
-            features[i] = sum;
-        }
-        sync_block();
+        time_features(net, a.flat, a.embedding + static_cast<int64_t>(first) * net.D, steps, hidden, slope, features);
     }
 
     DQL_DEVICE int steps_from(int first) const { return a.K - first < TIME_STEPS ? a.K - first : TIME_STEPS; }

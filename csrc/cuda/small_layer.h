@@ -1,7 +1,7 @@
-// The small layers of a network: its float weights in a kernel's order, and a layer of the time MLP for one input.
+// The small layers of a network: its float weights in a kernel's order, the time MLP for one input or for several.
 #pragma once
 
-#include "device.h"
+#include "arithmetic.h"
 #include "shapes.h"
 
 namespace dql {
@@ -31,6 +31,36 @@ DQL_DEVICE void small_layer(float* out, const float* weight, int row, int column
         DQL_UNROLL
         for (int mask = 1; mask < 8; mask *= 2) sum += shuffle_xor(sum, mask);
         if (i < outputs && thread() % 8 == 0) out[i] = bias != nullptr ? bias[i] + sum : sum;
+    }
+    sync_block();
+}
+
+// The time MLP for `steps` rows of `embedding`, side by side: one after the other would wait for memory at each layer.
+// Writes hidden [steps][2 D], its slope likewise (null: none) and features [steps][D] in shared memory, which the block
+// sees when this returns. Begins with a barrier of the block: what was there before may be being read.
+DQL_DEVICE void time_features(const Mlp& net, const float* flat, const float* embedding, int steps, float* hidden,
+                              float* slope, float* features) {
+    const int D = net.D;
+    sync_block();
+    for (int i = thread(); i < steps * 2 * D; i += THREADS) {
+        const int unit = i % (2 * D), step = i / (2 * D);
+        float sum = flat[net.time_b1 + unit];
+        DQL_UNROLL_BY_8
+        for (int d = 0; d < D; ++d) sum = fmaf(flat[net.time_w1 + unit * D + d], embedding[step * D + d], sum);
+        if (slope != nullptr) {
+            const Activated both = activate_with_slope(sum, net.activation);
+            hidden[i] = both.h, slope[i] = both.slope;
+        } else {
+            hidden[i] = activate(sum, net.activation);
+        }
+    }
+    sync_block();
+    for (int i = thread(); i < steps * D; i += THREADS) {
+        const int unit = i % D, step = i / D;
+        float sum = flat[net.time_b3 + unit];
+        DQL_UNROLL_BY_8
+        for (int d = 0; d < 2 * D; ++d) sum = fmaf(flat[net.time_w3 + unit * 2 * D + d], hidden[step * 2 * D + d], sum);
+        features[i] = sum;
     }
     sync_block();
 }

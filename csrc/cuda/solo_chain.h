@@ -186,26 +186,7 @@ private:
         const int D = a.net.D, steps = a.K - first < SOLO_TABLE_STEPS ? a.K - first : SOLO_TABLE_STEPS;
         float* hidden = floats_at(a.memory.h[0]);  // [SOLO_TABLE_STEPS][2 D]
         float* features = hidden + SOLO_TABLE_STEPS * 2 * D;  // [SOLO_TABLE_STEPS][D]
-        const float* embedding = a.embedding + static_cast<int64_t>(first) * D;
-        sync_block();  // the activations are read
-        for (int i = thread(); i < steps * 2 * D; i += THREADS) {
-            const int unit = i % (2 * D);
-            float sum = a.flat[a.net.time_b1 + unit];
-            DQL_UNROLL_BY_8
-            for (int d = 0; d < D; ++d)
-                sum = fmaf(a.flat[a.net.time_w1 + unit * D + d], embedding[i / (2 * D) * D + d], sum);
-            hidden[i] = activate(sum, a.net.activation);
-        }
-        sync_block();
-        for (int i = thread(); i < steps * D; i += THREADS) {
-            const int unit = i % D;
-            float sum = a.flat[a.net.time_b3 + unit];
-            DQL_UNROLL_BY_8
-            for (int d = 0; d < 2 * D; ++d)
-                sum = fmaf(a.flat[a.net.time_w3 + unit * 2 * D + d], hidden[i / D * 2 * D + d], sum);
-            features[i] = sum;
-        }
-        sync_block();
+        time_features(a.net, a.flat, a.embedding + static_cast<int64_t>(first) * D, steps, hidden, nullptr, features);
         float* table = floats_at(a.memory.table);
         const int column = thread();
         if (column >= HP) return;

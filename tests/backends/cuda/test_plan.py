@@ -5,6 +5,7 @@ import itertools
 import math
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from support.emulator import tilings
@@ -186,6 +187,24 @@ def test_forced_tilings_nest():
             raise KeyError
         assert choose(PUBLISHED, 0) == first
     assert choose(PUBLISHED, 0) == usual
+
+
+def test_what_makes_it_faster_can_be_left_out(monkeypatch):
+    told = []
+    monkeypatch.setattr(binding, "module", lambda: SimpleNamespace(compare=told.append))
+    with pytest.raises(KeyError), cuda_plan.without("few rows"):
+        assert cuda_plan.exchanges_whole_tiles() and told == []
+        raise KeyError
+    assert not cuda_plan.exchanges_whole_tiles()
+    with pytest.raises(KeyError), cuda_plan.without("carve-out"):
+        assert told == [0]
+        raise KeyError
+    assert told == [0, 1]
+    with (
+        pytest.raises(ValueError, match="'few rows' or 'carve-out', got 'everything'"),
+        cuda_plan.without("everything"),
+    ):
+        pass
 
 
 def test_a_tiling_in_the_extensions_words():
