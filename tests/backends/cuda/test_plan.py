@@ -190,21 +190,23 @@ def test_forced_tilings_nest():
 
 
 def test_what_makes_it_faster_can_be_left_out(monkeypatch):
-    told = []
+    told: list[int] = []
     monkeypatch.setattr(binding, "module", lambda: SimpleNamespace(compare=told.append))
-    with pytest.raises(KeyError), cuda_plan.without("few rows"):
-        assert cuda_plan.exchanges_whole_tiles() and told == []
-        raise KeyError
-    assert not cuda_plan.exchanges_whole_tiles()
-    with pytest.raises(KeyError), cuda_plan.without("carve-out"):
-        assert told == [0]
-        raise KeyError
+
+    def fails(what: str) -> None:
+        with cuda_plan.without(what):
+            assert (cuda_plan.exchanges_whole_tiles(), told) == {"few rows": (True, []), "carve-out": (False, [0])}[
+                what
+            ]
+            raise KeyError
+
+    for what in ("few rows", "carve-out"):
+        with pytest.raises(KeyError):
+            fails(what)
+        assert not cuda_plan.exchanges_whole_tiles()
     assert told == [0, 1]
-    with (
-        pytest.raises(ValueError, match="'few rows' or 'carve-out', got 'everything'"),
-        cuda_plan.without("everything"),
-    ):
-        pass
+    with pytest.raises(ValueError, match="'few rows' or 'carve-out', got 'all'"):
+        fails("all")
 
 
 def test_a_tiling_in_the_extensions_words():
