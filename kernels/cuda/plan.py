@@ -306,11 +306,11 @@ def cost(problem: Problem, tiling: Tiling, multiprocessors: int, at_once: int | 
     at_once = max(1, multiprocessors // C) if at_once is None else at_once
     waves = -(-tiles // at_once)
     kind = "wide" if wide else "solo" if tiling.solo else "resident" if tiling.resident else "streamed"
-    least, factor = _MEASURED[kind]
+    least, factor = map(float, _MEASURED[kind])
     times, weights = waves * problem.steps, (L - 1) * HP * HP * element
     by_cache = min(64, 24 * multiprocessors / (min(tiles, at_once) * C))  # bytes a cycle
     blocks = problem.networks * problem.rows / 16  # of the prologue's, for states
-    prologue = _PROLOGUE + 10000 * (-(-blocks // (2 * multiprocessors)) - 1)
+    prologue: float = _PROLOGUE + 10000 * (-(-blocks // (2 * multiprocessors)) - 1)
     # Per step:
     activations = L * (M * NS * 2 / 16 + 60)
     narrow = 2 * M * A * NS / 128 + 300
