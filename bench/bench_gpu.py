@@ -137,7 +137,8 @@ def measure(device: torch.device, benchmark: Any, record: Callable[..., None]) -
         name = {bounds.FORWARD: "forward", bounds.BACKWARD: "gradient"}.get(problem, "select")
         # pytest's dots have no line's end
         print(f"\n{SAID}{name} {B} {contender}: {1e6 * spread(calls)[1]:.1f} us a call", flush=True)
-        host = device_time.issue_time(body) if on_device is not None and on_gpu_of(device) else None
+        ours = contender.startswith(tuple(f"dql-{backend}" for backend in of_gpus())) and on_gpu_of(device)
+        host = device_time.issue_time(body) if ours and on_device is not None else None
         on_device = on_device or device_time.device_time(body, no_graph)  # the profiler would have slowed the calls
         rate = flops / on_device.median
         on_gpu = on_gpu_of(device)

@@ -25,6 +25,7 @@ SECONDS = 0.1  # of samples
 SAMPLE_SECONDS = 2e-3  # of one sample at least, by several calls; events tick in half a microsecond
 MIN_SAMPLES, MAX_SAMPLES = 10, 200
 MAX_CALLS = 20  # in one graph
+ISSUED, ISSUE_SECONDS = 10, 0.02
 MATMUL_SIZE = 4096
 COPY_BYTES = 1 << 30  # far more than any L2 cache
 PRODUCTS = ("fp32", "tf32", "bf16")
@@ -97,18 +98,20 @@ def host_time(call: Call, samples: int = 50) -> float:
     return statistics.median(times[samples // 10 :])
 
 
-def issue_time(call: Call, samples: int = 20, calls: int = 50) -> list[float]:
+def issue_time(call: Call) -> list[float]:
     """Seconds of the host for a call that nothing waits for: until it is queued, kernels of earlier ones still running.
 
-    Each sample is the mean of a few calls, fewer than the driver's queue holds, from an idle device on.
+    Each sample is the mean of ISSUED calls from an idle device on, whose launches the driver's queue holds if each has
+    up to a hundred; it ends after ISSUE_SECONDS.
     """
-    times = []
-    for _ in range(samples):
+    times: list[float] = []
+    stop = time.perf_counter() + ISSUE_SECONDS
+    while len(times) < 3 or (time.perf_counter() < stop and len(times) < MAX_SAMPLES):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(calls):
+        for _ in range(ISSUED):
             call()
-        times.append((time.perf_counter() - start) / calls)
+        times.append((time.perf_counter() - start) / ISSUED)
     torch.cuda.synchronize()
     return times
 

@@ -57,7 +57,8 @@ def predicted(
         at_once = multiprocessors if tiling.cluster == 1 else placed.get(tiling.cluster)
         try:
             fits = plan.shared_bytes(problem, tiling) <= 227 * 1024
-        except ImportError:
+        except ImportError as error:
+            print(f"no sizes can be asked for: {error}; run python setup.py build_cuda_emulator", file=sys.stderr)
             return None
         if fits and at_once != 0:
             found.append((plan.cost(problem, tiling, multiprocessors, at_once), tiling))

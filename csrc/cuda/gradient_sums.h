@@ -180,7 +180,6 @@ private:
                     d_w1[i] = fmaf(of_z[i / D], embedding[step * D + i % D], d_w1[i]);
                 }
             }
-            sync_block();  // d_row, partial and d_features are read
         }
         for (int i = thread(); i < 2 * D * D; i += THREADS) {
             a.d_flat[net.time_w1 + i] = d_w1[i];

@@ -164,8 +164,10 @@ DQL_DEVICE void tensor_product(float (&z)[MT][2][4], const char* h, int row_byte
             }
 }
 
-// Where the sums of one warp lie: [m-tile][half][lane][4].
-DQL_DEVICE float* sum_place(float* sums, int m, int half, int lane) { return sums + ((m * 2 + half) * 32 + lane) * 4; }
+// Where the sums of one warp lie: [m-tile][half][lane][4]. Lanes are dealt out anew in each half, so that what float32
+// stores of several rows at a time falls into different banks.
+DQL_DEVICE int sum_offset(int m, int half, int lane) { return ((m * 2 + half) * 32 + (lane ^ (half * 2 + m % 2))) * 4; }
+DQL_DEVICE float* sum_place(float* sums, int m, int half, int lane) { return sums + sum_offset(m, half, lane); }
 
 // In float32 a lane 4 g + t multiplies its quarter of each k-group for 8 rows and 4 MT columns, so that little of what it
 // loads serves once: with EACH = 2 MT, rows g / (8 / EACH) + EACH i, and of each n-tile the columns of `other_lane`. All
@@ -279,7 +281,7 @@ DQL_DEVICE void product(float (&z)[MT][2][4], float* all_sums, const char* h, in
     for (int m = 0; m < MT; ++m) {
         float4 sum = make_float4(0, 0, 0, 0);
         for (int other = 0; other < share.split; ++other) {
-            const float4 part = load_floats(of_pair + other * MT * 256 + ((m * 2 + range) * 32 + lane()) * 4);
+            const float4 part = load_floats(of_pair + other * MT * 256 + sum_offset(m, range, lane()));
             sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
         }
         DQL_UNROLL

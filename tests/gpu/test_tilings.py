@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.utils.deterministic
+from support import cancelling
 from support.cases import TOLERANCES, Case, Problem, assert_close, expected, make_problem
 from support.gpu import (
     PRECISIONS,
@@ -177,6 +178,48 @@ def test_128_rows_of_other_networks(options):
     skip_misfit(WIDE_TILING, "bf16", problem.policy.denoiser.spec)
     with forced(WIDE_TILING):
         close_actions(forward(problem, "bf16"), expected(case)["actions"], "bf16", case)
+
+
+def by_both(states: Tensor, policy: dql.DiffusionPolicy, noise: Tensor) -> list[Tensor]:
+    """Actions by streamed weights and by tiles of 128 rows."""
+    skip_misfit(WIDE_TILING, "bf16", policy.denoiser.spec)
+    found = []
+    for tiling in (Tiling(1, 4, False), WIDE_TILING):
+        with torch.no_grad(), forced(tiling):
+            found.append(dql.sample(states, policy, backend="cuda", noise=noise, precision="bf16"))
+    return found
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize("S", [17, 29, 60])
+def test_128_rows_round_what_others_round(S, scale):
+    """The first and the last layer are as good as float32 beside the hidden layers' rounding, which flips."""
+    case = Case(B=300, S=S, A=6, K=5, H=256, max_action=SMOOTH)
+    problem = on_device(make_problem(case, torch.float32))
+    want, got = by_both(scale * problem.states, problem.policy, problem.noise)
+    assert norm_error(got, want) <= TOLERANCES["bf16 flips"].rel
+
+
+def test_128_rows_keep_what_cancels():
+    """What is left of nearly equal numbers, in the first and in the last layer: `support/cancelling.py`."""
+    for S in (17, 29, 60):
+        policy, states, noise = cancelling.first_layer(S, "cuda")
+        want, got = by_both(states, policy, noise)
+        assert want.abs().min() > 0 and torch.equal(got, want), S
+    for column in (0, 7, 130, 255):
+        policy, states, noise = cancelling.last_layer(column, "cuda")
+        want, got = by_both(states, policy, noise)
+        assert want.abs().min() > 0 and ((got - want) / want).abs().max() < 1e-3, column
+
+
+def test_128_rows_have_the_same_bits_each_time():
+    """Three or four tiles a block, one after the other: what one of them reads too late or too early would show."""
+    call = Calls(1, 50_001)
+    skip_misfit(WIDE_TILING, "bf16", call.spec)
+    with forced(WIDE_TILING):
+        first = call.forward()
+        for _ in range(30):
+            assert same_bits(call.forward(), first)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -5,7 +5,8 @@
 // numbers or a hang is an error here.
 //
 // What it cannot show: the tensor cores' real layout of fragments and descriptors (it has the manual's), PTX, timing,
-// missing fences (keep_order, fence_async), wrong addresses of device memory.
+// missing fences (keep_order, fence_async), wrong addresses of device memory, a barrier that is missing after a wgmma, of
+// whose 64 rows each warp here reads its own 16.
 #pragma once
 
 #include <math.h>

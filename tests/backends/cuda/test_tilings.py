@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support import cancelling
 from support.cases import TOLERANCES, Case, assert_all_close, expected, make_problem, run
 from support.checks import rms_error
 from support.emulator import tilings
@@ -83,26 +84,29 @@ def test_128_rows(case, scale):
     assert rms_error(found[1], found[0]) <= TOLERANCES["bf16 flips"].rel
 
 
+def both(sampled: cancelling.Sampled) -> list[Tensor]:
+    """Actions by streamed weights and by tiles of 128 rows."""
+    policy, states, noise = sampled
+    found = []
+    for tiling in (Tiling(1, 4, False), Tiling(1, cuda_plan.WIDE, False)):
+        with torch.no_grad(), cuda_plan.forced(tiling):
+            found.append(dql.sample(states, policy, backend="cuda", noise=noise, precision="bf16"))
+    return found
+
+
 @pytest.mark.parametrize("S", [17, 29, 60])
 def test_a_first_layer_of_128_rows_that_cancels(S):
-    """Of (1 + 2^-9) (1 + 2^-10) - 1 nothing is left where either factor is rounded to bf16; the product of what is then
-    cut off is far below the rest."""
-    policy = dql.DiffusionPolicy(S, 6, T=1, max_action=SMOOTH, activation="relu")
-    with torch.no_grad():
-        policy.denoiser.flat.zero_()
-        tensors = dict(policy.denoiser.named_parameters())
-        tensors["mid_layer.0.weight"][:, -S:] = 1 + 2**-9
-        tensors["mid_layer.0.bias"][:] = -1
-        tensors["mid_layer.2.weight"][:] = tensors["mid_layer.4.weight"][:] = torch.eye(256)
-        tensors["final_layer.weight"][:] = 2**-8
-        states = torch.zeros(200, S)
-        states[torch.arange(200), torch.arange(200) % S] = 1 + 2**-10
-        found = []
-        for tiling in (Tiling(1, 4, False), Tiling(1, cuda_plan.WIDE, False)):
-            with cuda_plan.forced(tiling):
-                found.append(dql.sample(states, policy, backend="cuda", noise=torch.zeros(1, 200, 6), precision="bf16"))
-    assert found[0].abs().min() > 0
-    assert torch.equal(*found)
+    want, got = both(cancelling.first_layer(S))
+    assert want.abs().min() > 0
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("column", [0, 7, 130, 255])
+def test_a_last_layer_of_128_rows_that_cancels(column):
+    """Of 3 2^-10, 2^-19 may be missing."""
+    want, got = both(cancelling.last_layer(column))
+    assert want.abs().min() > 0
+    assert ((got - want) / want).abs().max() < 1e-3
 
 
 def test_128_rows_are_for_sampling_alone():
