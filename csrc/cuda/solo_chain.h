@@ -1,9 +1,9 @@
 // The chain for few rows, bf16, H up to 256: a block has a tile of 4 to 24 rows to itself for the whole chain, and all of
 // the network. No other block is waited for, and nothing is packed before: one launch is all there is.
 //
-// Each warp computes 16 or 32 columns of every hidden layer. The weights of the first product are in its registers, 128
-// bytes of a column's row a lane; those of the others in shared memory, as the warp alone will read them. The product
-// is the transposed one, weights times activations: rows of the tensor cores' a are columns of the layer, columns of b
+// Each warp computes 16 or 32 columns of every hidden layer. The weights of the first product are in its registers, up to
+// 128 a lane; those of the others in shared memory, where a lane reads what it wrote itself. The product is the
+// transposed one, weights times activations: rows of the tensor cores' a are columns of the layer, columns of b
 // are rows of the tile, eight at a time. So eight rows cost what one costs, in place of sixteen.
 //
 // A lane 4 g + t has of each 16 columns (an m-tile) the columns 2 g and 2 g + 1, of each 8 rows the rows 2 t and
