@@ -356,7 +356,7 @@ class Run:
         """Runs pytest, and again for what was not reached when its process broke; returns what failed."""
         if missing := [package for package, module in PLUGINS.items() if importlib.util.find_spec(module) is None]:
             return f"{', '.join(missing)} is not installed"
-        path, round_ = self.scratch / f"{name}{'-' + times if times else ''}.jsonl", 0
+        path, round_, in_vain = self.scratch / f"{name}{'-' + times if times else ''}.jsonl", 0, 0
         base = [sys.executable, "-m", "pytest", "-p", "gpu.outcomes", "--outcomes", path, "-q"]
         base += ["-p", "no:cacheprovider", "--timeout-method", "thread", "-s", "--tb", "short"]
         files = [word for word in arguments if ".py" in word]
@@ -372,7 +372,9 @@ class Run:
                 raise
             collected, found = outcomes.read(path)
             left = [test for test in collected if test not in found]
-            if not left or (round_ and len(left) >= len(files)):
+            # pytest-xdist itself may break when a worker dies, before any test is reached: once is no sign of more
+            in_vain = in_vain + 1 if round_ and len(left) >= len(files) else 0
+            if not left or in_vain > 1:
                 break
             files, round_ = left, round_ + 1
         if not collected:

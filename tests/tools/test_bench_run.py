@@ -135,6 +135,32 @@ def test_many_crashes_and_a_hang_cost_no_other_test(run, tmp_path):
     assert groups[0][1:3] == ("test_it.py::test_crashes", "cuda")
 
 
+@pytest.mark.parametrize(
+    ("rounds", "said"),
+    [
+        ([["a"], [], ["b", "c"]], None),  # one round in vain
+        ([["a"], [], ["b"], [], ["c"]], None),
+        ([["a"], [], [], ["b", "c"]], "t: 2 were not reached"),
+    ],
+)
+def test_one_round_in_vain_is_not_the_end(rounds, said, run):
+    """pytest-xdist may break by itself when a worker dies."""
+    left = iter(rounds)
+
+    class Stub:
+        log = run.logs / "t.log"
+
+        @staticmethod
+        def run(command: list[object]) -> int:
+            records = [{"test": name, "outcome": "passed", "why": None, "seconds": 1} for name in next(left)]
+            with (run.scratch / "t.jsonl").open("a") as file:
+                for record in [{"collected": ["a", "b", "c"]}, *records]:
+                    file.write(json.dumps(record) + "\n")
+            return 1
+
+    assert run._pytest(Stub(), ["test_it.py"], "t") == said
+
+
 def test_a_process_without_workers_is_started_again(run, tmp_path, monkeypatch):
     """As benches run: one that crashes, one that hangs, one that is cut off by the end of the part."""
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
