@@ -7,6 +7,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import machine
 import pytest
@@ -147,18 +148,14 @@ def test_one_round_in_vain_is_not_the_end(rounds, said, run):
     """pytest-xdist may break by itself when a worker dies."""
     left = iter(rounds)
 
-    class Stub:
-        log = run.logs / "t.log"
+    def round_of(command: list[object]) -> int:
+        records = [{"test": name, "outcome": "passed", "why": None, "seconds": 1} for name in next(left)]
+        with (run.scratch / "t.jsonl").open("a") as file:
+            for record in [{"collected": ["a", "b", "c"]}, *records]:
+                file.write(json.dumps(record) + "\n")
+        return 1
 
-        @staticmethod
-        def run(command: list[object]) -> int:
-            records = [{"test": name, "outcome": "passed", "why": None, "seconds": 1} for name in next(left)]
-            with (run.scratch / "t.jsonl").open("a") as file:
-                for record in [{"collected": ["a", "b", "c"]}, *records]:
-                    file.write(json.dumps(record) + "\n")
-            return 1
-
-    assert run._pytest(Stub(), ["test_it.py"], "t") == said
+    assert run._pytest(SimpleNamespace(run=round_of, log=run.logs / "t.log"), ["test_it.py"], "t") == said
 
 
 def test_a_process_without_workers_is_started_again(run, tmp_path, monkeypatch):
