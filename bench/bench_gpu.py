@@ -23,7 +23,6 @@ import rivals
 import torch
 from device_time import Call, spread
 from gpu.parts import SAID
-from predicted import FORWARD
 from rivals import FLOPS, A, H, LeanActor, PublishedAgent, S, T
 from table import COPY_TITLE, GPU_TITLE, MATMUL_TITLE
 from torch import Tensor
@@ -137,12 +136,13 @@ def measure(device: torch.device, benchmark: Any, record: Callable[..., None]) -
         name = {bounds.FORWARD: "forward", bounds.BACKWARD: "gradient"}.get(problem, "select")
         # pytest's dots have no line's end
         print(f"\n{SAID}{name} {B} {contender}: {1e6 * spread(calls)[1]:.1f} us a call", flush=True)
-        ours = contender.startswith(tuple(f"dql-{backend}" for backend in of_gpus())) and on_gpu_of(device)
-        host = device_time.issue_time(body) if ours and on_device is not None else None
+        on_gpu = device.type == "cuda"
+        ours = contender.startswith(tuple(f"dql-{backend}" for backend in of_gpus()))
+        host = device_time.issue_time(body) if ours and on_gpu and on_device is not None else None
         on_device = on_device or device_time.device_time(body, no_graph)  # the profiler would have slowed the calls
         rate = flops / on_device.median
-        on_gpu = on_gpu_of(device)
-        said = _predicted(B, precision, device) if contender == f"dql-cuda-{precision}" and problem == FORWARD else None
+        of_model = on_gpu and contender == f"dql-cuda-{precision}" and problem == bounds.FORWARD
+        said = _predicted(B, precision, device) if of_model else None
         least = _bound(problem, B, precision, device) if contender.startswith("dql-") and on_gpu else None
         record(
             GPU_TITLE,
@@ -173,16 +173,12 @@ def measure(device: torch.device, benchmark: Any, record: Callable[..., None]) -
     return run
 
 
-def on_gpu_of(device: torch.device) -> bool:
-    return device.type == "cuda"
-
-
 def _predicted(B: int, precision: str, device: torch.device) -> predicted.Prediction | None:
     """What the model of the CUDA kernels' time says of a forward pass; None where it cannot be asked."""
     from dql.kernels.cuda import binding
     from dql.kernels.cuda.plan import Tiling
 
-    facts = _facts(device) if on_gpu_of(device) else None
+    facts = _facts(device)
     if facts is None or binding.unavailable(device.index) is not None:
         return None
     if binding.facts(device.index or 0, binding.emulating())[0] != 90:

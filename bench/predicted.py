@@ -8,7 +8,6 @@ GPU runs at a time; where it does not, as many as there are multiprocessors for.
 """
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -17,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bounds import FORWARD
+from json_files import read_json
+
 CLUSTERS = "clusters"  # the check of gpu/checks.py that counts them
-FORWARD = "sample, forward"  # as bounds.py has it
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,17 @@ def main() -> int:
     parser.add_argument("report", type=Path)
     parser.add_argument("--clock", type=float, default=1.9, help="of the multiprocessors, in GHz")
     told = parser.parse_args()
-    report = json.loads(told.report.read_text())
+    report = read_json(told.report)
+    if not isinstance(report, dict) or not isinstance(report.get("tables"), dict):
+        print(f"{told.report} is no report of a bench; give one, such as bench/results/REPORT.json", file=sys.stderr)
+        return 1
     os.environ.setdefault("DQL_CUDA_EMULATE", "1")  # sizes are the same, and it needs no GPU
     from table import GPU_TITLE
 
-    rows = [row for row in report.get("tables", {}).get(GPU_TITLE, []) if row["problem"] == FORWARD]
+    rows = [row for row in report["tables"].get(GPU_TITLE, []) if row["problem"] == FORWARD]
     rows = [row for row in rows if re.fullmatch(r"dql-cuda-\w+", row["contender"])]
     if not rows:
-        print(f"{told.report} has no forward pass of cuda", file=sys.stderr)
+        print(f"{told.report} has no forward pass of cuda; give a report that bench/gpu.sh wrote", file=sys.stderr)
         return 1
     multiprocessors = int(report.get("gpu", {}).get("multiprocessors", 132))
     print("| B | precision | measured, us | tiling today | predicted, us | largest part |\n|---|---|---|---|---|---|")

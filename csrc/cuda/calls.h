@@ -22,7 +22,8 @@ using real = double;
 #define DQL_CHAIN_CALL(F, BAR)                                                                        \
     F(address, flat) F(address, states) F(address, packed) F(address, noise) F(address, seed)         \
     F(address, seed_at) F(address, out) F(address, saved) F(address, told) F(address, stream) BAR     \
-    DQL_TILED(F) F(address, embedding) F(integer, transposed) F(integer, first_network) F(integer, networks)                \
+    DQL_TILED(F) F(address, embedding) F(integer, transposed) F(integer, first_network)               \
+    F(integer, networks)                                                                              \
     F(address, steps) F(integer, B) F(integer, N) F(integer, K) F(real, max_action)                   \
     F(address, actions_in) F(address, d_out) F(address, back) F(address, d_actions)                   \
     F(integer, max_clusters) F(integer, all_rows) DQL_PLACE(F)

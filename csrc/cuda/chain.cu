@@ -25,8 +25,10 @@ void check_tiling(const Mlp& net, const Tiling& tiling, bool backward) {
     if (is_wide(tiling) && (backward || net.D == 0 || net.H > 256 || tiling.precision != Precision::BF16 ||
                             tiling.resident))
         throw std::invalid_argument("tiles of 128 rows are for a denoiser's forward pass in bf16 with H up to 256");
-    if (tiling.solo > 0 && (net.D == 0 || net.H > 256 || net.H % 4 != 0 || tiling.precision != Precision::BF16 || c != 1))
-        throw std::invalid_argument("solo tiles are for a denoiser in bf16 with H up to 256, a multiple of 4, by one block");
+    if (tiling.solo > 0 &&
+        (net.D == 0 || net.H > 256 || net.H % 4 != 0 || tiling.precision != Precision::BF16 || c != 1))
+        throw std::invalid_argument(
+            "solo tiles are for a denoiser in bf16 with H up to 256, a multiple of 4, by one block");
     if (c != 1 && c != 2 && c != 4 && c != 8) throw std::invalid_argument("a cluster has 1, 2, 4 or 8 blocks");
     if (c > 1 && !tiling.resident) throw std::invalid_argument("streamed weights have no cluster");
 }
@@ -35,7 +37,7 @@ int threads_of(const Tiling& tiling) { return is_wide(tiling) ? WIDE_THREADS : T
 
 void check_solo(const ChainJob& job) {
     if (job.tiling.solo > 0 && reinterpret_cast<uintptr_t>(job.flat) % 16 != 0)
-        throw std::invalid_argument("the parameters must start at a multiple of 16 bytes");
+        throw std::invalid_argument("the parameters must start at a multiple of 16 bytes in memory; clone them");
 }
 
 Grid grid_of(const ChainJob& job, bool backward) {
@@ -47,7 +49,8 @@ Grid grid_of(const ChainJob& job, bool backward) {
     grid.cluster = job.tiling.cluster;
     grid.threads = threads_of(job.tiling);
     grid.shared = shared_bytes(job.net, job.tiling, backward);
-    grid.follows = !backward && job.tiling.solo == 0 && (job.tiling.resident || is_wide(job.tiling));  // of the prologue, on the same stream
+    // of the prologue, on the same stream; solo blocks have none
+    grid.follows = !backward && job.tiling.solo == 0 && (job.tiling.resident || is_wide(job.tiling));
     grid.overlaps = grid.follows;
     return grid;
 }
@@ -68,7 +71,8 @@ void chain_forward(const ChainJob& job, Stream stream) {
     check_solo(job);
     if (is_wide(job.tiling) && job.saved != nullptr)
         throw std::invalid_argument("tiles of 128 rows save nothing for a backward pass");
-    launch("the chain", kernel_for(job.net, job.tiling, job.saved != nullptr, false), grid_of(job, false), chain_arguments(job, false), stream);
+    launch("the chain", kernel_for(job.net, job.tiling, job.saved != nullptr, false), grid_of(job, false),
+           chain_arguments(job, false), stream);
 }
 
 void chain_backward(const ChainJob& job, Stream stream) {

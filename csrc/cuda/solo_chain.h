@@ -191,7 +191,8 @@ private:
         const int column = thread();
         if (column >= HP) return;
         const bool real = column < a.net.H;
-        const float* weight = a.flat + a.net.first + static_cast<int64_t>(real ? column : 0) * a.net.stride + a.net.time_column;
+        const float* weight =
+            a.flat + a.net.first + static_cast<int64_t>(real ? column : 0) * a.net.stride + a.net.time_column;
         float sums[SOLO_TABLE_STEPS];
         DQL_UNROLL
         for (int s = 0; s < SOLO_TABLE_STEPS; ++s) sums[s] = real ? a.flat[a.net.first_bias + column] : 0;
@@ -247,7 +248,8 @@ private:
             for (int m = 0; m < M_TILES; ++m)
                 DQL_UNROLL
                 for (int c = 0; c < 2; ++c) {
-                    const int column = column_of(m) < a.net.H ? column_of(m) + c : 0;  // what is behind H is multiplied by 0
+                    // behind H any will do: what comes of it is multiplied by 0
+                    const int column = column_of(m) < a.net.H ? column_of(m) + c : 0;
                     weight[m][c] = a.flat + a.net.first + static_cast<int64_t>(column) * a.net.stride +
                                    a.net.state_column + from;
                 }

@@ -23,7 +23,7 @@ A step takes more than the sum, since its terms overlap less and need more instr
 H200 (bench/results/2026-11-27-nvidia-h200-first.json and -bench.json, 1.9 GHz; S = 17, A = 6, H = 256, five steps), it
 takes 6,250 cycles, the exchange (a fifth of a step, as Nsight Compute told, and as counted) and 2.15 times the rest
 where weights are resident; 17,000 and 1.95 times where they are streamed; 33,000 and 0.55 times with tiles of 128 rows:
-each of 18, 6 and 2 measurements within 12, 8 and 5%. Solo blocks HAVE NOT RUN ON A GPU. 3,500 cycles and 1.35 times are
+each of 18, 8 and 3 measurements within 12, 8 and 5%. Solo blocks HAVE NOT RUN ON A GPU. 3,500 cycles and 1.35 times are
 what is left of a resident step of 13,900 as it was profiled without the waits for other blocks (2,600), with the update
 behind one barrier and its noise drawn by others meanwhile (2,100 less), with fewer instructions to fetch, and a product
 that the bandwidth of shared memory bounds. How many clusters run at a time is asked of the device: 15 of 8 blocks
@@ -248,12 +248,12 @@ def shared_bytes(problem: Problem, tiling: Tiling, emulated: bool | None = None)
     return int(binding.load(emulated).shared_bytes(mlp, *tiling.numbers(problem.precision), 0))
 
 
-def _bytes_of_first(spec: DenoiserSpec | CriticSpec, HP: int) -> int:
-    """Shared memory of a block of 128 rows that makes a product of its first layer: `wide_slabs` of shapes.h."""
-    narrow = -(-spec.action_dim // 4) * 4
-    slabs = -(-(narrow + spec.state_dim) // 32)
-    inputs, ring = (128 * HP * 2 + slabs * 128 * 128), 3 * HP * 128
-    return 1024 + inputs + ring + 2 * 128 * narrow * 4 + (2 + spec.action_dim + spec.num_hidden - 1) * HP * 4
+def _reads_states(problem: Problem, tiling: Tiling) -> bool:
+    """Whether the chain reads the states itself, and nothing is made of them before: then nothing is packed of them."""
+    emulated = binding.emulating()
+    mlp, numbers = binding.mlp(problem.spec, emulated), tiling.numbers(problem.precision)
+    none, one = (binding.load(emulated).sizes(mlp, *numbers, B, B, problem.steps, 0, 1)[0] for B in (0, 1))
+    return bool(none == one)
 
 
 @dataclass(frozen=True)
@@ -316,9 +316,7 @@ def cost(problem: Problem, tiling: Tiling, multiprocessors: int, at_once: int | 
     narrow = 2 * M * A * NS / 128 + 300
     load = exchange = stream = 0.0
     if wide:
-        # Where there is room for the first layer's input, the states are read once and nothing is made of them before.
-        product_of_first = _bytes_of_first(spec, HP) <= 227 * 1024
-        if product_of_first:
+        if _reads_states(problem, tiling):
             least, factor, prologue = _WIDE_SINCE * least, _WIDE_SINCE * factor, _PROLOGUE
         activations, narrow = 0.0, 1500.0
         arithmetic = max((L - 1) * M * HP * HP / 2048, L * M * HP * 20 / 128)

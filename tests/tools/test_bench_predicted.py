@@ -39,6 +39,17 @@ def test_a_line_for_each_measurement(tmp_path):
     assert all(10 < float(row[4]) < 40 for row in cells)
 
 
+@pytest.mark.parametrize("text", [None, "no JSON", "[1]", '{"rows": 3}', '{"tables": 3}'])
+def test_what_is_no_report(text, tmp_path):
+    path = tmp_path / "other.json"
+    if text is not None:
+        path.write_text(text)
+    command = [sys.executable, str(BENCH / "predicted.py"), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1
+    assert done.stderr == f"{path} is no report of a bench; give one, such as bench/results/REPORT.json\n"
+
+
 def test_a_report_without_any(tmp_path):
     done = printed({"tables": {}}, tmp_path)
     assert done.returncode == 1

@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from support import ROOT
 from support.emulator import tilings
 
 from dql.kernels.cuda import binding
@@ -88,7 +89,7 @@ def test_few_rows_in_bf16_are_a_block_alones(on):
 def test_the_model_is_as_near_as_it_says(on, monkeypatch):
     """Device times of an H200, us (bench/results/2026-11-27-nvidia-h200-first.json, -bench.json, -profile.md)."""
     monkeypatch.setattr(cuda_plan, "_FP32_SINCE", {1: 1.0, 2: 1.0})
-    monkeypatch.setattr(cuda_plan, "_bytes_of_first", lambda spec, HP: 1 << 30)
+    monkeypatch.setattr(cuda_plan, "_reads_states", lambda problem, tiling: False)
     measured = {
         ("bf16", Tiling(8, 1, True)): {1: 37.3, 37: 36.6, 256: 68.4},
         ("bf16", Tiling(4, 1, True)): {37: 40.9, 256: 41.9},
@@ -123,6 +124,21 @@ def test_few_rows_cost_less_of_an_exchange_and_of_float32():
         assert (few.products < many.products) == (precision == "fp32")
         saving = cost(replace(PUBLISHED, precision=precision, rows=4, saving=True), tiling, 132)
         assert saving == many, "what is saved is made of whole tiles"
+
+
+def test_tiles_of_128_rows_cost_less_where_they_read_the_states():
+    """As the kernels have room for them: of 60 + 9 columns the states' part is made before."""
+    wide = Tiling(1, WIDE, False)
+    for spec, reads in ((DenoiserSpec(17, 6), True), (DenoiserSpec(29, 8), True), (DenoiserSpec(60, 9), False)):
+        problem = replace(PUBLISHED, spec=spec, rows=65536)
+        assert cuda_plan._reads_states(problem, wide) == reads
+        assert (cost(problem, wide, 132).prologue < 10000) == reads
+
+
+def test_numbers_that_the_kernels_have_too():
+    shapes, product = ((ROOT / "csrc" / "cuda" / name).read_text() for name in ("shapes.h", "product.h"))
+    assert f"SOLO_TABLE_STEPS = {cuda_plan._SOLO_TABLE_STEPS};" in shapes
+    assert f"FEW = {cuda_plan.FEW_ROWS};" in product
 
 
 def test_a_cost_says_what_bounds_it():

@@ -9,6 +9,7 @@ from support.checks import rms_error
 from support.emulator import SOLO
 
 import dql
+from dql.kernels.cuda import chain as cuda_chain
 from dql.kernels.cuda import plan as cuda_plan
 from dql.kernels.cuda.plan import Tiling
 
@@ -83,6 +84,18 @@ def test_a_row_does_not_depend_on_its_batch(tiling):
         every = dql.sample(states, policy, backend="cuda", precision="bf16", seed=3)
         few = dql.sample(states[:5], policy, backend="cuda", precision="bf16", seed=3)
     assert torch.equal(every[:5], few)
+
+
+def test_parameters_that_start_anywhere_are_refused():
+    """They are read 16 bytes at a time, which a GPU answers with a fault where they do not start at a multiple."""
+    policy = dql.DiffusionPolicy(5, 3, hidden_dim=64)
+    spec, flat = policy.denoiser.spec, policy.denoiser.buffer
+    runner = cuda_chain.ChainRunner(spec, torch.zeros(2, 8), torch.zeros(2, spec.time_dim), 1.0, "bf16")
+    shifted = torch.cat([flat.new_zeros(1), flat])[1:]
+    with cuda_plan.forced(Tiling.alone(8)):
+        runner.forward(flat, torch.zeros(1, 5), 1, None, 0, save=False)
+        with pytest.raises(ValueError, match="must start at a multiple of 16 bytes in memory; clone them"):
+            runner.forward(shifted, torch.zeros(1, 5), 1, None, 0, save=False)
 
 
 def test_what_solo_blocks_are_not_for():
