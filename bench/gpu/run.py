@@ -366,13 +366,14 @@ class Run:
             listed.write_text("\n".join(files))
             report = ["--bench-json", self.scratch / f"{times}-{name}-{round_}.json"] if times else []
             try:
-                code = task.run([*base, f"@{listed}", *options, *report])
+                # pytest-xdist itself may break when workers die, before any test is reached: then go on without it
+                alone = ["-n", "0"] if in_vain and "-n" in options else []
+                code = task.run([*base, f"@{listed}", *options, *alone, *report])
             except OutOfTimeError:
                 outcomes.cut(path)
                 raise
             collected, found = outcomes.read(path)
             left = [test for test in collected if test not in found]
-            # pytest-xdist itself may break when a worker dies, before any test is reached: once is no sign of more
             in_vain = in_vain + 1 if round_ and len(left) >= len(files) else 0
             if not left or in_vain > 1:
                 break
