@@ -12,6 +12,7 @@ from dql.backend.registry import backends
 from dql.checkpoint import CheckpointError
 from dql.config import TUNED, Config
 from dql.data import Batch, TransitionDataset, load_dataset
+from dql.ensemble import Ensemble
 from dql.finite import check_states
 from dql.graphed import GraphedSampler
 from dql.networks import Denoiser, TwinCritic
@@ -47,6 +48,7 @@ __all__ = [
     "GaussianBC",
     "TD3BC",
     "IQL",
+    "Ensemble",
     "GraphedUpdate",
     "Config",
     "TUNED",

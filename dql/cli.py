@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -149,12 +150,16 @@ class TrainArguments:
 
     dataset: str | None = None
     """A Minari dataset id, ids joined by +, a folder of one, or a D4RL .hdf5 file."""
-    resume: Path | None = None
-    """Continue the run in this folder; beside it only --num-updates, --env and --eval-* may be given."""
+    seeds: str | None = None
+    """Several seeds in one process, as 0-7 or 0,3,5-9, a run folder each; on a CPU they take a core each."""
+    resume: tuple[Path, ...] = ()
+    """Continue the run in this folder, or those of several seeds; beside it only --num-updates, --env and --eval-* may
+    be given."""
     tuned: str | None = None
     """Start from the paper's hyper-parameters for this task, e.g. hopper-medium-expert-v2."""
     run_dir: Path | None = None
-    """Where the run is written; by default runs/<dataset>-<algorithm>-seed<seed>."""
+    """Where the run is written; by default runs/<dataset>-<algorithm>-seed<seed>. Of several seeds, the folder that
+    holds their folders seed<seed>."""
     device: str = RunConfig.device
     """auto (cuda if there is one), cpu, cuda, cuda:1, ..."""
     log_every: int = RunConfig.log_every
@@ -184,6 +189,9 @@ class TrainArguments:
     agent: tyro.conf.OmitArgPrefixes[Config] = field(default_factory=Config)
 
 
+_SEEDS = re.compile(r"(\d{1,20})(?:-(\d{1,20}))?")
+_MOST_SEEDS = 10_000
+
 # Flags that may stand beside --resume, and the arguments of dql.train.resume that they are.
 _RESUMABLE = {
     "--num-updates": "num_updates",
@@ -211,31 +219,60 @@ def train(arguments: list[str]) -> int:
         )
     args = _parse_train(arguments, defaults)
     console = make_console()
-    if args.resume is not None:
+    if args.resume:
         _only(("--resume", *_RESUMABLE), arguments)
         given = {name: value for flag, name in _RESUMABLE.items() if (value := _value_of(flag, arguments)) is not None}
         values = vars(args) | {"num_updates": args.agent.num_updates}
-        result = training.resume(args.resume, **{name: values[name] for name in given}, console=console)
+        results = training.resume_seeds(args.resume, **{name: values[name] for name in given}, console=console)
     elif _value_of("--max-action", arguments) is not None:
         raise ValueError("--max-action cannot be given: a run takes it from its dataset")
     elif args.dataset is None:
         raise ValueError("dql train needs --dataset ID (see `dql data list`) or --resume RUN")
     else:
-        values = {k: v for k, v in vars(args).items() if k not in ("resume", "tuned")}
-        result = training.train(RunConfig(**values), console=console)
-    if result.stopped_by is not None:
+        values = {k: v for k, v in vars(args).items() if k not in ("resume", "tuned", "seeds")}
+        if args.seeds is None:
+            results = [training.train(RunConfig(**values), console=console)]
+        elif _value_of("--seed", arguments) is not None:
+            raise ValueError("--seed and --seeds cannot both be given; leave one of them out")
+        else:
+            results = training.train_seeds(RunConfig(**values), parse_seeds(args.seeds), console=console)
+    paths = " ".join(shlex.quote(str(result.path)) for result in results)
+    stopped_by = results[0].stopped_by
+    if stopped_by is not None:
         console.print(
-            f"stopped by {result.stopped_by} after update {result.step:,}, checkpoint written; continue with\n"
-            f"    dql train --resume {shlex.quote(str(result.path))}",
+            f"stopped by {stopped_by} after update {min(result.step for result in results):,}, checkpoint written; "
+            f"continue with\n    dql train --resume {paths}",
             soft_wrap=True,
         )
-        return _SIGNALS.get(result.stopped_by, 1)
+        return _SIGNALS.get(stopped_by, 1)
+    steps, seconds = sum(result.step for result in results), max(result.seconds for result in results)
+    of = "" if len(results) == 1 else f" of {len(results)} seeds"
     console.print(
-        f"{result.step:,} updates in {result.seconds:.0f} s ({result.step / max(result.seconds, 1e-9):.1f}/s); "
-        f"evaluate with\n    dql eval {shlex.quote(str(result.path))}",
+        f"{steps:,} updates{of} in {seconds:.0f} s ({steps / max(seconds, 1e-9):.1f}/s); evaluate with\n    "
+        + "\n    ".join(f"dql eval {shlex.quote(str(result.path))}" for result in results),
         soft_wrap=True,
     )
     return 0
+
+
+def parse_seeds(text: str) -> list[int]:
+    """The seeds that `0-7`, `0,3` or `0,3,5-9` name.
+
+    Raises:
+        ValueError: it names none, one twice, or more than 10,000.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = _SEEDS.fullmatch(part.strip())
+        if match is None:
+            raise ValueError(f"--seeds must be like 0-7 or 0,3,5-9, got {text!r:.80}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not first <= last < first + _MOST_SEEDS:
+            raise ValueError(f"--seeds has {part.strip()!r:.80}, which must go up, by less than {_MOST_SEEDS:,}")
+        seeds += range(first, last + 1)
+    if len(set(seeds)) != len(seeds):
+        raise ValueError(f"--seeds names a seed twice in {text!r:.80}")
+    return seeds
 
 
 def _parse_train(arguments: list[str], defaults: TrainArguments) -> TrainArguments:

@@ -272,6 +272,14 @@ class TransitionDataset:
         Raises:
             ValueError: a negative step, no batch, or a bad seed.
         """
+        return self.rows(batch_size, seed, step)[0]
+
+    def rows(self, batch_size: int, seed: int, step: int) -> torch.Tensor:
+        """The `indices` of `step` and of those after it that are drawn with it: int64 [n, B], n from 1 to BLOCK_STEPS.
+
+        Raises:
+            ValueError: as `indices`.
+        """
         if batch_size < 1 or step < 0:
             raise ValueError(f"batch_size must be at least 1 and step at least 0, got {batch_size} and {step}")
         block, row = divmod(step, BLOCK_STEPS)
@@ -281,7 +289,7 @@ class TransitionDataset:
             child = noise.derive(seed, "data", block)
             rows = noise.integers(child, self.size, BLOCK_STEPS * batch_size).view(BLOCK_STEPS, batch_size)
             cached = self._block = (key, rows.to(self.device, non_blocking=True))
-        return cached[1][row]
+        return cached[1][row:]
 
     def sample(self, batch_size: int, seed: int, step: int) -> Batch:
         """The batch of `step`: see `indices`."""

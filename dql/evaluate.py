@@ -1,9 +1,11 @@
 """Rollouts in vectorised Gymnasium environments, normalised scores, and model selection."""
 
 import contextlib
+import functools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,7 +18,8 @@ if TYPE_CHECKING:
 
     from dql.data import DatasetInfo
 
-WAVE = 100  # environments stepped together
+WAVE = 100  # environments of an actor stepped together
+MOST = 200  # ... and of several
 
 
 class Actor(Protocol):
@@ -186,6 +189,110 @@ def evaluate(
         EvaluationStopped: `stop` said so.
         RuntimeError: the environment or the actor wanted to end the process (sys.exit).
     """
+    rollout = _rollout(info, episodes, seed, make, max_episode_steps, stop)
+    try:
+        states, act_seed = _staying(next, rollout)
+        while True:
+            states, act_seed = _staying(rollout.send, _acted(actor, states, act_seed))
+    except StopIteration as ended:
+        return ended.value
+    finally:
+        rollout.close()
+
+
+def evaluate_all(
+    actors: Sequence[Actor],
+    infos: Sequence["DatasetInfo"],
+    *,
+    episodes: int = 10,
+    seeds: Sequence[int],
+    max_episode_steps: int | None = None,
+    stop: Callable[[], bool] | None = None,
+    workers: int = 1,
+) -> list[Evaluation | Exception]:
+    """`evaluate` of several actors side by side: all their environments are stepped in turn by this thread, and the
+    actors act at the same time.
+
+    Each result is what `evaluate` gives for that actor alone, and so is each failure: it costs the others nothing.
+
+    Args:
+        actors: M.
+        infos: of each, as in `evaluate`; so are the arguments that follow.
+        seeds: of each.
+        workers: threads in which actors act.
+
+    Returns:
+        for each actor its evaluation, or what was raised in it.
+
+    Raises:
+        EvaluationStopped: `stop` said so.
+    """
+    found: dict[int, Evaluation | Exception] = {}
+    together = max(1, MOST // min(episodes, WAVE)) if episodes > 0 else 1
+    for first in range(0, len(actors), together):
+        rollouts = {
+            i: _rollout(infos[i], episodes, seeds[i], None, max_episode_steps, stop)
+            for i in range(first, min(first + together, len(actors)))
+        }
+        with contextlib.ExitStack() as closing:
+            for rollout in rollouts.values():
+                closing.callback(rollout.close)
+            pool = closing.enter_context(ThreadPoolExecutor(workers)) if workers > 1 and len(rollouts) > 1 else None
+            steps: dict[int, Callable[[], Any]] = {i: functools.partial(next, r) for i, r in rollouts.items()}
+            while steps:
+                acts: dict[int, Callable[[], Any]] = {}
+                for i, step in steps.items():
+                    try:
+                        states, act_seed = _staying(step)
+                    except StopIteration as ended:
+                        found[i] = ended.value
+                    except EvaluationStopped:
+                        raise
+                    except Exception as error:
+                        found[i] = error
+                    else:
+                        acts[i] = functools.partial(_acted, actors[i], states, act_seed)
+                        if pool is not None:
+                            acts[i] = pool.submit(acts[i]).result
+                steps = {i: _sender(rollouts[i], act) for i, act in acts.items()}
+    return [found[i] for i in range(len(actors))]
+
+
+def _sender(rollout: "Rollout", act: Callable[[], np.ndarray]) -> Callable[[], Any]:
+    return lambda: rollout.send(act())
+
+
+def _acted(actor: Actor, states: np.ndarray, seed: int) -> np.ndarray:
+    try:
+        return actor.act(states, seed=seed)
+    except (SystemExit, GeneratorExit, StopIteration) as error:  # the last would end a loop over rollouts
+        raise _leaving(error) from error
+
+
+def _leaving(error: BaseException) -> RuntimeError:
+    return RuntimeError(f"the environment or the actor raised {type(error).__name__}")
+
+
+def _staying(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Calls what an environment may end the process in, with code 0 perhaps."""
+    try:
+        return call(*arguments, **options)
+    except (SystemExit, GeneratorExit) as error:
+        raise _leaving(error) from error
+
+
+Rollout = Generator[tuple[np.ndarray, int], np.ndarray, Evaluation]
+"""Asks for actions by (states [E, S], seed), is sent them [E, A], and returns the evaluation."""
+
+
+def _rollout(
+    info: "DatasetInfo",
+    episodes: int,
+    seed: int,
+    make: Callable[[], Any] | None,
+    max_episode_steps: int | None,
+    stop: Callable[[], bool] | None,
+) -> Rollout:
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, got {episodes}")
     if max_episode_steps is not None and max_episode_steps < 1:
@@ -198,10 +305,7 @@ def evaluate(
     returns, lengths = [], []
     for first in range(0, episodes, WAVE):
         count = min(WAVE, episodes - first)
-        try:
-            r, n = _wave(actor, make, count, first, seed, max_episode_steps or sys.maxsize, stop or (lambda: False))
-        except (SystemExit, GeneratorExit) as error:  # which would end the process, with code 0 perhaps
-            raise RuntimeError(f"the environment or the actor raised {type(error).__name__}") from error
+        r, n = yield from _wave(make, count, first, seed, max_episode_steps or sys.maxsize, stop or (lambda: False))
         returns.append(r)
         lengths.append(n)
     all_returns = np.concatenate(returns)
@@ -209,14 +313,13 @@ def evaluate(
 
 
 def _wave(
-    actor: Actor,
     make: Callable[[], "gymnasium.Env"],
     count: int,
     first: int,
     seed: int,
     max_episode_steps: int,
     stop: Callable[[], bool],
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Generator[tuple[np.ndarray, int], np.ndarray, tuple[np.ndarray, np.ndarray]]:
     """Episodes first .. first + count, side by side; an environment is left alone once its episode has ended."""
 
     def go_on() -> None:
@@ -240,7 +343,7 @@ def _wave(
         step = 0
         while running:
             go_on()
-            actions = actor.act(states.copy(), seed=noise.derive(seed, "act", first, step))
+            actions = yield states.copy(), noise.derive(seed, "act", first, step)
             step += 1
             for i in tuple(running):
                 go_on()

@@ -1,17 +1,13 @@
-"""The loop over updates and what happens between them: lines of metrics, checkpoints, evaluations.
+"""What happens between the updates of a run: lines of metrics, checkpoints, evaluations.
 
 A checkpoint comes before the evaluation at its update and says that this one is owed; once it is done, loop.json is
 written again. So an evaluation that is stopped, killed or crashes costs itself alone, and a resumed run does it again.
 """
 
 import math
-import signal
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -20,15 +16,12 @@ from rich.console import Console
 
 from dql import noise
 from dql.agents.base import Agent
-from dql.agents.diffusion import DiffusionBC
 from dql.checkpoint import CheckpointError
 from dql.config import DIFFUSION, RunConfig
 from dql.data import DatasetInfo, TransitionDataset
-from dql.evaluate import Evaluation, EvaluationStopped, Scored, evaluate, select_checkpoints, worth_keeping
-from dql.progress import progress
+from dql.evaluate import Evaluation, Scored, select_checkpoints, worth_keeping
 from dql.rundir import RunDir, RunError, append_row
 from dql.shown import said
-from dql.update_graphed import GraphedUpdate
 
 # What evaluations.csv has for an evaluation that failed, beside its step and bc_loss.
 _NO_RESULT: dict[str, Any] = dict.fromkeys(Evaluation(np.zeros(1), np.zeros(1, np.int64), None).to_dict())
@@ -57,10 +50,6 @@ class RunResult:
     evaluations: list[tuple[int, Evaluation]]
     stopped_by: str | None
     seconds: float
-
-
-class _Interrupted(BaseException):
-    """A signal came during an evaluation: no environment's `except Exception` is to keep it."""
 
 
 class _Means:
@@ -162,7 +151,7 @@ def _means(values: Any, count: int) -> _Means:
 
 
 class Loop:
-    """The loop over updates and everything that happens between them.
+    """What happens between the updates of one run: which of it is owed when, and writing it. `dql.session` drives it.
 
     Args:
         run: what to do.
@@ -170,10 +159,11 @@ class Loop:
         data: on the agent's device.
         info: names the environment to evaluate in.
         agent: as it is after its last update.
-        console: where progress is shown.
+        console: where evaluations are told of.
         origin: what a checkpoint says about whose it is, see `dql.train`.
         state: of the checkpoint that is resumed; None at the beginning.
         evaluates: whether the environment can be made here; if not, every evaluation counts as failed.
+        name: stands before what is told, where several runs tell.
     """
 
     def __init__(
@@ -188,76 +178,115 @@ class Loop:
         state: LoopState | None = None,
         *,
         evaluates: bool = True,
+        name: str = "",
     ) -> None:
         self.config, self.folder, self.data, self.info, self.agent = run, folder, data, info, agent
-        self.update = agent.update
-        if run.graphed:
-            assert isinstance(agent, DiffusionBC)
-            self.update = GraphedUpdate(agent, run.agent.batch_size).update
-        self.console, self.origin, self.evaluates = console, origin, evaluates
+        self.console, self.origin, self.evaluates, self.name = console, origin, evaluates, name
         self.state = state or LoopState()
         self.saved_step = -1 if state is None else agent.step
         self.results: list[tuple[int, Evaluation]] = []
-        self.stop: str | None = None
-        self.rolling_out = False
+        self.rate, self.means, self.logged = 0.0, dict[str, float](), False
+        self._last_log = (self.state.seconds, agent.step)
 
-    def run(self) -> RunResult:
-        """Takes the run to its end, or to a signal.
+    @property
+    def ended(self) -> bool:
+        """Whether all updates are done."""
+        return self.agent.step >= self.config.agent.num_updates
+
+    def begin(self) -> None:
+        """What a run writes before its first update, or a resumed one because what ended it came between a checkpoint
+        and what follows that.
+
+        Raises: as `write`.
+        """
+        if self.saved_step >= 0:
+            self._tidy()
+            if log_owed(self.config, self.state, self.agent.step):
+                self._log(self.agent.step / max(self.state.seconds, 1e-9))
+        elif self.config.eval_at_start and self.config.eval_every:
+            self.state.evaluation_owed = True
+            self._save()
+
+    def until(self) -> int:
+        """Updates until something is to be written."""
+        run, step = self.config, self.agent.step
+        every = [n for n in (run.log_every, run.checkpoint_every, run.eval_every) if n]
+        return min(run.agent.num_updates - step, *(n - step % n for n in every))
+
+    def took(self, names: list[str], values: torch.Tensor, seconds: float) -> None:
+        """The metrics of the updates that were done, float64 [n, m], and how long the run's updates took in all."""
+        self.state.names, self.state.seconds = names, seconds
+        for row in values:  # one after the other: in blocks or not, the same sums
+            self.state.since_log.add(row)
+            self.state.since_evaluation.add(row)
+
+    def write(self) -> None:
+        """What is owed at this update: a line of metrics, a checkpoint. Afterwards `state.evaluation_owed` and `logged`
+        are right.
 
         Raises:
             CheckpointError: the disk is full or not writable.
             TrainingDivergedError: a loss became NaN.
         """
-        run, agent, state = self.config, self.agent, self.state
-        with _signals(self._on_signal), progress(run.agent, agent.step, self.console) as show:
-            if self.saved_step >= 0:  # resumed: what ended it may have come between a checkpoint and what follows it
-                self._tidy()
-                if log_owed(run, state, agent.step):
-                    self._log(agent.step / max(state.seconds, 1e-9))
-                if state.evaluation_owed:
-                    self._evaluate()
-            elif run.eval_at_start and run.eval_every:
-                state.evaluation_owed = True
-                self._save()
-                self._evaluate()
-            last_seconds, last_step = state.seconds, agent.step
-            started = time.perf_counter() - state.seconds
-            while agent.step < run.agent.num_updates and self.stop is None:
-                self._update()
-                step = agent.step
-                ended = step == run.agent.num_updates
-                state.evaluation_owed = bool(run.eval_every) and (step % run.eval_every == 0 or ended)
-                if step % run.log_every == 0 or ended:
-                    state.seconds = time.perf_counter() - started
-                    rate = (step - last_step) / max(state.seconds - last_seconds, 1e-9)
-                    last_seconds, last_step = state.seconds, step
-                    show(step, rate, self._log(rate))
-                if state.evaluation_owed or ended or step % run.checkpoint_every == 0:
-                    state.seconds = time.perf_counter() - started
-                    self._save()
-                if state.evaluation_owed:
-                    before = time.perf_counter()
-                    self._evaluate()
-                    started += time.perf_counter() - before  # `seconds` are those of updates
-            state.seconds = time.perf_counter() - started
-        if self.stop is not None and self.saved_step != agent.step:
+        run, state, step = self.config, self.state, self.agent.step
+        state.evaluation_owed = bool(run.eval_every) and (step % run.eval_every == 0 or self.ended)
+        self.logged = step % run.log_every == 0 or self.ended
+        if self.logged:
+            seconds, first = self._last_log
+            self.rate = (step - first) / max(state.seconds - seconds, 1e-9)
+            self._last_log = state.seconds, step
+            self.means = self._log(self.rate)
+        if state.evaluation_owed or self.ended or step % run.checkpoint_every == 0:
             self._save()
-        if self.stop is None and run.agent.algorithm in DIFFUSION:
-            agent.save_policy(self.folder.policy_path)
-        return RunResult(self.folder.path, agent, agent.step, self.results, self.stop, state.seconds)
 
-    def _on_signal(self, name: str) -> None:
-        self.stop = name
-        if self.rolling_out:  # its checkpoint is written: nothing is lost, and a step that blocks is not waited for
-            raise _Interrupted
+    def end(self, stopped: bool) -> None:
+        """A checkpoint where a run was stopped; the policy of one that has ended.
 
-    def _update(self) -> None:
-        c = self.config.agent
-        metrics = self.update(self.data.sample(c.batch_size, c.seed, self.agent.step))
-        self.state.names = list(metrics)
-        values = torch.stack(list(metrics.values())).double()
-        self.state.since_log.add(values)
-        self.state.since_evaluation.add(values)
+        Raises: as `write`.
+        """
+        if stopped and self.saved_step != self.agent.step:
+            self._save()
+        if not stopped and self.config.agent.algorithm in DIFFUSION:
+            self.agent.save_policy(self.folder.policy_path)
+
+    def result(self, stopped_by: str | None) -> RunResult:
+        return RunResult(self.folder.path, self.agent, self.agent.step, self.results, stopped_by, self.state.seconds)
+
+    def evaluated(self, result: Evaluation | Exception | None) -> None:
+        """The evaluation that the checkpoint of this update owes is done: its result, what was raised in it (whatever
+        an environment raises: the training does not depend on it), or None where there is no environment.
+
+        Raises:
+            CheckpointError: the disk is full or not writable.
+        """
+        run, step, state = self.config, self.agent.step, self.state
+        if isinstance(result, Exception):
+            self._say(
+                f"update {step:,}: the evaluation failed ({said(result)}); its line in evaluations.csv is empty, and "
+                "the run goes on"
+            )
+            result = None
+        losses = dict(zip(state.names, state.since_evaluation.read(), strict=True))
+        bc_loss = losses.get("actor/bc_loss")  # none before the first update
+        described = _NO_RESULT if result is None else result.to_dict()
+        append_row(self.folder.evaluations_path, {"step": step} | described | {"bc_loss": bc_loss})
+        if bc_loss is not None:  # what has learnt nothing is not to be selected
+            state.scored.append(Scored(step, math.nan if result is None else result.return_mean, bc_loss))
+        state.since_evaluation, state.evaluation_owed = _Means(), False
+        if result is not None:
+            self.results.append((step, result))
+            low, high = result.return_interval
+            score = "" if result.normalized_score is None else f", normalised score {result.normalized_score:.1f}"
+            self._say(
+                f"update {step:,}: return {result.return_mean:.1f} [{low:.1f}, {high:.1f}] "
+                f"over {run.eval_episodes} episodes{score}"
+            )
+        self.folder.save_loop(step, self._written())
+        self._tidy()
+
+    @property
+    def evaluation_seed(self) -> int:
+        return noise.derive(self.config.agent.seed, "evaluation")
 
     def _log(self, rate: float) -> dict[str, float]:
         means = dict(zip(self.state.names, self.state.since_log.read(), strict=True))
@@ -286,57 +315,8 @@ class Loop:
                 "--reward-tune normalize, or another --grad-norm"
             )
 
-    def _evaluate(self) -> None:
-        """The evaluation that the checkpoint of this update owes; it stays owed if a signal ends it."""
-        run, step, state = self.config, self.agent.step, self.state
-        try:
-            result = self._roll_out() if self.evaluates else None
-        except (EvaluationStopped, _Interrupted):
-            self.rolling_out = False
-            return
-        except Exception as error:  # whatever an environment raises: the training does not depend on it
-            if self.stop is not None:
-                return
-            result = None
-            self._say(
-                f"update {step:,}: the evaluation failed ({said(error)}); its line in evaluations.csv is empty, and "
-                "the run goes on"
-            )
-        losses = dict(zip(state.names, state.since_evaluation.read(), strict=True))
-        bc_loss = losses.get("actor/bc_loss")  # none before the first update
-        described = _NO_RESULT if result is None else result.to_dict()
-        append_row(self.folder.evaluations_path, {"step": step} | described | {"bc_loss": bc_loss})
-        if bc_loss is not None:  # what has learnt nothing is not to be selected
-            state.scored.append(Scored(step, math.nan if result is None else result.return_mean, bc_loss))
-        state.since_evaluation, state.evaluation_owed = _Means(), False
-        if result is not None:
-            self.results.append((step, result))
-            low, high = result.return_interval
-            score = "" if result.normalized_score is None else f", normalised score {result.normalized_score:.1f}"
-            self._say(
-                f"update {step:,}: return {result.return_mean:.1f} [{low:.1f}, {high:.1f}] "
-                f"over {run.eval_episodes} episodes{score}"
-            )
-        self.folder.save_loop(step, self._written())
-        self._tidy()
-
-    def _roll_out(self) -> Evaluation:
-        run = self.config
-        self.rolling_out = True
-        try:
-            return evaluate(
-                self.agent,
-                self.info,
-                episodes=run.eval_episodes,
-                seed=noise.derive(run.agent.seed, "evaluation"),
-                max_episode_steps=run.eval_max_steps,
-                stop=lambda: self.stop is not None,
-            )
-        finally:
-            self.rolling_out = False
-
     def _say(self, text: str) -> None:
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(f"{self.name}{text}", markup=False, soft_wrap=True)
 
     def _written(self) -> dict[str, Any]:
         return self.state.to_dict() | {"of": self.origin | {"step": self.agent.step}}
@@ -361,23 +341,3 @@ class Loop:
 def log_owed(run: RunConfig, state: LoopState, step: int) -> bool:
     """Whether the line of metrics at this update could not be written: else its sums would have begun anew."""
     return state.since_log.count > 0 and (step % run.log_every == 0 or step == run.agent.num_updates)
-
-
-@contextmanager
-def _signals(stop: Callable[[str], None]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask the loop to end after the update at hand; a second Ctrl-C interrupts at once."""
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        stop(signal.Signals(number).name)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    try:
-        previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: whoever runs that has the signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

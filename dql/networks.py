@@ -111,6 +111,13 @@ class FlatModule(nn.Module):
             view.copy_(parameters[name].detach())
         self._adopt(buffer)
 
+    def move_into(self, buffer: Tensor) -> None:
+        """Moves the parameters into `buffer` [P], which holds their values and stays theirs.
+
+        Optimizers made before hold the old parameters, as after `flatten_parameters`.
+        """
+        self._adopt(buffer)
+
     def _shared_buffer(self) -> Tensor | None:
         """The flat buffer that the parameters are views of already, if it is in memory shared with other processes."""
         parameters = dict(self.named_parameters())
@@ -138,7 +145,8 @@ class FlatModule(nn.Module):
             owner, _, leaf = name.rpartition(".")
             module = self.get_submodule(owner)
             setattr(module, leaf, nn.Parameter(view, requires_grad=parameters[name].requires_grad))
-            places.append((module._parameters, leaf, view.storage_offset() * view.element_size()))
+            offset = view.storage_offset() - buffer.storage_offset()
+            places.append((module._parameters, leaf, offset * view.element_size()))
         tree = [(m._modules, name, child) for m in self.modules() for name, child in m._modules.items() if child]
         # Outside the registered parameters: state_dict() and parameters() keep the published names alone.
         for attribute, value in (

@@ -40,7 +40,22 @@ class FlatAdam:
 
     def step_natively(self, lr_scale: float) -> float:
         """`step` for a gradient that is in `flat.grad` already, in one native call; it leaves that unclipped."""
+        given = self.native()
+        given.step.add_(1)
+        return binding.adam(
+            self.module.buffer,
+            given.gradient,
+            given.exp_avg,
+            given.exp_avg_sq,
+            self.lr * lr_scale,
+            int(given.step),
+            self.grad_norm,
+        )
+
+    def native(self) -> binding.Optimizer:
+        """The gradient's memory and Adam's state, made if no step was taken, for native code to write."""
         flat = self.module.flat
+        self.module.attach_gradients()
         assert flat.grad is not None
         if self.adam.param_groups[0]["params"][0] is not flat:
             self._reattach()
@@ -48,16 +63,8 @@ class FlatAdam:
         if not state:
             zeros = torch.zeros_like(self.module.buffer)
             state.update(step=zeros.new_zeros(()), exp_avg=zeros, exp_avg_sq=zeros.clone())
-        state["step"] += 1
-        return binding.adam(
-            self.module.buffer,
-            flat.grad,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            self.lr * lr_scale,
-            int(state["step"]),
-            self.grad_norm,
-        )
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        return binding.Optimizer(flat.grad, *moments, state["step"], self.lr, self.grad_norm)
 
     def _check(self, tensors: dict[str, Tensor]) -> None:
         if tensors.keys() != {"step", "exp_avg", "exp_avg_sq"}:

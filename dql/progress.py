@@ -61,14 +61,16 @@ class _Line(ProgressColumn):
 
 
 @contextmanager
-def progress(config: Config, step: int, console: Console) -> Iterator[Show]:
+def progress(config: Config, step: int, console: Console, runs: int = 1) -> Iterator[Show]:
     """Shows a run's progress until the block ends.
 
     Args:
         config: the agent's, whose `num_updates` is the end.
         step: updates done.
         console: where.
+        runs: how many run side by side; what is shown is of each.
     """
+    name = config.algorithm if runs == 1 else f"{config.algorithm} x {runs}"
     total = config.num_updates
     if not console.is_terminal:
         spoken = time.monotonic()
@@ -88,5 +90,5 @@ def progress(config: Config, step: int, console: Console) -> Iterator[Show]:
         yield say
         return
     with Progress(_Line(console), console=console) as bar:
-        task = bar.add_task(config.algorithm, total=total, completed=step, rate=0.0, means={})
+        task = bar.add_task(name, total=total, completed=step, rate=0.0, means={})
         yield lambda step, rate, means: bar.update(task, completed=step, rate=rate, means=means)

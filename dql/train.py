@@ -1,13 +1,14 @@
 """Training: data in, run folder out. A run that is killed and resumed ends as if it had never been."""
 
 import contextlib
+import copy
 import hashlib
 import json
 import math
 import os
 import platform
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,17 +27,23 @@ from dql.data import DatasetError, DatasetInfo, TransitionDataset, load_dataset
 from dql.evaluate import make_limited
 from dql.loop import Loop, LoopState, RunResult, TrainingDivergedError, log_owed
 from dql.rundir import RunDir, RunError, drop_rows_after
+from dql.session import SeedsFailedError, Session
 from dql.terminal import make_console
 
 __all__ = [
     "OtherSettingsError",
     "RunResult",
+    "SeedsFailedError",
     "TrainingDivergedError",
     "complete",
     "default_run_dir",
+    "of_seeds",
     "resolve_device",
     "resume",
+    "resume_seeds",
+    "seed_run_dir",
     "train",
+    "train_seeds",
 ]
 
 
@@ -99,36 +106,127 @@ def train(run: RunConfig, *, dataset: TransitionDataset | None = None, console: 
         CheckpointError: the disk is full or not writable.
         TrainingDivergedError: a loss became NaN.
     """
-    console = console or make_console()
-    folder = RunDir(run.run_dir or default_run_dir(run))
-    with _locked(folder):
-        if folder.holds_a_run() and not folder.config_path.exists():
-            raise RunError(
-                f"{folder.path} holds the remains of a run without its config.json; remove it or choose --run-dir"
-            )
-        if folder.config_path.exists():
-            raise RunError(
-                f"{folder.path} holds a run already; continue it with "
-                f"`dql train --resume {shlex.quote(str(folder.path))}`, or choose another folder with --run-dir"
-            )
-        folder.clean()
-        device = _device_of(run)
-        if run.threads > (os.cpu_count() or 1):
-            raise RunError(f"--threads {run.threads} is more than the {os.cpu_count()} cores of this machine")
-        if run.threads:
-            torch.set_num_threads(run.threads)
-        data = _load(run) if dataset is None else dataset
-        _check_reward_tune(run, data)
+    (result,) = _train([run], dataset, console or make_console())
+    return result
+
+
+def train_seeds(
+    run: RunConfig,
+    seeds: Sequence[int],
+    *,
+    dataset: TransitionDataset | None = None,
+    console: Console | None = None,
+) -> list[RunResult]:
+    """Runs of one config with several seeds, side by side in this process, with one dataset: on a CPU a core each.
+
+    Each run has a folder of its own (`seed_run_dir`) and is, to the bit, the one that `train` does with its seed and
+    as many threads as its config.json says; on "cpp" with any number. `resume`, `dql.load` and all others take it so.
+
+    Args:
+        run: what to do, but for the seed.
+        seeds: different ones.
+        dataset, console: as in `train`.
+
+    Returns:
+        the results, in the order of the seeds.
+
+    Raises: as `train`, for the first run that cannot begin: then none has; once they have begun,
+        SeedsFailedError: some failed, and the others have ended.
+    """
+    return _train(of_seeds(run, seeds), dataset, console or make_console())
+
+
+def of_seeds(run: RunConfig, seeds: Sequence[int]) -> list[RunConfig]:
+    """The runs of several seeds, each in its folder.
+
+    Raises:
+        ValueError: no seeds, or two equal ones.
+    """
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds must be one or more different numbers, got {list(seeds)}")
+    return [replace(run.with_agent(seed=seed), run_dir=seed_run_dir(run, seed)) for seed in seeds]
+
+
+def seed_run_dir(run: RunConfig, seed: int) -> Path:
+    """The folder of a seed among several: in `run.run_dir` seed<seed>, by default `default_run_dir`."""
+    return default_run_dir(run.with_agent(seed=seed)) if run.run_dir is None else run.run_dir / f"seed{seed}"
+
+
+def _train(runs: Sequence[RunConfig], dataset: TransitionDataset | None, console: Console) -> list[RunResult]:
+    """Starts runs that differ in their seeds and folders alone, and takes them to their ends."""
+    first = runs[0]
+    folders = [RunDir(run.run_dir or default_run_dir(run)) for run in runs]
+    with contextlib.ExitStack() as held:
+        for folder in folders:
+            held.enter_context(_locked(folder))
+            _check_unused(folder)
+        for folder in folders:
+            folder.clean()
+        device = _device_of(first)
+        if first.threads > (os.cpu_count() or 1):
+            raise RunError(f"--threads {first.threads} is more than the {os.cpu_count()} cores of this machine")
+        threads = first.threads or torch.get_num_threads()
+        each = _threads_each(threads, len(runs), device)
+        held.enter_context(_torch_threads(each))
+        data = _load(first) if dataset is None else dataset
+        _check_reward_tune(first, data)
         data = data.to(device)
-        run = run.with_agent(max_action=data.max_action)
-        info = evaluation_info(run, data.info, typed=True)
-        check_environment(run, info)
-        agent = _new_agent(run, data, device)
+        info = evaluation_info(first, data.info, typed=True)
+        check_environment(first, info)
         fingerprint = fingerprint_of(data)
-        threads = torch.get_num_threads()
-        described = _describe(run, data, info, fingerprint, threads, in_memory=dataset is not None)
-        folder.write_json("config.json", described)
-        return Loop(run, folder, data, info, agent, console, _origin(run, fingerprint, info)).run()
+        loops = []
+        for run, folder in zip(runs, folders, strict=True):
+            run = run.with_agent(max_action=data.max_action)
+            agent, origin = _new_agent(run, data, device), _origin(run, fingerprint, info)
+            # each draws rows of its own from what it shares with the others
+            loops.append(Loop(run, folder, copy.copy(data), info, agent, console, origin, name=_name(run, runs)))
+        with _all_or_none(folders):
+            for loop in loops:
+                described = _describe(loop.config, data, info, fingerprint, each, in_memory=dataset is not None)
+                loop.folder.write_json("config.json", described)
+        return Session(loops, console, threads).run()
+
+
+def _name(run: RunConfig, runs: Sequence[RunConfig]) -> str:
+    return f"seed {run.agent.seed}, " if len(runs) > 1 else ""
+
+
+def _threads_each(threads: int, runs: int, device: torch.device) -> int:
+    """Of torch's own kernels in each of several runs; the sums of some depend on it, so config.json holds it."""
+    return max(1, threads // runs) if device.type == "cpu" else threads
+
+
+@contextmanager
+def _torch_threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _all_or_none(folders: list[RunDir]) -> Iterator[None]:
+    """Of runs that begin together none has begun if one cannot."""
+    try:
+        yield
+    except BaseException:
+        for folder in folders:
+            folder.config_path.unlink(missing_ok=True)
+        raise
+
+
+def _check_unused(folder: RunDir) -> None:
+    if folder.holds_a_run() and not folder.config_path.exists():
+        raise RunError(
+            f"{folder.path} holds the remains of a run without its config.json; remove it or choose --run-dir"
+        )
+    if folder.config_path.exists():
+        raise RunError(
+            f"{folder.path} holds a run already; continue it with "
+            f"`dql train --resume {shlex.quote(str(folder.path))}`, or choose another folder with --run-dir"
+        )
 
 
 def resume(
@@ -161,60 +259,145 @@ def resume(
     Raises: as `train`; also RunError for a folder that is no run, has no checkpoint, whose checkpoint is not its own,
         or whose dataset has changed; DatasetError for an environment that is named here and cannot be used.
     """
-    console = console or make_console()
-    folder = RunDir(path)
-    written = folder.read_config()
-    run = RunConfig.from_dict(written["run"])
     changes = {"eval_every": eval_every, "eval_episodes": eval_episodes, "eval_max_steps": eval_max_steps, "env": env}
-    run = replace(run, **{name: value for name, value in changes.items() if value is not None})  # type: ignore[arg-type]
-    if env is None and run.env is not None and ":" in run.env and run.eval_every:
-        raise RunError(
-            f"this run evaluates in {run.env!r}, and no module is imported because a folder says so: give "
-            f"--env {shlex.quote(run.env)} again if you trust it, or --eval-every 0"
-        )
-    with _locked(folder):
-        if num_updates is not None and num_updates != run.agent.num_updates:
-            if run.agent.lr_schedule != "constant":
-                raise RunError(
-                    "the length of a run with a cosine schedule cannot be changed: its past depends on it; begin a new "
-                    "run, of that length or with --lr-schedule constant"
-                )
-            done = max(folder.steps(), default=0)
-            if num_updates < done:
-                raise RunError(f"{path} has done {done:,} updates already; --num-updates {num_updates:,} is fewer")
-            run = run.with_agent(num_updates=num_updates)
-        device = _device_of(run)
-        torch.set_num_threads(written["threads"])  # sums over rows depend on how threads split them
-        data = (_load_again(run, written) if dataset is None else dataset).to(device)
-        _check_reward_tune(run, data)
+    (result,) = _resume([path], num_updates, changes, dataset, console or make_console())
+    return result
+
+
+def resume_seeds(
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    num_updates: int | None = None,
+    eval_every: int | None = None,
+    eval_episodes: int | None = None,
+    eval_max_steps: int | None = None,
+    env: str | None = None,
+    dataset: TransitionDataset | None = None,
+    console: Console | None = None,
+) -> list[RunResult]:
+    """`resume` of several runs side by side, as `train_seeds` began them: they may differ in their seeds, and in how
+    far they have come.
+
+    Args:
+        paths: the run folders; the other arguments are those of `resume`.
+
+    Raises: as `resume`, for the first run that cannot go on: then none does; RunError also for runs that differ in more
+        than their seeds; SeedsFailedError: some failed on the way, and the others have ended.
+    """
+    changes = {"eval_every": eval_every, "eval_episodes": eval_episodes, "eval_max_steps": eval_max_steps, "env": env}
+    return _resume(paths, num_updates, changes, dataset, console or make_console())
+
+
+def _resume(
+    paths: Sequence[str | os.PathLike[str]],
+    num_updates: int | None,
+    changes: dict[str, Any],
+    dataset: TransitionDataset | None,
+    console: Console,
+) -> list[RunResult]:
+    folders, env = [RunDir(path) for path in paths], changes["env"]
+    all_written = [folder.read_config() for folder in folders]
+    runs = [_changed(RunConfig.from_dict(written["run"]), changes) for written in all_written]
+    _check_alike(folders, runs, all_written)
+    with contextlib.ExitStack() as held:
+        for i, folder in enumerate(folders):
+            held.enter_context(_locked(folder))
+            runs[i] = _with_length(runs[i], folder, num_updates)
+        device = _device_of(runs[0])
+        threads, each = runs[0].threads or torch.get_num_threads(), all_written[0]["threads"]
+        held.enter_context(_torch_threads(each))  # sums over rows depend on how threads split them
+        data = (_load_again(runs[0], all_written[0]) if dataset is None else dataset).to(device)
+        _check_reward_tune(runs[0], data)
         fingerprint = fingerprint_of(data)
-        check_fingerprint(run, fingerprint, written)
-        info = evaluation_info(run, data.info, typed=env is not None)
-        unable = _why_not_evaluated(run, info)
+        for run, written in zip(runs, all_written, strict=True):
+            check_fingerprint(run, fingerprint, written)
+        info = evaluation_info(runs[0], data.info, typed=env is not None)
+        unable = _why_not_evaluated(runs[0], info)
         if unable is not None and env is not None:
             raise unable
-        folder.clean()
-        agent, state = _last_checkpoint(folder, run, data, info, fingerprint, device)
-        in_memory = bool(written["dataset"].get("in_memory"))
-        described = _describe(run, data, info, fingerprint, written["threads"], in_memory=in_memory)
-        folder.write_json("config.json", described)
-        step = agent.step
-        drop_rows_after(folder.metrics_path, step - 1 if state is not None and log_owed(run, state, step) else step)
-        evaluated = state is not None and not state.evaluation_owed
-        drop_rows_after(folder.evaluations_path, step if evaluated else step - 1)
-        if state is not None and not run.eval_every:
-            state.evaluation_owed = False
-        longer = ": --num-updates N lengthens it" if run.agent.lr_schedule == "constant" else ""
-        complete = f" (it is complete{longer})" if step >= run.agent.num_updates else ""
-        console.print(f"resuming {path} at update {step:,}{complete}", markup=False, soft_wrap=True)
+        for folder in folders:
+            folder.clean()
+        found = [
+            _last_checkpoint(folder, run, data, info, fingerprint, device)
+            for folder, run in zip(folders, runs, strict=True)
+        ]
+        loops = []
+        for run, folder, written, (agent, state) in zip(runs, folders, all_written, found, strict=True):
+            in_memory = bool(written["dataset"].get("in_memory"))
+            folder.write_json("config.json", _describe(run, data, info, fingerprint, each, in_memory=in_memory))
+            _drop_what_comes_again(run, folder, agent.step, state)
+            complete = f" (it is complete{_longer(run)})" if agent.step >= run.agent.num_updates else ""
+            console.print(f"resuming {folder.path} at update {agent.step:,}{complete}", markup=False, soft_wrap=True)
+            origin, name, able = _origin(run, fingerprint, info), _name(run, runs), unable is None
+            own = copy.copy(data)
+            loops.append(Loop(run, folder, own, info, agent, console, origin, state, evaluates=able, name=name))
         if unable is not None:
             console.print(
                 f"warning: its evaluations are left out, their lines in evaluations.csv empty: {unable}",
                 markup=False,
                 soft_wrap=True,
             )
-        origin = _origin(run, fingerprint, info)
-        return Loop(run, folder, data, info, agent, console, origin, state, evaluates=unable is None).run()
+        return Session(loops, console, threads).run()
+
+
+def _changed(run: RunConfig, changes: dict[str, Any]) -> RunConfig:
+    run = replace(run, **{name: value for name, value in changes.items() if value is not None})
+    if changes["env"] is None and run.env is not None and ":" in run.env and run.eval_every:
+        raise RunError(
+            f"this run evaluates in {run.env!r}, and no module is imported because a folder says so: give "
+            f"--env {shlex.quote(run.env)} again if you trust it, or --eval-every 0"
+        )
+    return run
+
+
+def _check_alike(folders: list[RunDir], runs: list[RunConfig], written: list[dict[str, Any]]) -> None:
+    """Raises RunError unless the runs differ in their seeds and folders alone."""
+    if len({folder.path.resolve() for folder in folders}) != len(folders):
+        raise RunError("a run folder is named twice; name each once")
+    first = runs[0]
+    for folder, run, own in zip(folders, runs, written, strict=True):
+        same = replace(run.with_agent(seed=first.agent.seed), run_dir=first.run_dir)
+        differing = [name for name, value in vars(same.agent).items() if getattr(first.agent, name) != value]
+        differing += [name for name, value in vars(same).items() if name != "agent" and getattr(first, name) != value]
+        if own["threads"] != written[0]["threads"]:
+            differing.append("threads")
+        if differing:
+            raise RunError(
+                f"{folders[0].path} and {folder.path} differ in {differing[0]}: runs of one config and several seeds "
+                "go on together, others each in a process of its own"
+            )
+
+
+def _with_length(run: RunConfig, folder: RunDir, num_updates: int | None) -> RunConfig:
+    """The run with a new length.
+
+    Raises:
+        RunError: its past depends on its length, or is longer.
+    """
+    if num_updates is None or num_updates == run.agent.num_updates:
+        return run
+    if run.agent.lr_schedule != "constant":
+        raise RunError(
+            "the length of a run with a cosine schedule cannot be changed: its past depends on it; begin a new "
+            "run, of that length or with --lr-schedule constant"
+        )
+    done = max(folder.steps(), default=0)
+    if num_updates < done:
+        raise RunError(f"{folder.path} has done {done:,} updates already; --num-updates {num_updates:,} is fewer")
+    return run.with_agent(num_updates=num_updates)
+
+
+def _longer(run: RunConfig) -> str:
+    return ": --num-updates N lengthens it" if run.agent.lr_schedule == "constant" else ""
+
+
+def _drop_what_comes_again(run: RunConfig, folder: RunDir, step: int, state: LoopState | None) -> None:
+    """Removes the lines of what is done again from this checkpoint on."""
+    drop_rows_after(folder.metrics_path, step - 1 if state is not None and log_owed(run, state, step) else step)
+    evaluated = state is not None and not state.evaluation_owed
+    drop_rows_after(folder.evaluations_path, step if evaluated else step - 1)
+    if state is not None and not run.eval_every:
+        state.evaluation_owed = False
 
 
 def complete(run: RunConfig, *, console: Console | None = None) -> tuple[Agent, str | None]:

@@ -1,21 +1,26 @@
-"""An update of the agents in a handful of native calls: what `dql.update` computes with autograd, on the backend "cpp".
+"""Updates of agents in one native call: what `dql.update` computes with autograd, on the backend "cpp".
 
 Losses, gradients, Adam and averages are the same formulas over the same flat buffers and the same random numbers, so a
 run may continue on the other path: the results differ by rounding.
 """
 
+from collections.abc import Sequence
+from dataclasses import astuple, fields
+
+import numpy as np
 import torch
 
 from dql import noise
 from dql.actor_loss import update_actor
 from dql.backend.base import Backend
 from dql.backend.cpp import CppBackend, network, step_table, unfit
-from dql.data import Batch
+from dql.data import Batch, TransitionDataset
 from dql.draws import UpdateSeeds
 from dql.kernels.cpp import binding
 from dql.learner import Cloner, Learner, draws_of, move_averages
-from dql.networks import Denoiser, FlatModule
+from dql.networks import Denoiser, TwinCritic
 from dql.policy import DiffusionPolicy
+from dql.sampler import backend_for
 
 Tensor = torch.Tensor
 
@@ -34,22 +39,126 @@ def runs_natively(agent: Cloner, backend: Backend) -> bool:
 
 def clone(agent: Cloner, batch: Batch, seeds: UpdateSeeds, backend: Backend) -> dict[str, Tensor]:
     """`update.clone`."""
-    loss = bc_gradient(agent.policy, batch, seeds)
-    return _scalars({"actor/bc_loss": loss, "actor/grad_norm": agent.actor_adam.step_natively(agent.lr_scale())})
+    return _whole(agent, batch, seeds)
 
 
 def learn(agent: Learner, batch: Batch, seeds: UpdateSeeds, backend: Backend) -> dict[str, Tensor]:
     """`update.learn`."""
-    metrics = critic_gradient(agent, batch, seeds)
-    metrics["critic/grad_norm"] = agent.critic_adam.step_natively(agent.lr_scale())
     if agent.config.actor_gradient == "one-step":  # one call of the denoiser: autograd's
+        metrics = _critic_gradient(agent, batch, seeds)
+        metrics["critic/grad_norm"] = agent.critic_adam.step_natively(agent.lr_scale())
         actor = update_actor(agent, batch, draws_of(agent, seeds, len(batch.states)), backend)
-    else:
-        metrics |= actor_gradient(agent, batch, seeds)
-        metrics["actor/grad_norm"] = agent.actor_adam.step_natively(agent.lr_scale())
-        actor = {}
-    move_averages(agent, binding.lerp, agent.ema_weight(agent.step))
-    return _scalars(metrics) | actor
+        move_averages(agent, binding.lerp, agent.ema_weight(agent.step))
+        return _scalars(metrics) | actor
+    return _whole(agent, batch, seeds)
+
+
+def advance(
+    agents: Sequence[Cloner], data: Sequence[TransitionDataset], counts: Sequence[int], threads: int
+) -> list[Tensor]:
+    """The next updates of several agents, each with batches of its own from its data.
+
+    Args:
+        agents: M, which `takes_blocks` takes and which share no network.
+        data: of each.
+        counts: how many updates each does; fewer where its data draw fewer batches at a time, see
+            `TransitionDataset.rows`.
+        threads: CPU threads for all of them.
+
+    Returns:
+        for each agent the metrics of its updates in the order of `names`, float32 [n, m].
+    """
+    jobs = []
+    for agent, own, n in zip(agents, data, counts, strict=True):
+        rows = own.rows(agent.config.batch_size, agent.config.seed, agent.step)[:n]
+        jobs.append(_updates(agent, _columns(own), rows, _seeds(agent.config.seed, agent.step, len(rows))))
+    found = binding.learn(jobs, threads)
+    for agent, values in zip(agents, found, strict=True):
+        agent.step += len(values)
+    return [values.float() for values in found]
+
+
+def takes_blocks(agent: Cloner, data: TransitionDataset) -> bool:
+    """Whether `advance` does what as many calls of the agent's `update` would do."""
+    if agent.config.actor_gradient == "one-step" or not all(
+        column.is_contiguous() and column.is_cpu for column in _columns(data)
+    ):
+        return False
+    if agent.policy.dtype is not torch.float32 or (data.state_dim, data.action_dim) != (
+        agent.policy.state_dim,
+        agent.policy.action_dim,
+    ):
+        return False
+    rows = data.states[:1].expand(agent.config.batch_size, -1)
+    return runs_natively(agent, backend_for(rows, agent.policy, agent.config.backend))
+
+
+def names(agent: Cloner) -> tuple[str, ...]:
+    """What the metrics of an update are called, in order."""
+    return _LEARNT if "critic" in agent.modules() else _CLONED
+
+
+_CLONED = ("actor/bc_loss", "actor/grad_norm")
+_LEARNT = (
+    "critic/loss",
+    "critic/q",
+    "critic/target_q",
+    "critic/grad_norm",
+    "actor/loss",
+    "actor/bc_loss",
+    "actor/q_loss",
+    "actor/grad_norm",
+)
+
+
+def _whole(agent: Cloner, batch: Batch, seeds: UpdateSeeds) -> dict[str, Tensor]:
+    """An update in one native call."""
+    bits = torch.from_numpy(np.array([astuple(seeds)], np.uint64).view(np.int64))
+    (found,) = binding.learn([_updates(agent, _columns(batch), None, bits)], torch.get_num_threads())
+    return dict(zip(names(agent), found[0].float().unbind(), strict=True))
+
+
+def _seeds(seed: int, first: int, n: int) -> Tensor:
+    """The bits of `UpdateSeeds` of n updates, int64 [n, 5]."""
+    columns = [noise.derived(seed, field.name, first, n) for field in fields(UpdateSeeds)]
+    return torch.from_numpy(np.stack(columns, axis=1).view(np.int64))
+
+
+def _columns(data: Batch | TransitionDataset) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return data.states, data.actions, data.rewards, data.next_states, data.masks
+
+
+def _updates(agent: Cloner, data: tuple[Tensor, ...], rows: Tensor | None, seeds: Tensor) -> binding.Updates:
+    policy, steps = agent.policy, range(agent.step, agent.step + len(seeds))
+    actor = binding.Weights(network(policy.denoiser), policy.denoiser.buffer)
+    return binding.Updates(
+        actor,
+        agent.actor_adam.native(),
+        _loss_table(policy),
+        policy.predict_epsilon,
+        policy.max_action,
+        _critics(agent) if isinstance(getattr(agent, "critic", None), TwinCritic) else None,  # type: ignore[arg-type]
+        data,  # type: ignore[arg-type]
+        rows,
+        seeds,
+        torch.tensor([agent.lr_scale(step) for step in steps], dtype=torch.float64, device="cpu"),
+        torch.tensor([agent.ema_weight(step) for step in steps], dtype=torch.float64, device="cpu"),
+    )
+
+
+def _critics(agent: Learner) -> binding.Critics:
+    c, denoiser = agent.config, agent.ema_policy.denoiser
+    return binding.Critics(
+        binding.Weights(network(denoiser), denoiser.buffer),
+        binding.Weights(network(agent.critic), agent.critic.buffer),
+        agent.critic_adam.native(),
+        binding.Weights(network(agent.critic_target), agent.critic_target.buffer),
+        step_table(agent.policy.step_table(), denoiser.spec.time_dim),
+        c.discount,
+        c.eta,
+        c.tau,
+        c.backup_candidates if c.max_q_backup else 1,
+    )
 
 
 def _scalars(values: dict[str, float]) -> dict[str, Tensor]:
@@ -57,73 +166,25 @@ def _scalars(values: dict[str, float]) -> dict[str, Tensor]:
     return dict(zip(values, tensors, strict=True))
 
 
-def bc_gradient(policy: DiffusionPolicy, batch: Batch, seeds: UpdateSeeds) -> float:
-    """Writes the gradient of the noise-prediction loss into the denoiser's `flat.grad`; returns the loss."""
-    denoiser = policy.denoiser
-    return binding.bc_gradient(
-        network(denoiser),
-        denoiser.buffer,
-        _loss_table(policy),
-        batch.states,
-        batch.actions,
-        seeds.bc_t,
-        seeds.bc_noise,
-        policy.predict_epsilon,
-        _gradient(denoiser),
-    )
-
-
-def critic_gradient(agent: Learner, batch: Batch, seeds: UpdateSeeds) -> dict[str, float]:
+def _critic_gradient(agent: Learner, batch: Batch, seeds: UpdateSeeds) -> dict[str, float]:
     """Writes the gradient of the critics' loss into their `flat.grad`; returns the metrics but the norm."""
-    c = agent.config
+    c, policy = agent.config, agent.ema_policy
     N = c.backup_candidates if c.max_q_backup else 1
-    next_actions = _chain(agent.ema_policy, batch.next_states, N, seeds.target)[0]
+    denoiser = policy.denoiser
+    table = step_table(policy.step_table(), denoiser.spec.time_dim)
+    next_actions, _ = binding.chain(
+        network(denoiser), denoiser.buffer, table, batch.next_states, N, None, seeds.target, policy.max_action, False
+    )
     critic, target = agent.critic, agent.critic_target
     target_q, mean = binding.target_q(
         network(target), target.buffer, batch.next_states, next_actions, batch.rewards, batch.masks, c.discount
     )
+    critic.attach_gradients()
+    assert critic.flat.grad is not None
     loss, q = binding.critic_gradient(
-        network(critic), critic.buffer, batch.states, batch.actions, target_q, _gradient(critic)
+        network(critic), critic.buffer, batch.states, batch.actions, target_q, critic.flat.grad
     )
     return {"critic/loss": loss, "critic/q": q, "critic/target_q": mean}
-
-
-def actor_gradient(agent: Learner, batch: Batch, seeds: UpdateSeeds) -> dict[str, float]:
-    """Writes the gradient of the actor's loss into its `flat.grad`; returns the metrics but the norm."""
-    policy, critic, eta = agent.policy, agent.critic, agent.config.eta
-    bc_loss = bc_gradient(policy, batch, seeds)
-    actions, saved = _chain(policy, batch.states, 1, seeds.actor, save=True)  # [B, A]
-    maximised = 1 if int(noise.integers(seeds.coin, 2, 1)) else 2
-    d_actions, q, scale = binding.q_gradient(network(critic), critic.buffer, maximised, batch.states, actions)
-    binding.chain_backward(
-        network(policy.denoiser),
-        saved,
-        step_table(policy.step_table(), policy.denoiser.spec.time_dim),
-        batch.states,
-        d_actions,
-        _gradient(policy.denoiser),
-        None,
-        scale=-eta / (len(actions) * scale) if scale else float("nan"),
-        accumulate=True,
-    )
-    q_loss = -q / scale if scale else float("nan")
-    return {"actor/loss": bc_loss + eta * q_loss, "actor/bc_loss": bc_loss, "actor/q_loss": q_loss}
-
-
-def _chain(
-    policy: DiffusionPolicy, states: Tensor, candidates: int, seed: int, save: bool = False
-) -> tuple[Tensor, object]:
-    denoiser = policy.denoiser
-    table = step_table(policy.step_table(), denoiser.spec.time_dim)
-    return binding.chain(
-        network(denoiser), denoiser.buffer, table, states, candidates, None, seed, policy.max_action, False, save
-    )
-
-
-def _gradient(module: FlatModule) -> Tensor:
-    module.attach_gradients()
-    assert module.flat.grad is not None
-    return module.flat.grad
 
 
 def _loss_table(policy: DiffusionPolicy) -> binding.Table:

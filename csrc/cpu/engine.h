@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -93,10 +94,10 @@ public:
     // The parameters at `flat`, packed. `version` is the tensors' version counter; beside it 32 elements of each tensor
     // are compared, since optimizers and `.data` can write without counting. A write through `.data` to a small part of
     // a tensor can go unnoticed.
-    // Not thread-safe (the Python binding holds the GIL); what it returns may be used from any thread.
+    // What it returns may be used from any thread.
     std::shared_ptr<Packed> packed(const float* flat, int64_t version, int parts);
 
-    // The table's time part; `packed` remembers the last few. Like `packed`, not thread-safe.
+    // The table's time part; `packed` remembers the last few.
     std::shared_ptr<const Buffer> time_table(Packed& packed, const Table& table) const;
 
 private:
@@ -106,6 +107,7 @@ private:
     std::shared_ptr<Packed> current_;
     const float* flat_ = nullptr;
     int64_t version_ = -1;
+    mutable std::mutex mutex_;  // `learn` packs while another thread may have the interpreter
 
     TrunkSource source(const float* flat, int trunk) const;
     void allocate(Packed& packed, int parts) const;
@@ -184,5 +186,62 @@ struct AdamState {
     int64_t size;
 };
 double adam_step(const AdamState& state, double lr, int64_t step, double max_norm);
+
+// ---- whole updates ----
+
+// A network in training. Whoever writes its parameters counts `version` on.
+struct Weights {
+    Network* net = nullptr;
+    float* flat = nullptr;
+    int64_t version = 0;
+};
+
+struct Optimizer {
+    float *gradient = nullptr, *exp_avg = nullptr, *exp_avg_sq = nullptr;
+    float* step = nullptr;  // [1], the steps taken
+    double lr = 0.0, max_norm = 0.0;
+};
+
+// An agent of Diffusion-QL or, without the last three networks, of behaviour cloning.
+struct Learner {
+    Weights actor, ema_actor, critic, critic_target;
+    Optimizer actor_adam, critic_adam;
+    const Table *steps = nullptr, *loss = nullptr;  // the chain's; the T timesteps of the noise-prediction loss
+    bool predict_epsilon = true;
+    float max_action = 0.0f, discount = 0.0f;
+    double eta = 0.0, tau = 0.0;
+    int64_t candidates = 1;  // next actions whose best value is the target's
+    bool learns_q() const { return critic.net != nullptr; }
+};
+
+// [size][S], [size][A], [size], [size][S], [size]
+struct Transitions {
+    const float *states, *actions, *rewards, *next_states, *masks;
+    int64_t size;
+};
+
+// As dql.draws.UpdateSeeds.
+struct UpdateSeeds {
+    uint64_t target, bc_t, bc_noise, actor, coin;
+};
+
+// n updates of an agent, one after the other.
+struct LearnCall {
+    Learner agent;
+    Transitions data;
+    const int64_t* rows;  // [n][B] of the data; or null: the data are the batch, and n is 1
+    int64_t B, n;
+    const UpdateSeeds* seeds;  // [n]
+    const double *lr_scale, *ema_weight;  // [n]
+    // Written. Of Diffusion-QL [n][8]: loss, mean Q, mean target and gradient's norm of the critics; loss, its two
+    // terms and gradient's norm of the actor. Of behaviour cloning [n][2]: loss and norm.
+    double* metrics;
+    int64_t metrics_each() const { return agent.learns_q() ? 8 : 2; }
+};
+
+// The same bits whatever the number of threads and of agents. Several agents run side by side, each on one thread; so
+// few of them that this would leave more than half of the threads idle, one after the other on all. No two of them may
+// share a network. Throws std::invalid_argument, with nothing written, for a row that is not among the data's.
+void learn(std::vector<LearnCall>& calls, int threads);
 
 }  // namespace dql

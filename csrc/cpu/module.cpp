@@ -1,8 +1,8 @@
 // The Python module dql.kernels._native: the limited C API, addresses of tensors as integers, no torch.
 //
-// kernels/cpp/binding.py is its only caller and checks each tensor's size, dtype and contiguity; here the arguments' counts and
-// kinds are, that addresses are some, and that networks, tables and saved chains belong together. Networks, tables and saved chains are capsules. The GIL is released while kernels run, and held while
-// weights are packed, which makes the packed weights' bookkeeping safe.
+// kernels/cpp/binding.py is its only caller and checks each tensor's size, dtype and contiguity; here the arguments'
+// counts and kinds are, that addresses are some, and that networks, tables and saved chains belong together. Those three
+// are capsules. The GIL is released while kernels run.
 #include "binding.h"
 
 namespace dql {
@@ -377,6 +377,98 @@ PyObject* py_lerp(PyObject*, PyObject* const* items, Py_ssize_t count) {
     });
 }
 
+Weights weights(Arguments& args, bool critic) {
+    Weights weights;
+    NetworkHandle& network = args.handle<NetworkHandle>();
+    if (network.spec().critic != critic) throw std::invalid_argument("learn: a critic stands in a denoiser's place");
+    weights.net = &network;
+    weights.flat = args.pointer();
+    weights.version = args.integer();
+    return weights;
+}
+
+Optimizer optimizer(Arguments& args) {
+    Optimizer adam;
+    adam.gradient = args.pointer();
+    adam.exp_avg = args.pointer();
+    adam.exp_avg_sq = args.pointer();
+    adam.step = args.pointer();
+    adam.lr = args.number();
+    adam.max_norm = args.number();
+    return adam;
+}
+
+// What `learn` is told of one agent, a tuple in the order of `methods` below
+LearnCall learn_call(PyObject* tuple) {
+    const Py_ssize_t size = PyTuple_Size(tuple);
+    if (size < 0) throw Failed();
+    std::vector<PyObject*> items;
+    for (Py_ssize_t i = 0; i < size; ++i) items.push_back(PyTuple_GetItem(tuple, i));
+    const bool learns_q = size == 45;
+    Arguments args(items.data(), size, learns_q ? 45 : 25, "learn");
+    LearnCall call = {};
+    Learner& agent = call.agent;
+    agent.actor = weights(args, false);
+    agent.actor_adam = optimizer(args);
+    if (learns_q) {
+        agent.ema_actor = weights(args, false);
+        agent.critic = weights(args, true);
+        agent.critic_adam = optimizer(args);
+        agent.critic_target = weights(args, true);
+        agent.discount = static_cast<float>(args.number());
+        agent.eta = args.number();
+        agent.tau = args.number();
+        agent.candidates = args.count();
+        const TableHandle& steps = args.handle<TableHandle>();
+        check_chain(static_cast<NetworkHandle&>(*agent.actor.net), steps);
+        agent.steps = &steps;
+    }
+    const TableHandle& loss = args.handle<TableHandle>();
+    if (loss.q_sample.empty()) throw std::invalid_argument("learn: this table is not the loss's");
+    agent.loss = &loss;
+    agent.predict_epsilon = args.integer() != 0;
+    agent.max_action = static_cast<float>(args.number());
+    const auto same_sizes = [&](const Weights& other) {
+        return !other.net || (other.net->spec().S == agent.actor.net->spec().S &&
+                              other.net->spec().A == agent.actor.net->spec().A);
+    };
+    if (!same_sizes(agent.ema_actor) || !same_sizes(agent.critic) || !same_sizes(agent.critic_target))
+        throw std::invalid_argument("learn: its networks are of other sizes of states and actions");
+    call.data.states = args.pointer();
+    call.data.actions = args.pointer();
+    call.data.rewards = args.pointer();
+    call.data.next_states = args.pointer();
+    call.data.masks = args.pointer();
+    call.data.size = args.count();
+    call.rows = reinterpret_cast<const int64_t*>(args.optional());
+    call.B = args.count();
+    call.n = args.count();
+    if (call.B < 1 || agent.candidates < 1 || (!call.rows && (call.n != 1 || call.data.size != call.B)))
+        throw std::invalid_argument("learn: the rows are missing");
+    call.seeds = reinterpret_cast<const UpdateSeeds*>(args.pointer());
+    call.lr_scale = reinterpret_cast<const double*>(args.pointer());
+    call.ema_weight = reinterpret_cast<const double*>(args.pointer());
+    call.metrics = reinterpret_cast<double*>(args.pointer());
+    return call;
+}
+
+PyObject* py_learn(PyObject*, PyObject* const* items, Py_ssize_t count) {
+    return guarded([&] {
+        Arguments args(items, count, 2, "learn");
+        PyObject* agents = args.object();
+        const int threads = static_cast<int>(args.integer());
+        const Py_ssize_t size = PyTuple_Size(agents);
+        if (size < 0) throw Failed();
+        std::vector<LearnCall> calls;
+        for (Py_ssize_t i = 0; i < size; ++i) calls.push_back(learn_call(PyTuple_GetItem(agents, i)));
+        {
+            WithoutGil released;
+            learn(calls, threads);
+        }
+        return none();
+    });
+}
+
 // For tests: the activation and its slope, and the noise, as the kernels compute them.
 PyObject* py_activate(PyObject*, PyObject* const* items, Py_ssize_t count) {
     return guarded([&] {
@@ -427,6 +519,11 @@ PyMethodDef methods[] = {
                               "predict_epsilon, d_flat, accumulate, threads -> loss"),
     DQL_FUNCTION(adam, "parameters, gradient, exp_avg, exp_avg_sq, size, lr, step, max norm -> norm"),
     DQL_FUNCTION(lerp, "target, source, size, weight"),
+    DQL_FUNCTION(learn, "a tuple of agents, threads. An agent: actor, flat, version; gradient, exp_avg, exp_avg_sq, step, "
+                        "lr, max norm; [ema actor, flat, version; critic, flat, version; its optimizer; target critic, "
+                        "flat, version; discount, eta, tau, candidates, table;] the loss's table, predict_epsilon, "
+                        "max_action; states, actions, rewards, next_states, masks, size; rows [n, B] or 0, B, n; "
+                        "seeds [n, 5], lr_scale [n], ema_weight [n], metrics [n, 8 or 2], the last three float64"),
     DQL_FUNCTION(activate, "kind, z, slope or 0, size"),
     DQL_FUNCTION(fma_ceiling, "seconds, bf16 -> FLOP/s of a loop on registers"),
     {nullptr, nullptr, 0, nullptr},

@@ -93,6 +93,7 @@ void Network::allocate(Packed& packed, int parts) const {
 }
 
 std::shared_ptr<Packed> Network::packed(const float* flat, int64_t version, int parts) {
+    const std::lock_guard<std::mutex> lock(mutex_);
     bool same = current_ && flat == flat_ && version == version_;
     for (size_t i = 0; same && i < probed_.size(); ++i)
         same = std::memcmp(&probes_[i], flat + probed_[i], sizeof(float)) == 0;
@@ -125,6 +126,7 @@ std::shared_ptr<Packed> Network::packed(const float* flat, int64_t version, int 
 
 std::shared_ptr<const Buffer> Network::time_table(Packed& packed, const Table& table) const {
     if (table.D != spec_.D) throw std::invalid_argument("the table was made for another size of time embedding");
+    const std::lock_guard<std::mutex> lock(mutex_);
     for (const Packed::TimeTable& known : packed.tables)
         if (known.id == table.id) return known.floats;
     const Trunk& t = packed.trunks[0];

@@ -9,6 +9,7 @@ Letters: B states, N candidates, R = B * N rows, S state size, A action size, H 
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -516,6 +517,153 @@ def lerp(target: Tensor, source: Tensor, weight: float) -> None:
     size = target.numel()
     _native.lerp(_at("target", target, size), _at("source", source, size), size, weight)
     torch.autograd.graph.increment_version(target)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A network in training and its parameters."""
+
+    network: Network
+    flat: Tensor
+
+    def arguments(self, name: str) -> tuple[Any, ...]:
+        return self.network.handle, _at(name, self.flat, self.network.size), version(self.flat)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Adam's state of a network: gradient, exp_avg and exp_avg_sq [P], step []; the last three are changed in place."""
+
+    gradient: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+    lr: float
+    max_norm: float
+
+    def arguments(self, size: int) -> tuple[Any, ...]:
+        return (
+            _at("gradient", self.gradient, size),
+            _at("exp_avg", self.exp_avg, size),
+            _at("exp_avg_sq", self.exp_avg_sq, size),
+            _at("step", self.step, 1),
+            self.lr,
+            self.max_norm,
+        )
+
+
+@dataclass(frozen=True)
+class Critics:
+    """What an agent of Diffusion-QL has beside its actor; `candidates` of max_q_backup, else 1."""
+
+    ema_actor: Weights
+    critic: Weights
+    adam: Optimizer
+    target: Weights
+    table: Table
+    discount: float
+    eta: float
+    tau: float
+    candidates: int
+
+    def arguments(self) -> tuple[Any, ...]:
+        return (
+            *self.ema_actor.arguments("the averaged actor's flat"),
+            *self.critic.arguments("the critics' flat"),
+            *self.adam.arguments(self.critic.network.size),
+            *self.target.arguments("the target critics' flat"),
+            self.discount,
+            self.eta,
+            self.tau,
+            self.candidates,
+            self.table.handle,
+        )
+
+
+@dataclass(frozen=True)
+class Updates:
+    """n updates of one agent, one after the other.
+
+    Attributes:
+        actor, adam, loss_table, predict_epsilon, max_action: of the actor.
+        critics: None of an agent that clones behaviour.
+        data: states [N, S], actions [N, A], rewards [N], next_states [N, S], masks [N].
+        rows: int64 [n, B] of the data; None: they are the one batch.
+        seeds: the bits of each update's five seeds in the order of `dql.draws.UpdateSeeds`, int64 [n, 5].
+        lr_scale, ema_weight: float64 [n].
+    """
+
+    actor: Weights
+    adam: Optimizer
+    loss_table: Table
+    predict_epsilon: bool
+    max_action: float
+    critics: Critics | None
+    data: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+    rows: Tensor | None
+    seeds: Tensor
+    lr_scale: Tensor
+    ema_weight: Tensor
+
+    def arguments(self, metrics: Tensor) -> tuple[Any, ...]:
+        S, A, N = self.actor.network.state_dim, self.actor.network.action_dim, len(self.data[0])
+        names = zip(("states", "actions", "rewards", "next_states", "masks"), (S, A, 1, S, 1), strict=True)
+        n = len(self.seeds)
+        B = N if self.rows is None else self.rows.shape[1]
+        return (
+            *self.actor.arguments("flat"),
+            *self.adam.arguments(self.actor.network.size),
+            *(() if self.critics is None else self.critics.arguments()),
+            self.loss_table.handle,
+            self.predict_epsilon,
+            self.max_action,
+            *(_at(name, tensor, N * columns) for (name, columns), tensor in zip(names, self.data, strict=True)),
+            N,
+            0 if self.rows is None else _numbers("rows", self.rows, torch.int64, n, B),
+            B,
+            n,
+            _numbers("seeds", self.seeds, torch.int64, n, 5),
+            _numbers("lr_scale", self.lr_scale, torch.float64, n),
+            _numbers("ema_weight", self.ema_weight, torch.float64, n),
+            metrics.data_ptr(),
+        )
+
+    def count_writes(self) -> None:
+        """The version counters count every write, as the kernels did."""
+        n = len(self.seeds)
+        written = [self.actor.flat, self.adam.exp_avg, self.adam.exp_avg_sq, self.adam.step] * n
+        if (c := self.critics) is not None:
+            written += [c.critic.flat, c.adam.exp_avg, c.adam.exp_avg_sq, c.adam.step, c.target.flat] * n
+            written += [c.ema_actor.flat] * int(self.ema_weight.count_nonzero())
+        torch.autograd.graph.increment_version(written)
+
+
+def learn(agents: Sequence[Updates], threads: int) -> list[Tensor]:
+    """Whole updates of agents that share no network: the same bits whatever the number of threads and of agents.
+
+    Several agents run side by side, a thread each; so few of them that more than half of the threads would be idle, one
+    after the other on all.
+
+    Returns:
+        for each agent its metrics, float64 [n, 8]: loss, mean Q, mean target and gradient's norm of the critics; loss,
+        its two terms and gradient's norm of the actor. Of an agent without critics [n, 2], loss and norm.
+    """
+    metrics = [
+        torch.empty(len(agent.seeds), 2 if agent.critics is None else 8, dtype=torch.float64, device="cpu")
+        for agent in agents
+    ]
+    try:
+        _native.learn(tuple(agent.arguments(m) for agent, m in zip(agents, metrics, strict=True)), threads)
+    finally:
+        for agent in agents:
+            agent.count_writes()
+    return metrics
+
+
+def _numbers(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> int:
+    if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_cpu or not tensor.is_contiguous():
+        raise ValueError(f"{name} must be {dtype} {list(shape)} on the CPU, got {tensor.dtype} {list(tensor.shape)}")
+    return tensor.data_ptr()
 
 
 def activate(kind: str, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -300,7 +300,7 @@ def test_a_config_of_strange_values(ended, monkeypatch):
         for what, values in variants(written)
     ]
     # Nothing of it may start training: what differs from the checkpoint is another run's.
-    monkeypatch.setattr("dql.loop.Loop._update", lambda self: pytest.fail("it trains"))
+    monkeypatch.setattr("dql.session.Session._advance", lambda *_: pytest.fail("it trains"))
     cases = [case for case in cases if case[0][-2] != "num_updates" or case[0][-1] != "removed"]  # a million: longer
     fine = not_in_a_sentence(lambda: quietly(resume, ended.path), cases)
     for what in fine:
@@ -338,7 +338,7 @@ def test_reading_a_run_of_strange_values(ended):
 def test_a_loop_of_strange_values(ended, monkeypatch):
     path = ended.checkpoint_path(10) / "loop.json"
     written = ended.read_loop(10)
-    monkeypatch.setattr("dql.loop.Loop._update", lambda self: pytest.fail("it trains"))
+    monkeypatch.setattr("dql.session.Session._advance", lambda *_: pytest.fail("it trains"))
     cases = [
         (what, lambda values=values: ended.save_loop(10, values))  # with the digest that fits
         for what, values in variants(written)
