@@ -22,11 +22,13 @@ def update_actor(agent: Learner, batch: Batch, draws: Draws, backend: Backend) -
         bc_loss, actions = one_step(agent.policy, batch, draws, backend)
     else:
         bc_loss = bc_loss_of(agent.policy, batch, draws, backend)
-        actions = run_chain(batch.states, agent.policy, backend=name, picked=backend, seed=draws.actor, at_once=True)
+        shape = (len(batch), agent.policy.action_dim)
+        given = draws.of_chain(draws.actor, agent.policy.T, shape, batch.states)
+        actions = run_chain(batch.states, agent.policy, backend=name, picked=backend, at_once=True, **given)
     with frozen(agent.critic):
-        q_loss = _q_loss(agent, batch.states, actions, draws.maximised, backend)
+        q_loss = _q_loss(agent, batch.states, actions, draws, backend)
     loss = bc_loss + agent.config.eta * q_loss
-    norm = agent.actor_adam.step(loss, draws.lr_scale)
+    norm = agent.actor_adam.step(loss, draws.lr_scale, draws.shard)
     return {
         "actor/loss": loss.detach(),
         "actor/bc_loss": bc_loss.detach(),
@@ -60,13 +62,19 @@ def one_step(policy: DiffusionPolicy, batch: Batch, draws: Draws, backend: Backe
 
 def _noise(policy: DiffusionPolicy, batch: Batch, draws: Draws, backend: Backend) -> Tensor:
     B, A = batch.actions.shape
+    if draws.shard is not None:
+        return draws.of_chain(draws.bc_noise, 1, (B, A), policy.denoiser.buffer)["noise"][0]
     return backend.normal(draws.bc_noise, 1, B, A, policy.denoiser.buffer)[0]
 
 
-def _q_loss(agent: Learner, states: Tensor, actions: Tensor, maximised: int | Tensor, backend: Backend) -> Tensor:
+def _q_loss(agent: Learner, states: Tensor, actions: Tensor, draws: Draws, backend: Backend) -> Tensor:
     """-mean(Q_i) / mean|Q_j|, without a gradient through the divisor."""
+    maximised = draws.maximised
     if isinstance(maximised, Tensor):
         q = torch.stack(q_values(agent.critic, states, actions, backend))  # [2, B]
         return -(q.mean(dim=1) * maximised).sum() / (q.detach().abs().mean(dim=1) * (1 - maximised)).sum()
     q, other = value_and_other(agent.critic, maximised, states, actions, backend)
-    return -q.mean() / other.abs().mean()
+    scale = other.abs().mean()
+    if draws.shard is not None:
+        scale = draws.shard.mean_(scale)
+    return -q.mean() / scale

@@ -205,6 +205,7 @@ _RESUMABLE = {
 def train(arguments: list[str]) -> int:
     """`dql train`: parses the flags, then trains."""
     from dql import train as training
+    from dql.parallel import is_first
 
     defaults = TrainArguments()
     task, algorithm = _value_of("--tuned", arguments), _value_of("--algorithm", arguments)
@@ -219,6 +220,7 @@ def train(arguments: list[str]) -> int:
         )
     args = _parse_train(arguments, defaults)
     console = make_console()
+    console.quiet = not is_first()
     if args.resume:
         _only(("--resume", *_RESUMABLE), arguments)
         given = {name: value for flag, name in _RESUMABLE.items() if (value := _value_of(flag, arguments)) is not None}

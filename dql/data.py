@@ -293,7 +293,10 @@ class TransitionDataset:
 
     def sample(self, batch_size: int, seed: int, step: int) -> Batch:
         """The batch of `step`: see `indices`."""
-        rows = self.indices(batch_size, seed, step)
+        return self.batch(self.indices(batch_size, seed, step))
+
+    def batch(self, rows: torch.Tensor) -> Batch:
+        """The transitions of these rows, int64 [B] on the data's device."""
         return Batch(*(getattr(self, name).index_select(0, rows) for name in FIELDS))
 
 

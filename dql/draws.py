@@ -1,6 +1,8 @@
 """The randomness of an update: its seeds, and what is drawn or scheduled from them before anything is computed."""
 
+import math
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -28,6 +30,16 @@ class UpdateSeeds:
         return cls(*(noise.derive(seed, name, step) for name in ("target", "bc_t", "bc_noise", "actor", "coin")))
 
 
+class Part(Protocol):
+    """A process's part of a batch, see `dql.parallel`."""
+
+    def first_row(self, rows: int) -> int:
+        """The number, in the whole batch, of the first of its so many rows."""
+
+    def mean_(self, tensor: Tensor) -> Tensor:
+        """Averages over the parts, in place."""
+
+
 @dataclass(frozen=True)
 class Draws:
     """What one update has of its own: numbers, or tensors on the device that hold them while it is recorded."""
@@ -46,6 +58,18 @@ class Draws:
     """Factor of the learning rates; a tensor is a scalar."""
     ema_weight: float | Tensor
     """How far the averaged actor goes towards the actor; 0 in most updates."""
+    shard: "Part | None" = None
+    """Which part of a larger batch the rows are, where several processes share one."""
+
+    def of_chain(self, seed: int | Tensor, K: int, shape: tuple[int, ...], like: Tensor) -> dict[str, Any]:
+        """What a chain of actions of that shape, [B, A] or [B, N, A], is handed: its seed or, of a part of a batch, the
+        noise of its rows."""
+        if self.shard is None:
+            return {"seed": seed}
+        *rows, A = shape
+        first = self.shard.first_row(math.prod(rows))
+        drawn = noise.normal(seed, K, math.prod(rows), A, row_offset=first, dtype=like.dtype, device=like.device)
+        return {"noise": drawn.reshape(K, *shape)}
 
 
 SEEDS = ("target", "bc_noise", "actor")  # those that kernels read, in the order in which they stand

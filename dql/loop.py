@@ -338,6 +338,30 @@ class Loop:
         self.folder.prune(self.config.keep, worth_keeping(scored, self.config.top_k) | {self.saved_step})
 
 
+class Following(Loop):
+    """The same of a process that is not the first of its run: it computes what the first one writes."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.evaluates = False
+
+    def _log(self, rate: float) -> dict[str, float]:
+        self.state.since_log = _Means()
+        return {}
+
+    def _save(self) -> None:
+        self.saved_step = self.agent.step
+
+    def _tidy(self) -> None:
+        pass
+
+    def end(self, stopped: bool) -> None:
+        pass
+
+    def evaluated(self, result: Evaluation | Exception | None) -> None:
+        self.state.since_evaluation, self.state.evaluation_owed = _Means(), False
+
+
 def log_owed(run: RunConfig, state: LoopState, step: int) -> bool:
     """Whether the line of metrics at this update could not be written: else its sums would have begun anew."""
     return state.since_log.count > 0 and (step % run.log_every == 0 or step == run.agent.num_updates)

@@ -2,6 +2,7 @@
 
 import torch
 
+from dql.draws import Part
 from dql.kernels.cpp import binding
 from dql.networks import FlatModule
 from dql.tensors import plain
@@ -17,10 +18,11 @@ class FlatAdam:
         self.module, self.lr, self.grad_norm = module, lr, grad_norm
         self.adam = torch.optim.Adam([module.flat], lr=lr, fused=True)
 
-    def step(self, loss: Tensor, lr_scale: float | Tensor) -> Tensor:
+    def step(self, loss: Tensor, lr_scale: float | Tensor, shard: Part | None = None) -> Tensor:
         """Backpropagates the loss and takes a step; returns the gradient's norm before clipping.
 
-        A scalar tensor of the module's device may scale the learning rate: then the step can be recorded.
+        Of a part of a batch the gradient is averaged over the parts first. A scalar tensor of the module's device may
+        scale the learning rate: then the step can be recorded.
         """
         if self.adam.param_groups[0]["params"][0] is not self.module.flat:
             self._reattach()
@@ -28,6 +30,8 @@ class FlatAdam:
         loss.backward()
         gradient = self.module.flat.grad
         assert gradient is not None
+        if shard is not None:
+            shard.mean_(gradient)
         norm = torch.linalg.vector_norm(gradient)
         if self.grad_norm > 0:
             gradient.mul_((self.grad_norm / (norm + 1e-6)).clamp_(max=1))

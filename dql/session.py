@@ -19,6 +19,7 @@ from dql.checkpoint import CheckpointError
 from dql.ensemble import Block, Ensemble
 from dql.evaluate import Evaluation, EvaluationStopped, evaluate_all
 from dql.loop import Loop, RunResult
+from dql.parallel import Shard, ShardedUpdate
 from dql.progress import Show, progress
 from dql.rundir import RunError
 from dql.update_graphed import GraphedUpdate
@@ -35,6 +36,21 @@ class _Interrupted(BaseException):
     """A signal came during an evaluation: no environment's `except Exception` is to keep it."""
 
 
+OwnUpdate = Callable[[], dict[str, torch.Tensor]]
+"""A run's next update, where it is not `agent.update`."""
+
+
+def _graphed(loop: Loop) -> OwnUpdate:
+    assert isinstance(loop.agent, DiffusionBC)
+    c, update = loop.config.agent, GraphedUpdate(loop.agent, loop.config.agent.batch_size)
+    return lambda: update.update(loop.data.sample(c.batch_size, c.seed, loop.agent.step))
+
+
+def _sharded(loop: Loop, shard: Shard) -> OwnUpdate:
+    update = ShardedUpdate(loop.agent, shard)
+    return lambda: update.update(update.batch(loop.data))
+
+
 class Session:
     """Runs of one algorithm on one device, one for each seed.
 
@@ -42,16 +58,16 @@ class Session:
         loops: the runs.
         console: where progress is shown.
         threads: CPU threads for all of them.
+        shard: this process's part of their batches, where several processes share them.
     """
 
-    def __init__(self, loops: Sequence[Loop], console: Console, threads: int) -> None:
+    def __init__(self, loops: Sequence[Loop], console: Console, threads: int, shard: Shard | None = None) -> None:
         self.loops, self.console, self.threads = list(loops), console, threads
         self.ensemble = Ensemble([loop.agent for loop in loops], threads=threads)
-        self.graphed: list[GraphedUpdate] = []
-        if loops[0].config.graphed:
-            for loop in loops:
-                assert isinstance(loop.agent, DiffusionBC)
-                self.graphed.append(GraphedUpdate(loop.agent, loop.config.agent.batch_size))
+        self.shard = shard
+        self.own: dict[Loop, OwnUpdate] = {}
+        for loop in loops if loops[0].config.graphed or shard is not None else ():
+            self.own[loop] = _graphed(loop) if shard is None else _sharded(loop, shard)
         self.failed: dict[Loop, RunError | CheckpointError] = {}
         self.stop: str | None = None
         self.rolling_out = False
@@ -72,8 +88,11 @@ class Session:
             self._evaluate()
             began = [loop.state.seconds for loop in self.loops]
             started, apart = time.perf_counter(), 0.0
-            while self.stop is None and (going := [loop for loop in self._whole() if not loop.ended]):
-                blocks = self._advance({loop: min(loop.until(), self._block) for loop in going})
+            while going := [loop for loop in self._whole() if not loop.ended]:
+                count = self._agreed(self._block)
+                if not count:
+                    break
+                blocks = self._advance({loop: min(loop.until(), count) for loop in going})
                 elapsed = time.perf_counter() - started - apart
                 for loop, base in zip(self.loops, began, strict=True):
                     if loop in blocks:
@@ -112,13 +131,20 @@ class Session:
             self.failed[loop] = error
             self.console.print(f"{loop.name}{error}", markup=False, soft_wrap=True)
 
+    def _agreed(self, count: int) -> int:
+        """How many updates are done now, in all processes; 0 if one of them was asked to stop."""
+        if self.shard is None:
+            return 0 if self.stop is not None else count
+        least, stop = self.shard.agree(count, self.stop is not None)
+        if stop:
+            self.stop = self.stop or signal.Signals.SIGTERM.name
+        return 0 if stop else least
+
     def _advance(self, counts: dict[Loop, int]) -> dict[Loop, Block]:
         began = time.perf_counter()
         blocks: dict[Loop, Block] = {}
-        if self.graphed:
-            for loop, update in zip(self.loops, self.graphed, strict=True):
-                if loop in counts:
-                    blocks[loop] = _one_by_one(loop, update, counts[loop])
+        if self.own:
+            blocks = {loop: self._one_by_one(self.own[loop], count) for loop, count in counts.items()}
         else:
             found = self.ensemble.advance(
                 [loop.data for loop in self.loops], [counts.get(loop, 0) for loop in self.loops], self._asked_to_stop
@@ -128,6 +154,14 @@ class Session:
         each = (time.perf_counter() - began) / done
         self._block = max(1, min(int(_A_BLOCK / max(each, 1e-9)), 2 * done, _MOST))
         return blocks
+
+    def _one_by_one(self, update: OwnUpdate, count: int) -> Block:
+        values: list[torch.Tensor] = []
+        alone = self.shard is None  # several processes stop together
+        while len(values) < count and not (alone and values and self._asked_to_stop()):
+            metrics = update()
+            values.append(torch.stack(list(metrics.values())).double())
+        return list(metrics), torch.stack(values)
 
     def _evaluate(self) -> float:
         """The evaluations that checkpoints owe; they stay owed if a signal ends them. Returns the seconds it took."""
@@ -170,14 +204,6 @@ class Session:
         self.stop = name
         if self.rolling_out:  # its checkpoint is written: nothing is lost, and a step that blocks is not waited for
             raise _Interrupted
-
-
-def _one_by_one(loop: Loop, update: GraphedUpdate, count: int) -> Block:
-    values, c = [], loop.config.agent
-    for _ in range(count):
-        metrics = update.update(loop.data.sample(c.batch_size, c.seed, loop.agent.step))
-        values.append(torch.stack(list(metrics.values())).double())
-    return list(metrics), torch.stack(values)
 
 
 @contextmanager

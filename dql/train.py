@@ -25,7 +25,8 @@ from dql.checkpoint import CheckpointError, checked_device
 from dql.config import DIFFUSION, RunConfig
 from dql.data import DatasetError, DatasetInfo, TransitionDataset, load_dataset
 from dql.evaluate import make_limited
-from dql.loop import Loop, LoopState, RunResult, TrainingDivergedError, log_owed
+from dql.loop import Following, Loop, LoopState, RunResult, TrainingDivergedError, log_owed
+from dql.parallel import first_alone, sharded
 from dql.rundir import RunDir, RunError, drop_rows_after
 from dql.session import SeedsFailedError, Session
 from dql.terminal import make_console
@@ -157,18 +158,22 @@ def _train(runs: Sequence[RunConfig], dataset: TransitionDataset | None, console
     first = runs[0]
     folders = [RunDir(run.run_dir or default_run_dir(run)) for run in runs]
     with contextlib.ExitStack() as held:
-        for folder in folders:
-            held.enter_context(_locked(folder))
-            _check_unused(folder)
-        for folder in folders:
-            folder.clean()
-        device = _device_of(first)
+        shard = held.enter_context(sharded(runs))
+        writes = shard is None or shard.rank == 0
+        if writes:
+            for folder in folders:
+                held.enter_context(_locked(folder))
+                _check_unused(folder)
+            for folder in folders:
+                folder.clean()
+        device = _device_of(first) if shard is None else shard.device
         if first.threads > (os.cpu_count() or 1):
             raise RunError(f"--threads {first.threads} is more than the {os.cpu_count()} cores of this machine")
         threads = first.threads or torch.get_num_threads()
         each = _threads_each(threads, len(runs), device)
         held.enter_context(_torch_threads(each))
-        data = _load(first) if dataset is None else dataset
+        with first_alone(shard):
+            data = _load(first) if dataset is None else dataset
         _check_reward_tune(first, data)
         data = data.to(device)
         info = evaluation_info(first, data.info, typed=True)
@@ -179,12 +184,13 @@ def _train(runs: Sequence[RunConfig], dataset: TransitionDataset | None, console
             run = run.with_agent(max_action=data.max_action)
             agent, origin = _new_agent(run, data, device), _origin(run, fingerprint, info)
             # each draws rows of its own from what it shares with the others
-            loops.append(Loop(run, folder, copy.copy(data), info, agent, console, origin, name=_name(run, runs)))
-        with _all_or_none(folders):
-            for loop in loops:
+            name, kind = _name(run, runs), Loop if writes else Following
+            loops.append(kind(run, folder, copy.copy(data), info, agent, console, origin, name=name))
+        with _all_or_none(folders if writes else []):
+            for loop in loops if writes else ():
                 described = _describe(loop.config, data, info, fingerprint, each, in_memory=dataset is not None)
                 loop.folder.write_json("config.json", described)
-        return Session(loops, console, threads).run()
+        return Session(loops, console, threads, shard).run()
 
 
 def _name(run: RunConfig, runs: Sequence[RunConfig]) -> str:
@@ -300,13 +306,20 @@ def _resume(
     runs = [_changed(RunConfig.from_dict(written["run"]), changes) for written in all_written]
     _check_alike(folders, runs, all_written)
     with contextlib.ExitStack() as held:
+        shard = held.enter_context(sharded(runs))
+        writes = shard is None or shard.rank == 0
         for i, folder in enumerate(folders):
-            held.enter_context(_locked(folder))
+            if writes:
+                held.enter_context(_locked(folder))
             runs[i] = _with_length(runs[i], folder, num_updates)
-        device = _device_of(runs[0])
+        device = _device_of(runs[0]) if shard is None else shard.device
         threads, each = runs[0].threads or torch.get_num_threads(), all_written[0]["threads"]
         held.enter_context(_torch_threads(each))  # sums over rows depend on how threads split them
-        data = (_load_again(runs[0], all_written[0]) if dataset is None else dataset).to(device)
+        with first_alone(shard):
+            data = _load_again(runs[0], all_written[0]) if dataset is None else dataset
+            for folder in folders if writes else ():
+                folder.clean()
+        data = data.to(device)
         _check_reward_tune(runs[0], data)
         fingerprint = fingerprint_of(data)
         for run, written in zip(runs, all_written, strict=True):
@@ -315,29 +328,30 @@ def _resume(
         unable = _why_not_evaluated(runs[0], info)
         if unable is not None and env is not None:
             raise unable
-        for folder in folders:
-            folder.clean()
         found = [
             _last_checkpoint(folder, run, data, info, fingerprint, device)
             for folder, run in zip(folders, runs, strict=True)
         ]
+        if shard is not None:
+            shard.wait()  # before the first process changes what the others read
         loops = []
         for run, folder, written, (agent, state) in zip(runs, folders, all_written, found, strict=True):
             in_memory = bool(written["dataset"].get("in_memory"))
-            folder.write_json("config.json", _describe(run, data, info, fingerprint, each, in_memory=in_memory))
-            _drop_what_comes_again(run, folder, agent.step, state)
+            if writes:
+                folder.write_json("config.json", _describe(run, data, info, fingerprint, each, in_memory=in_memory))
+                _drop_what_comes_again(run, folder, agent.step, state)
             complete = f" (it is complete{_longer(run)})" if agent.step >= run.agent.num_updates else ""
             console.print(f"resuming {folder.path} at update {agent.step:,}{complete}", markup=False, soft_wrap=True)
             origin, name, able = _origin(run, fingerprint, info), _name(run, runs), unable is None
-            own = copy.copy(data)
-            loops.append(Loop(run, folder, own, info, agent, console, origin, state, evaluates=able, name=name))
+            own, kind = copy.copy(data), Loop if writes else Following
+            loops.append(kind(run, folder, own, info, agent, console, origin, state, evaluates=able, name=name))
         if unable is not None:
             console.print(
                 f"warning: its evaluations are left out, their lines in evaluations.csv empty: {unable}",
                 markup=False,
                 soft_wrap=True,
             )
-        return Session(loops, console, threads).run()
+        return Session(loops, console, threads, shard).run()
 
 
 def _changed(run: RunConfig, changes: dict[str, Any]) -> RunConfig:

@@ -3,6 +3,8 @@
 The other path, of the backend "cpp", is `update_native`; `update_graphed` records this one.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -42,7 +44,7 @@ def update(agent: Cloner, batch: Batch) -> dict[str, Tensor]:
 def clone(agent: Cloner, batch: Batch, draws: Draws, backend: Backend) -> dict[str, Tensor]:
     """Of DiffusionBC: the actor down the bc_loss."""
     loss = bc_loss_of(agent.policy, batch, draws, backend)
-    return {"actor/bc_loss": loss.detach(), "actor/grad_norm": agent.actor_adam.step(loss, draws.lr_scale)}
+    return {"actor/bc_loss": loss.detach(), "actor/grad_norm": agent.actor_adam.step(loss, draws.lr_scale, draws.shard)}
 
 
 def learn(agent: Learner, batch: Batch, draws: Draws, backend: Backend) -> dict[str, Tensor]:
@@ -54,10 +56,10 @@ def learn(agent: Learner, batch: Batch, draws: Draws, backend: Backend) -> dict[
 
 def update_critic(agent: Learner, batch: Batch, draws: Draws, backend: Backend) -> dict[str, Tensor]:
     """Both critics a step towards `target_q`; returns the metrics."""
-    y = target_q(agent, batch, draws.target, backend)
+    y = target_q(agent, batch, draws.target, backend, draws)
     q1, q2 = q_values(agent.critic, batch.states, batch.actions, backend, at_once=True)
     loss = F.mse_loss(q1, y) + F.mse_loss(q2, y)
-    norm = agent.critic_adam.step(loss, draws.lr_scale)
+    norm = agent.critic_adam.step(loss, draws.lr_scale, draws.shard)
     return {
         "critic/loss": loss.detach(),
         "critic/q": (q1.detach().mean() + q2.detach().mean()) / 2,
@@ -67,18 +69,18 @@ def update_critic(agent: Learner, batch: Batch, draws: Draws, backend: Backend) 
 
 
 @torch.no_grad()
-def target_q(agent: Learner, batch: Batch, seed: int | Tensor, backend: Backend | None = None) -> Tensor:
+def target_q(
+    agent: Learner, batch: Batch, seed: int | Tensor, backend: Backend | None = None, draws: Draws | None = None
+) -> Tensor:
     """r + mask * discount * min(Q_1', Q_2')(s', a') [B]; with max_q_backup each Q' is its best of 10 actions."""
     c = agent.config
     backend = backend or backend_for(batch.states, agent.policy, c.backend)
-    next_actions = run_chain(
-        batch.next_states,
-        agent.ema_policy,
-        backend=c.backend,
-        picked=backend,
-        num_candidates=c.backup_candidates if c.max_q_backup else None,
-        seed=seed,
-    )
+    N, policy = c.backup_candidates if c.max_q_backup else None, agent.ema_policy
+    given: dict[str, Any] = {"seed": seed}
+    if draws is not None:
+        shape = (len(batch), policy.action_dim) if N is None else (len(batch), N, policy.action_dim)
+        given = draws.of_chain(seed, policy.T, shape, batch.next_states)
+    next_actions = run_chain(batch.next_states, policy, backend=c.backend, picked=backend, num_candidates=N, **given)
     q1, q2 = q_values(agent.critic_target, batch.next_states, next_actions, backend)
     if c.max_q_backup:
         q1, q2 = q1.amax(dim=1), q2.amax(dim=1)

@@ -1,0 +1,162 @@
+"""One run in several processes, each with its part of every batch: `torchrun --nproc-per-node N -m dql train ...`.
+
+Every process holds the whole agent and the whole dataset, and draws what one process would draw for the whole batch, of
+which it computes its rows. The flat gradient of each network is averaged over the processes before it is clipped, so
+all take the same step: a run is that of one process with the same batch, to rounding.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from dql.agents.base import Agent
+from dql.agents.diffusion import DiffusionBC
+from dql.config import DIFFUSION, RunConfig
+from dql.data import Batch, TransitionDataset
+from dql.draws import Draws, UpdateSeeds
+from dql.learner import checked_batch, draws_of
+from dql.rundir import RunError
+from dql.sampler import backend_for
+
+Tensor = torch.Tensor
+_PATIENCE = timedelta(hours=12)  # processes wait for the first one while it evaluates
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of this process in a run of several.
+
+    Attributes:
+        rank: of this process; 0 writes and evaluates.
+        size: how many there are.
+        device: where its part is computed.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def part(self, rows: Tensor) -> Tensor:
+        """Of what there is for each row of a batch, this process's: [..., B] -> [..., B / size]."""
+        each = rows.shape[-1] // self.size
+        return rows[..., self.rank * each : (self.rank + 1) * each]
+
+    def first_row(self, rows: int) -> int:
+        """The number, in the whole batch, of the first of this process's rows."""
+        return self.rank * rows
+
+    def mean_(self, tensor: Tensor) -> Tensor:
+        """Averages over the processes, in place."""
+        dist.all_reduce(tensor)
+        return tensor.div_(self.size)
+
+    def wait(self) -> None:
+        """For all processes to come as far as this."""
+        dist.barrier()
+
+    def agree(self, count: int, stop: bool) -> tuple[int, bool]:
+        """(The least count of all processes, whether one wants to stop)."""
+        told = torch.tensor([count, -int(stop)], device=self.device)
+        dist.all_reduce(told, dist.ReduceOp.MIN)
+        least, wanted = told.tolist()
+        return least, wanted < 0
+
+
+def processes() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return processes() == 1 or os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def sharded(runs: Sequence[RunConfig]) -> Iterator[Shard | None]:
+    """This process's part of the run; None where it is the only one.
+
+    Raises:
+        RunError: the run cannot be cut into so many parts.
+    """
+    size = processes()
+    if size == 1:
+        yield None
+        return
+    if len(runs) > 1:
+        raise RunError("several processes share one run, and these are several seeds; start one process for them")
+    run, c = runs[0], runs[0].agent
+    if c.algorithm not in DIFFUSION:
+        raise RunError(f"several processes train {' or '.join(DIFFUSION)}, and this is {c.algorithm}; start one")
+    if c.batch_size % size:
+        raise RunError(f"--batch-size {c.batch_size} cannot be cut into {size} equal parts, one for each process")
+    if run.graphed:
+        raise RunError("--graphed records an update of one process; leave it out, or start one process")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    on_gpu = run.device.startswith("cuda") or (run.device == "auto" and torch.cuda.is_available())
+    if on_gpu and local >= torch.cuda.device_count():
+        raise RunError(
+            f"there are {torch.cuda.device_count()} GPUs for {size} processes; start one process a GPU, or give "
+            "--device cpu"
+        )
+    device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_PATIENCE)
+    try:
+        yield Shard(dist.get_rank(), size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def first_alone(shard: Shard | None) -> Iterator[None]:
+    """The first process does the block before the others: what it writes, they read."""
+    if shard is not None and shard.rank > 0:
+        shard.wait()
+    yield
+    if shard is not None and shard.rank == 0:
+        shard.wait()
+
+
+class ShardedUpdate:
+    """`agent.update` of whole batches, of which this process computes its rows.
+
+    Args:
+        agent: the same in all processes.
+        shard: this process's part.
+    """
+
+    def __init__(self, agent: Agent, shard: Shard) -> None:
+        assert isinstance(agent, DiffusionBC)
+        self.agent, self.shard = agent, shard
+
+    def batch(self, data: TransitionDataset) -> Batch:
+        """This process's rows of the batch of the agent's next update."""
+        c = self.agent.config
+        return data.batch(self.shard.part(data.indices(c.batch_size, c.seed, self.agent.step)))
+
+    @torch.enable_grad()
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """One update.
+
+        Args:
+            batch: this process's rows, [B / size, ...].
+
+        Returns:
+            the metrics of the whole batch.
+        """
+        agent, shard = self.agent, self.shard
+        batch = checked_batch(batch, agent.policy)
+        seeds = UpdateSeeds.of(agent.config.seed, agent.step)
+        whole = draws_of(agent, seeds, len(batch.states) * shard.size)
+        draws = Draws(**vars(whole) | {"t": shard.part(whole.t), "shard": shard})
+        backend = backend_for(batch.states, agent.policy, agent.config.backend)
+        metrics = agent.compute(batch, draws, backend)
+        agent.step += 1
+        return dict(zip(metrics, shard.mean_(torch.stack(list(metrics.values()))).unbind(), strict=True))
