@@ -186,6 +186,8 @@ class TrainArguments:
     """Leave out a Minari dataset's episodes that lack something or hold what cannot be used, instead of refusing it."""
     graphed: bool = RunConfig.graphed
     """On a GPU, record the update as a CUDA graph and replay it: one launch instead of one for each small kernel."""
+    profile: Path | None = None
+    """Measure 100 updates instead of training: where their time goes, and a trace of them in this file."""
     agent: tyro.conf.OmitArgPrefixes[Config] = field(default_factory=Config)
 
 
@@ -231,7 +233,14 @@ def train(arguments: list[str]) -> int:
     elif args.dataset is None:
         raise ValueError("dql train needs --dataset ID (see `dql data list`) or --resume RUN")
     else:
-        values = {k: v for k, v in vars(args).items() if k not in ("resume", "tuned", "seeds")}
+        values = {k: v for k, v in vars(args).items() if k not in ("resume", "tuned", "seeds", "profile")}
+        if args.profile is not None:
+            from dql.profile import profile
+
+            if args.seeds is not None:
+                raise ValueError("--profile measures one agent; leave --seeds out")
+            profile(RunConfig(**values), args.profile).show(console)
+            return 0
         if args.seeds is None:
             results = [training.train(RunConfig(**values), console=console)]
         elif _value_of("--seed", arguments) is not None:

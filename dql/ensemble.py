@@ -147,7 +147,7 @@ class Ensemble:
         """
         blocks: list[Block | None] = [None] * len(self)
         chosen = [i for i, count in enumerate(counts) if count > 0]
-        native = [i for i in chosen if _takes_blocks(self.agents[i], data[i])]
+        native = [i for i in chosen if takes_blocks(self.agents[i], data[i])]
         if native:
             found = update_native.advance(
                 [self.agents[i] for i in native],  # type: ignore[misc]
@@ -226,7 +226,7 @@ def _kind(agent: Agent) -> dict[str, Any]:
     }
 
 
-def _takes_blocks(agent: Agent, data: TransitionDataset) -> bool:
+def takes_blocks(agent: Agent, data: TransitionDataset) -> bool:
     """Whether nothing but the native path would be run by as many calls of `agent.update`."""
     own = getattr(agent.update, "__func__", None)
     return (

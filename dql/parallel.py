@@ -109,7 +109,9 @@ def sharded(runs: Sequence[RunConfig]) -> Iterator[Shard | None]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_PATIENCE)
     try:
-        yield Shard(dist.get_rank(), size, device)
+        shard = Shard(dist.get_rank(), size, device)
+        yield shard
+        shard.wait()  # they leave together: who went first would take a connection from the others
     finally:
         dist.destroy_process_group()
 

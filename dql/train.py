@@ -171,7 +171,7 @@ def _train(runs: Sequence[RunConfig], dataset: TransitionDataset | None, console
             raise RunError(f"--threads {first.threads} is more than the {os.cpu_count()} cores of this machine")
         threads = first.threads or torch.get_num_threads()
         each = _threads_each(threads, len(runs), device)
-        held.enter_context(_torch_threads(each))
+        held.enter_context(torch_threads(each))
         with first_alone(shard):
             data = _load(first) if dataset is None else dataset
         _check_reward_tune(first, data)
@@ -193,6 +193,16 @@ def _train(runs: Sequence[RunConfig], dataset: TransitionDataset | None, console
         return Session(loops, console, threads, shard).run()
 
 
+def prepare(run: RunConfig) -> tuple[Agent, TransitionDataset]:
+    """A new agent of a run, and its data, both on the run's device; nothing is begun or written.
+
+    Raises: as `train`, of devices and data.
+    """
+    device = _device_of(run)
+    data = _load(run).to(device)
+    return _new_agent(run.with_agent(max_action=data.max_action), data, device), data
+
+
 def _name(run: RunConfig, runs: Sequence[RunConfig]) -> str:
     return f"seed {run.agent.seed}, " if len(runs) > 1 else ""
 
@@ -203,7 +213,7 @@ def _threads_each(threads: int, runs: int, device: torch.device) -> int:
 
 
 @contextmanager
-def _torch_threads(number: int) -> Iterator[None]:
+def torch_threads(number: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -314,7 +324,7 @@ def _resume(
             runs[i] = _with_length(runs[i], folder, num_updates)
         device = _device_of(runs[0]) if shard is None else shard.device
         threads, each = runs[0].threads or torch.get_num_threads(), all_written[0]["threads"]
-        held.enter_context(_torch_threads(each))  # sums over rows depend on how threads split them
+        held.enter_context(torch_threads(each))  # sums over rows depend on how threads split them
         with first_alone(shard):
             data = _load_again(runs[0], all_written[0]) if dataset is None else dataset
             for folder in folders if writes else ():

@@ -5,7 +5,7 @@ run may continue on the other path: the results differ by rounding.
 """
 
 from collections.abc import Sequence
-from dataclasses import astuple, fields
+from dataclasses import astuple, fields, replace
 
 import numpy as np
 import torch
@@ -54,7 +54,11 @@ def learn(agent: Learner, batch: Batch, seeds: UpdateSeeds, backend: Backend) ->
 
 
 def advance(
-    agents: Sequence[Cloner], data: Sequence[TransitionDataset], counts: Sequence[int], threads: int
+    agents: Sequence[Cloner],
+    data: Sequence[TransitionDataset],
+    counts: Sequence[int],
+    threads: int,
+    times: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """The next updates of several agents, each with batches of its own from its data.
 
@@ -64,6 +68,7 @@ def advance(
         counts: how many updates each does; fewer where its data draw fewer batches at a time, see
             `TransitionDataset.rows`.
         threads: CPU threads for all of them.
+        times: None, or a list to which each agent's are added, see `binding.Updates`.
 
     Returns:
         for each agent the metrics of its updates in the order of `names`, float32 [n, m].
@@ -71,7 +76,11 @@ def advance(
     jobs = []
     for agent, own, n in zip(agents, data, counts, strict=True):
         rows = own.rows(agent.config.batch_size, agent.config.seed, agent.step)[:n]
-        jobs.append(_updates(agent, _columns(own), rows, _seeds(agent.config.seed, agent.step, len(rows))))
+        job = _updates(agent, _columns(own), rows, _seeds(agent.config.seed, agent.step, len(rows)))
+        if times is not None:
+            times.append(torch.zeros(len(rows), len(binding.PHASES) + 1, dtype=torch.int64, device="cpu"))
+            job = replace(job, times=times[-1])
+        jobs.append(job)
     found = binding.learn(jobs, threads)
     for agent, values in zip(agents, found, strict=True):
         agent.step += len(values)

@@ -236,6 +236,12 @@ struct LearnCall {
     // Written. Of Diffusion-QL [n][8]: loss, mean Q, mean target and gradient's norm of the critics; loss, its two
     // terms and gradient's norm of the actor. Of behaviour cloning [n][2]: loss and norm.
     double* metrics;
+    // null, or written [n][TIMES]: when each update began and each of its phases ended, nanoseconds of the steady clock.
+    // The phases are the batch's rows; of Diffusion-QL the target's chain, its Q, the critics' gradient, their Adam; the
+    // noise-prediction loss; of Diffusion-QL the actor's chain, the Q gradient, the chain's gradient; the actor's Adam;
+    // of Diffusion-QL the averages.
+    static constexpr int TIMES = 12;
+    int64_t* times;
     int64_t metrics_each() const { return agent.learns_q() ? 8 : 2; }
 };
 

@@ -1,6 +1,6 @@
 // Whole updates of agents: each what `dql.update_native` says, in the order of the paper's algorithm 1. An agent's
 // updates depend on nothing but that agent and its rows, so several agents run side by side, a core each.
-#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <exception>
@@ -40,26 +40,38 @@ public:
           A_(agent_.actor.net->spec().A), rows_(call.rows ? call.B * (2 * S_ + A_ + 2) : 0) {}
 
     void run(int64_t i) {
+        if (call_.times) time_ = call_.times + i * LearnCall::TIMES;
         const Transitions& d = call_.data;
+        ended();
         const Batch batch = call_.rows ? gather(d, call_.rows + i * call_.B, call_.B, S_, A_, rows_.data())
                                        : Batch{d.states, d.actions, d.rewards, d.next_states, d.masks};
+        ended();
         const UpdateSeeds& seeds = call_.seeds[i];
         const double lr_scale = call_.lr_scale[i];
         double* metrics = call_.metrics + i * call_.metrics_each();
         if (!agent_.learns_q()) {
             metrics[0] = bc(batch, seeds);
             metrics[1] = step(agent_.actor, agent_.actor_adam, lr_scale);
+            ended();
             return;
         }
         critic(batch, seeds, metrics);
         metrics[3] = step(agent_.critic, agent_.critic_adam, lr_scale);
+        ended();
         actor(batch, seeds, metrics + 4);
         metrics[7] = step(agent_.actor, agent_.actor_adam, lr_scale);
+        ended();
         if (call_.ema_weight[i] != 0.0) average(agent_.ema_actor, agent_.actor, call_.ema_weight[i]);
         average(agent_.critic_target, agent_.critic, agent_.tau);
+        ended();
     }
 
 private:
+    // A phase has, and now the next one begins.
+    void ended() {
+        if (time_) *time_++ = std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
+    }
+
     static std::shared_ptr<Packed> packed(const Weights& weights, int parts) {
         return weights.net->packed(weights.flat, weights.version, parts);
     }
@@ -80,44 +92,52 @@ private:
     }
 
     // The gradient of the critics' loss; loss, mean Q, mean target
-    void critic(const Batch& batch, const UpdateSeeds& seeds, double* metrics) const {
+    void critic(const Batch& batch, const UpdateSeeds& seeds, double* metrics) {
         const int64_t B = call_.B, N = agent_.candidates;
         const Buffer memory(B * N * A_ + B);
         float *next_actions = memory.data(), *target = memory.data() + B * N * A_;
         chain(agent_.ema_actor, batch.next_states, N, seeds.target, next_actions, nullptr);
+        ended();
         metrics[2] = target_q(*packed(agent_.critic_target, FORWARD), batch.next_states, B, next_actions, N,
                               batch.rewards, batch.masks, agent_.discount, target, threads_);
+        ended();
         const CriticLoss loss =
             critic_gradient(*agent_.critic.net, *packed(agent_.critic, FORWARD | BACKWARD), batch.states, batch.actions,
                             B, target, {agent_.critic_adam.gradient, false, nullptr}, threads_);
         metrics[0] = loss.loss, metrics[1] = loss.q;
+        ended();
     }
 
     // The gradient of the noise-prediction loss, which it returns
-    double bc(const Batch& batch, const UpdateSeeds& seeds) const {
+    double bc(const Batch& batch, const UpdateSeeds& seeds) {
         const Weights& actor = agent_.actor;
         const std::shared_ptr<Packed> weights = packed(actor, FORWARD | BACKWARD);
         const std::shared_ptr<const Buffer> time_table = actor.net->time_table(*weights, *agent_.loss);
-        return bc_gradient(*actor.net, *weights, *time_table, *agent_.loss, batch.states, batch.actions, call_.B,
-                           seeds.bc_t, seeds.bc_noise, agent_.predict_epsilon,
-                           {agent_.actor_adam.gradient, false, nullptr}, threads_);
+        const double loss = bc_gradient(*actor.net, *weights, *time_table, *agent_.loss, batch.states, batch.actions,
+                                        call_.B, seeds.bc_t, seeds.bc_noise, agent_.predict_epsilon,
+                                        {agent_.actor_adam.gradient, false, nullptr}, threads_);
+        ended();
+        return loss;
     }
 
     // The gradient of the actor's loss; that loss, its two terms
-    void actor(const Batch& batch, const UpdateSeeds& seeds, double* metrics) const {
+    void actor(const Batch& batch, const UpdateSeeds& seeds, double* metrics) {
         const int64_t B = call_.B;
         const double bc_loss = bc(batch, seeds);
         const Buffer memory(2 * B * A_);
         float *actions = memory.data(), *d_actions = memory.data() + B * A_;
         SavedChain saved;
         chain(agent_.actor, batch.states, 1, seeds.actor, actions, &saved);
+        ended();
         int32_t coin;
         kernels().integers(seeds.coin, 0, 2, 0, 1, &coin);
         const QMeans means = q_gradient(*packed(agent_.critic, FORWARD | BACKWARD), coin ? 0 : 1, batch.states, actions,
                                         B, d_actions, threads_);
+        ended();
         const double scale = means.other != 0.0 ? -agent_.eta / (static_cast<double>(B) * means.other) : NOT_A_NUMBER;
         chain_backward(*agent_.actor.net, saved, *agent_.steps, batch.states, d_actions, static_cast<float>(scale),
                        {agent_.actor_adam.gradient, true, nullptr}, threads_);
+        ended();
         const double q_loss = means.other != 0.0 ? -means.q / means.other : NOT_A_NUMBER;
         metrics[0] = bc_loss + agent_.eta * q_loss, metrics[1] = bc_loss, metrics[2] = q_loss;
     }
@@ -141,6 +161,7 @@ private:
     const int threads_;
     const int64_t S_, A_;
     const Buffer rows_;
+    int64_t* time_ = nullptr;
 };
 
 void check(const LearnCall& call) {

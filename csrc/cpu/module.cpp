@@ -404,8 +404,8 @@ LearnCall learn_call(PyObject* tuple) {
     if (size < 0) throw Failed();
     std::vector<PyObject*> items;
     for (Py_ssize_t i = 0; i < size; ++i) items.push_back(PyTuple_GetItem(tuple, i));
-    const bool learns_q = size == 45;
-    Arguments args(items.data(), size, learns_q ? 45 : 25, "learn");
+    const bool learns_q = size == 46;
+    Arguments args(items.data(), size, learns_q ? 46 : 26, "learn");
     LearnCall call = {};
     Learner& agent = call.agent;
     agent.actor = weights(args, false);
@@ -449,6 +449,7 @@ LearnCall learn_call(PyObject* tuple) {
     call.lr_scale = reinterpret_cast<const double*>(args.pointer());
     call.ema_weight = reinterpret_cast<const double*>(args.pointer());
     call.metrics = reinterpret_cast<double*>(args.pointer());
+    call.times = reinterpret_cast<int64_t*>(args.optional());
     return call;
 }
 
@@ -523,7 +524,8 @@ PyMethodDef methods[] = {
                         "lr, max norm; [ema actor, flat, version; critic, flat, version; its optimizer; target critic, "
                         "flat, version; discount, eta, tau, candidates, table;] the loss's table, predict_epsilon, "
                         "max_action; states, actions, rewards, next_states, masks, size; rows [n, B] or 0, B, n; "
-                        "seeds [n, 5], lr_scale [n], ema_weight [n], metrics [n, 8 or 2], the last three float64"),
+                        "seeds [n, 5], lr_scale [n], ema_weight [n], metrics [n, 8 or 2], the last three float64; "
+                        "times int64 [n, 12] or 0"),
     DQL_FUNCTION(activate, "kind, z, slope or 0, size"),
     DQL_FUNCTION(fma_ceiling, "seconds, bf16 -> FLOP/s of a loop on registers"),
     {nullptr, nullptr, 0, nullptr},

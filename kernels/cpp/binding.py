@@ -580,6 +580,22 @@ class Critics:
         )
 
 
+PHASES = (
+    "rows of the batch",
+    "target: chain",
+    "target: Q",
+    "critics: gradient",
+    "critics: Adam",
+    "actor: noise-prediction loss",
+    "actor: chain",
+    "actor: gradient of Q",
+    "actor: gradient of the chain",
+    "actor: Adam",
+    "averages",
+)
+"""Of an update of Diffusion-QL; one of behaviour cloning has the first, the sixth and the tenth."""
+
+
 @dataclass(frozen=True)
 class Updates:
     """n updates of one agent, one after the other.
@@ -591,6 +607,8 @@ class Updates:
         rows: int64 [n, B] of the data; None: they are the one batch.
         seeds: the bits of each update's five seeds in the order of `dql.draws.UpdateSeeds`, int64 [n, 5].
         lr_scale, ema_weight: float64 [n].
+        times: None, or int64 [n, 12] that is written: when each update began and each of its phases ended, see PHASES,
+            in nanoseconds of `time.perf_counter_ns`.
     """
 
     actor: Weights
@@ -604,6 +622,7 @@ class Updates:
     seeds: Tensor
     lr_scale: Tensor
     ema_weight: Tensor
+    times: Tensor | None = None
 
     def arguments(self, metrics: Tensor) -> tuple[Any, ...]:
         S, A, N = self.actor.network.state_dim, self.actor.network.action_dim, len(self.data[0])
@@ -626,6 +645,7 @@ class Updates:
             _numbers("lr_scale", self.lr_scale, torch.float64, n),
             _numbers("ema_weight", self.ema_weight, torch.float64, n),
             metrics.data_ptr(),
+            0 if self.times is None else _numbers("times", self.times, torch.int64, n, 12),
         )
 
     def count_writes(self) -> None:
