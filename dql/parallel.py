@@ -22,6 +22,7 @@ from dql.draws import Draws, UpdateSeeds
 from dql.learner import checked_batch, draws_of
 from dql.rundir import RunError
 from dql.sampler import backend_for
+from dql.shown import said
 
 Tensor = torch.Tensor
 _PATIENCE = timedelta(hours=12)  # processes wait for the first one while it evaluates
@@ -52,19 +53,33 @@ class Shard:
 
     def mean_(self, tensor: Tensor) -> Tensor:
         """Averages over the processes, in place."""
-        dist.all_reduce(tensor)
+        with _together():
+            dist.all_reduce(tensor)
         return tensor.div_(self.size)
 
     def wait(self) -> None:
         """For all processes to come as far as this."""
-        dist.barrier()
+        with _together():
+            dist.barrier()
 
     def agree(self, count: int, stop: bool) -> tuple[int, bool]:
         """(The least count of all processes, whether one wants to stop)."""
         told = torch.tensor([count, -int(stop)], device=self.device)
-        dist.all_reduce(told, dist.ReduceOp.MIN)
+        with _together():
+            dist.all_reduce(told, dist.ReduceOp.MIN)
         least, wanted = told.tolist()
         return least, wanted < 0
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """What all processes do at the same time fails in the others when one has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RunError(
+            f"another process of this run ended, and with it this one ({said(error)}); its own last words say why"
+        ) from error
 
 
 def processes() -> int:
