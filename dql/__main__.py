@@ -4,13 +4,12 @@ import os
 import sys
 
 from dql.cli import main
-from dql.parallel import processes
 
 if __name__ == "__main__":
     code = main()
-    if processes() > 1:
-        # All is written and said. A thread of torch's process groups may still be there (of Gloo, torch 2.13, in 2 of 60
-        # runs), on which a C++ destructor would abort the process, and torchrun then end the others.
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # All is written and said. A thread of torch's process group may still be there (Gloo's, of torch 2.13, in 2 of
+        # 60 runs), on which a C++ destructor would abort the process, and torchrun then end the others.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
