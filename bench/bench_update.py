@@ -143,7 +143,7 @@ def _check_jax(contender: str, agent: Any, published: PublishedAgent, batch: dql
     error = _compare(contender, metrics, agent.averages(), losses, published)
     got, want = ({k: p - before[k] for k, p in ps.items()} for ps in (agent.parameters(), _parameters(published)))
     moved = {name: tensor for name, tensor in want.items() if not name.startswith("ema_actor")}
-    rivals.check_norms(contender, {name: got[name] for name in moved}, moved, MOVE_TOLERANCE)
+    rivals.check_norms(f"{contender}, moves", {name: got[name] for name in moved}, moved, MOVE_TOLERANCE)
     return error
 
 

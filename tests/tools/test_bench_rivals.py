@@ -111,8 +111,10 @@ def test_the_update_in_jax_is_the_published_one_and_ours(lean_jax):
     With `max_q_backup`, of which one candidate is a case: every update takes seconds to compile.
     """
     batch, published = bench_update._batch(CPU), rivals.published_agent(CPU, max_q_backup=True)
-    published.ema_start, published.ema_every = 0, 2
-    config = dql.Config(backend="eager", max_q_backup=True, ema_start=0, ema_every=2)
+    averaging = {"ema_start": 0, "ema_every": 2, "ema_decay": 0.5}  # so far that it is seen
+    for name, value in averaging.items():
+        setattr(published, name, value)
+    config = dql.Config(backend="eager", max_q_backup=True, **averaging)
     ours, agent = rivals.matching_agent(published, config, CPU), lean_jax.JaxAgent(published)
     arrays = {name: lean_jax.array_of(value) for name, value in vars(batch).items()}
     assert bench_update._check_jax("jax", agent, published, batch) <= rivals.GRADIENT_TOLERANCE
