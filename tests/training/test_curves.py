@@ -23,7 +23,7 @@ S, A, N, B = 4, 2, 512, 32
 CONFIG = {"hidden_dim": 16, "num_hidden": 2, "T": 5, "batch_size": B, "lr": 1e-3, "critic_lr": 1e-3, "seed": 3}
 CONFIG |= {"grad_norm": 2.0, "ema_start": 10, "ema_every": 2}  # some gradients are clipped, some are not
 UPDATES = 100
-INTERPRETED = 20  # Triton's interpreter takes 0.4 s for one
+INTERPRETED = 14  # Triton's interpreter takes 0.4 s for one; the averaged actor has moved twice by then
 YARDSTICK = TOLERANCES["float32 yardstick"]
 MARGIN = 4  # times plain float32's error, as in tests/backends; of what that and YARDSTICK allow, 0.39 was needed
 
