@@ -28,6 +28,7 @@ import dql
 Array = jax.Array
 Parameters = dict[str, Array]  # by the published names, weights as [in, out]
 OPTIONS = {"xla_cpu_prefer_vector_width": 512}
+GENERATOR = "unsafe_rbg"  # the fastest: XLA's own, for keys as for numbers
 LAYERS = (2, 4)  # those between the first and the last
 LR, BETA1, BETA2, EPSILON = 3e-4, 0.9, 0.999, 1e-8  # Adam's, as published
 jax.tree_util.register_dataclass(Draws)
@@ -173,15 +174,21 @@ def both_q(p: Parameters, states: Array, actions: Array) -> tuple[Array, Array]:
 
 
 def new_key() -> Array:
-    """Of the generator that is the fastest: XLA's own for the numbers and for the keys."""
-    return jax.random.key(0, impl="unsafe_rbg")
+    """A key's bits, which are handed to a compiled function faster than a key."""
+    return jax.random.key_data(jax.random.key(0, impl=GENERATOR))
+
+
+def split(bits: Array, n: int) -> tuple[Array, list[Array]]:
+    """(the bits of the next key, n keys)."""
+    following, *keys = jax.random.split(jax.random.wrap_key_data(bits, impl=GENERATOR), n + 1)
+    return jax.random.key_data(following), keys
 
 
 def _drawing(function: Callable[..., Any], B: int, *arguments: Any) -> Callable[[Tensor | None], Any]:
     """`run(noise [T, B, A] or None)` -> function(*arguments, noise), which draws its own inside if None."""
 
     def draw(key: Array, *arguments: Any) -> tuple[Any, Array]:
-        key, used = jax.random.split(key)
+        key, (used,) = split(key, 1)
         return function(*arguments, jax.random.normal(used, (T, B, A))), key
 
     given, drawn, key = jax.jit(function, compiler_options=OPTIONS), jax.jit(draw, compiler_options=OPTIONS), new_key()
@@ -191,7 +198,7 @@ def _drawing(function: Callable[..., Any], B: int, *arguments: Any) -> Callable[
         if noise is not None:
             return given(*arguments, array_of(noise))
         result, key = drawn(key, *arguments)
-        return jax.block_until_ready(result)
+        return result
 
     return run
 
@@ -202,7 +209,7 @@ def sampler(actor: PublishedActor, states: Tensor) -> Callable[[Tensor | None], 
     The parameters are constants of what is compiled, as those of an exported graph are.
     """
     run = _drawing(partial(Chain(actor).sample, parameters_of(actor.model)), len(states), array_of(states))
-    return lambda noise=None: run() if noise is None else tensor_of(run(noise))
+    return lambda noise=None: run().block_until_ready() if noise is None else tensor_of(run(noise))
 
 
 def gradients(actor: PublishedActor, states: Tensor, weights: Tensor) -> Callable[[Tensor | None], Any]:
@@ -210,7 +217,7 @@ def gradients(actor: PublishedActor, states: Tensor, weights: Tensor) -> Callabl
     chain, d_actions = Chain(actor), array_of(weights)
     of_parameters = jax.grad(lambda *arguments: jnp.vdot(chain.sample(*arguments), d_actions))
     run = _drawing(of_parameters, len(states), parameters_of(actor.model), array_of(states))
-    return lambda noise=None: run() if noise is None else tensors_of(run(noise))
+    return lambda noise=None: jax.block_until_ready(run()) if noise is None else tensors_of(run(noise))
 
 
 def jax_select(published: PublishedAgent, num_candidates: int) -> Callable[..., np.ndarray]:
@@ -225,7 +232,7 @@ def jax_select(published: PublishedAgent, num_candidates: int) -> Callable[..., 
         return candidates[jnp.minimum(below.sum(), num_candidates - 1)]
 
     def drawn(state: Array, key: Array) -> tuple[Array, Array]:
-        key, first, second = jax.random.split(key, 3)
+        key, (first, second) = split(key, 2)
         return choose(state, jax.random.normal(first, (T, num_candidates, A)), jax.random.uniform(second)), key
 
     given, drawing = jax.jit(choose, compiler_options=OPTIONS), jax.jit(drawn, compiler_options=OPTIONS)
@@ -289,7 +296,7 @@ class JaxAgent:
 
     def _draw_and_learn(self, state: dict[str, Any], batch: dict[str, Array]) -> tuple[dict[str, Any], dict]:
         B = len(batch["states"])
-        key, *used = jax.random.split(state["key"], 6)
+        key, used = split(state["key"], 5)
         draws = Draws(
             jax.random.normal(used[0], (T, B * self.candidates, A)),
             jax.random.randint(used[1], (B,), 0, T),
