@@ -5,13 +5,14 @@ closeness check before, all get the same.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import rivals
 import torch
 from lean import lean_select
-from rivals import COMPILED, EXPORTED, FLOPS, MISH_OP, OPENVINO_BF16, A, S, T
+from rivals import COMPILED, EXPORTED, FLOPS, JAX, MISH_OP, OPENVINO_BF16, A, S, T
 from torch import Tensor
 
 import dql
@@ -27,10 +28,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     short = metafunc.config.getoption("short")
     if metafunc.function is test_forward:
-        names = ["published", *(["onnxruntime"] if short else [*COMPILED, *EXPORTED, OPENVINO_BF16, MISH_OP]), *DQL]
-    else:  # one compiled rival, the faster one: compiling takes longer than all the timing. Gradients are float32 only.
+        others = ["onnxruntime"] if short else [*COMPILED, JAX, *EXPORTED, OPENVINO_BF16, MISH_OP]
+        names = ["published", *others, *DQL]
+    else:  # torch.compile once, the faster one: compiling takes longer than all the timing. Gradients are float32 only.
         differentiable = [name for name in DQL if rivals.backend_of(name)[1] == "fp32"]
-        names = ["published", *([] if short else ["compile-lean"]), *differentiable]
+        names = ["published", *([] if short else ["compile-lean", JAX]), *differentiable]
     pairs = [
         (B, name)
         for B in (SHORT_BATCH_SIZES if short else BATCH_SIZES)
@@ -55,6 +57,8 @@ def _chain(contender: str, states: Tensor) -> tuple[Callable[..., Tensor], dict[
             return compiled(states, torch.randn(T, B, A, device=device) if noise is None else noise)
 
         return chain, dict(actor.model.named_parameters())
+    if contender == JAX:
+        return _jax(device).sampler(actor, states), {}
     if contender in (*EXPORTED, OPENVINO_BF16, MISH_OP):
         if (reason := rivals.no_runtime(contender, device)) is not None:
             pytest.skip(reason)
@@ -67,8 +71,13 @@ def _chain(contender: str, states: Tensor) -> tuple[Callable[..., Tensor], dict[
     )
 
 
-def _gradients(actions: Tensor, weights: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    return torch.autograd.grad((actions * weights).sum(), list(parameters.values()))
+def _jax(device: torch.device, short: bool = False) -> Any:
+    """The module `lean_jax`, which needs JAX."""
+    if (reason := rivals.no_jax(device, short)) is not None:
+        pytest.skip(reason)
+    import lean_jax
+
+    return lean_jax
 
 
 def test_forward(B: int, contender: str, race, device) -> None:
@@ -86,24 +95,25 @@ def test_forward(B: int, contender: str, race, device) -> None:
 
 def test_forward_backward(B: int, contender: str, race, device) -> None:
     states, noise, weights = rivals.problem(B, device)
-    published, published_parameters = _chain("published", states)
+    published, run = (_backward(name, states, weights) for name in ("published", contender))
+    error = rivals.check_norms(contender, run(noise), published(noise), rivals.GRADIENT_TOLERANCE)
+    race(f"sample B={B}, forward and backward", contender, run, published, worst_error=error)
+
+
+def _backward(contender: str, states: Tensor, weights: Tensor) -> Callable[..., dict[str, Any]]:
+    """`run(noise=None)` -> the gradients of sum(actions * weights) by name."""
+    if contender == JAX:
+        return _jax(states.device).gradients(rivals.published_actor(states.device), states, weights)
     chain, parameters = _chain(contender, states)
-    error = rivals.check_norms(
-        contender,
-        dict(zip(parameters, _gradients(chain(noise), weights, parameters), strict=True)),
-        dict(zip(published_parameters, _gradients(published(noise), weights, published_parameters), strict=True)),
-        rivals.GRADIENT_TOLERANCE,
-    )
-    race(
-        f"sample B={B}, forward and backward",
-        contender,
-        lambda: _gradients(chain(), weights, parameters),
-        lambda: _gradients(published(), weights, published_parameters),
-        worst_error=error,
-    )
+
+    def run(noise: Tensor | None = None) -> dict[str, Tensor]:
+        gradients = torch.autograd.grad((chain(noise) * weights).sum(), list(parameters.values()))
+        return dict(zip(parameters, gradients, strict=True))
+
+    return run
 
 
-@pytest.mark.parametrize("contender", ["published", "compile-lean", *DQL])
+@pytest.mark.parametrize("contender", ["published", "compile-lean", JAX, *DQL])
 def test_select(contender: str, race, device, request) -> None:
     """One action for one state, NumPy in and out: of 50 candidates, one by softmax of the critics' minimum."""
     if contender == "compile-lean" and (reason := rivals.not_compiled(device, request.config.getoption("short"))):
@@ -111,8 +121,9 @@ def test_select(contender: str, race, device, request) -> None:
     published = rivals.published_agent(device)
     state = np.random.default_rng(0).standard_normal(S).astype(np.float32)
     run, error, seed = published.act, 0.0, 0
-    if contender == "compile-lean":
-        run = lean_select(published, CANDIDATES)
+    if contender in ("compile-lean", JAX):
+        lean = lean_select if contender != JAX else _jax(device, request.config.getoption("short")).jax_select
+        run = lean(published, CANDIDATES)
         noise, draw = dql.noise.normal(seed, T, CANDIDATES, A), dql.noise.uniform(seed, 1)
         got, row = torch.from_numpy(run(state, noise, draw)), torch.from_numpy(state)[None]
         error = rivals.check_selected(contender, got, published, row, CANDIDATES, seed)

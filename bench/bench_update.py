@@ -7,6 +7,7 @@ The gradients are compared first: after the first update Adam's average is 0.1 t
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import device_time
 import pytest
@@ -15,7 +16,7 @@ import torch
 from device_time import Call
 from lean import Draws, LeanAgent
 from published import PublishedAgent
-from rivals import A, S, T
+from rivals import JAX, A, S, T
 from table import UPDATE_TITLE
 from torch import Tensor
 
@@ -26,6 +27,7 @@ Update = Callable[[dql.Batch], dict[str, Tensor]]
 B = 256
 DQL = [f"dql-{name}" for name in dql.backends()]
 COMPILED = "compile-lean"  # `lean.LeanAgent`
+MOVE_TOLERANCE = 2e-2  # of how far a first step moves a tensor: Adam divides a gradient of rounding size by itself
 GRAPHED = [f"dql-{name}+graph" for name in dql.backends() if name != "cpp"]  # `dql.GraphedUpdate`
 
 
@@ -42,10 +44,12 @@ def _update_published(agent: PublishedAgent, batch: dql.Batch) -> dict[str, floa
     return agent.update(batch.states, batch.actions, batch.rewards, batch.next_states, batch.masks)
 
 
-@pytest.mark.parametrize("contender", ["published", COMPILED, *DQL, *GRAPHED])
+@pytest.mark.parametrize("contender", ["published", COMPILED, JAX, *DQL, *GRAPHED])
 @pytest.mark.parametrize("max_q_backup", [False, True], ids=["plain", "max_q_backup"])
 def test_update(max_q_backup: bool, contender: str, race, device, request) -> None:
     if contender == COMPILED and (reason := rivals.not_compiled(device, request.config.getoption("short"))):
+        pytest.skip(reason)
+    if contender == JAX and (reason := rivals.no_jax(device, request.config.getoption("short"))):
         pytest.skip(reason)
     batch, published = _batch(device), rivals.published_agent(device, max_q_backup=max_q_backup)
     run, error = _updates(contender, published, max_q_backup, batch)
@@ -62,6 +66,11 @@ def _updates(contender: str, published: PublishedAgent, max_q_backup: bool, batc
         torch.compiler.reset()  # past eight graphs of one function torch runs it uncompiled, without a word
         lean = LeanAgent(published, B)
         return lambda: lean.update(batch), _check_lean(contender, lean, published, batch)
+    if contender == JAX:
+        from lean_jax import JaxAgent, array_of
+
+        agent, arrays = JaxAgent(published), {name: array_of(value) for name, value in vars(batch).items()}
+        return lambda: agent.update(arrays), _check_jax(contender, agent, published, batch)
     name, device = contender.removeprefix("dql-"), batch.states.device
     config = dql.Config(backend=name.removesuffix("+graph"), max_q_backup=max_q_backup)
     agent = rivals.matching_agent(published, config, device)
@@ -121,6 +130,28 @@ def _check_lean(contender: str, lean: LeanAgent, published: PublishedAgent, batc
     losses = _given_update(published, batch, draws)
     metrics = lean.update(batch, draws)
     return _compare(contender, metrics, _averages(lean), losses, published)
+
+
+def _check_jax(contender: str, agent: Any, published: PublishedAgent, batch: dql.Batch) -> float:
+    """The same for JAX's, and, as its optimizer and averages are its own, how far all parameters moved."""
+    from lean_jax import array_of
+
+    draws = _draws(UpdateSeeds.of(0, 0), published, batch.states.device)
+    before = _parameters(published)
+    losses = _given_update(published, batch, draws)
+    metrics = agent.update({name: array_of(value) for name, value in vars(batch).items()}, draws)
+    error = _compare(contender, metrics, agent.averages(), losses, published)
+    got, want = ({k: p - before[k] for k, p in ps.items()} for ps in (agent.parameters(), _parameters(published)))
+    moved = {name: tensor for name, tensor in want.items() if not name.startswith("ema_actor")}
+    rivals.check_norms(f"{contender}, moves", {name: got[name] for name in moved}, moved, MOVE_TOLERANCE)
+    return error
+
+
+def _parameters(published: PublishedAgent) -> dict[str, Tensor]:
+    """A copy of all, by name."""
+    modules = {"actor": published.actor.model, "ema_actor": published.ema_actor.model}
+    modules |= {"critic": published.critic, "critic_target": published.critic_target}
+    return {f"{n}.{k}": p.detach().clone() for n, module in modules.items() for k, p in module.named_parameters()}
 
 
 def _draws(seeds: UpdateSeeds, published: PublishedAgent, device: torch.device) -> Draws:

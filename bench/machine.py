@@ -16,7 +16,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("dql", "kernels", "csrc", "bench", "tests", "setup.py", "pyproject.toml")
-ENVIRONMENT = ("DQL_", "OMP_", "MKL_", "KMP_", "GOMP_", "TORCH", "CUDA_", "TRITON_")  # variables that change times
+# Variables that change times.
+ENVIRONMENT = ("DQL_", "OMP_", "MKL_", "KMP_", "GOMP_", "TORCH", "CUDA_", "TRITON_", "XLA_", "JAX_")
 SUFFIXES = (".py", ".sh", ".toml", ".h", ".cpp", ".cu", ".npz")
 
 
@@ -52,6 +53,7 @@ def machine(device: torch.device, timer: object) -> dict[str, Any]:
         "numpy": np.__version__,
         "onnxruntime": _version("onnxruntime"),
         "openvino": _version("openvino"),
+        "jax": _version("jax"),
     }
 
 

@@ -4,13 +4,14 @@
 - `compile-published`: its chain under torch.compile, forward;
 - `compile-lean`: `LeanActor`, what a careful user would write and compile, without a backward of his own; likewise
   `lean.lean_select` and `lean.LeanAgent`, whose `update` has our only compiled rival, on a CPU;
+- `jax`: the same computations as one would write them for `jax.jit`, and their gradients (`lean_jax.py`);
 - `onnxruntime`, `openvino`: our policy's chain, exported by `policy.export_onnx`, in float32, one session for every B,
   inputs and outputs in buffers bound once;
 - `openvino-static`: the same compiled anew for each B, which OpenVINO rewards;
 - `openvino-static-bf16`: that in bf16, where the CPU multiplies it: the rival of ours in bf16;
 - `onnxruntime-mish-op`, for information: the same graph with ONNX's operator Mish, as a plain exporter writes it.
 
-On a GPU torch.compile runs with CUDA graphs: eager torch is no rival there. The runtimes are rivals on a CPU.
+On a GPU torch.compile runs with CUDA graphs: eager torch is no rival there. The runtimes and JAX are rivals on a CPU.
 """
 
 import importlib.util
@@ -35,6 +36,7 @@ from dql.kernels.cpp import binding
 
 S, A, H, T = 17, 6, 256, 5  # a MuJoCo walker with the paper's network
 COMPILED = ("compile-published", "compile-lean")
+JAX = "jax"
 EXPORTED = ("onnxruntime", "openvino", "openvino-static")
 OPENVINO_BF16 = "openvino-static-bf16"
 MISH_OP = "onnxruntime-mish-op"
@@ -102,6 +104,17 @@ def not_compiled(device: torch.device, short: bool) -> str | None:
     if device.type != "cpu":
         return f"it is compared on a CPU, this is {device}; bench_gpu.py has compiled rivals of its own"
     return no_compiler(device)
+
+
+def no_jax(device: torch.device, short: bool) -> str | None:
+    """None if JAX is here and a rival on this device, else why not."""
+    if short:
+        return "its updates take longer to compile than all the others to time; leave out --short"
+    if device.type != "cpu":
+        return f"{JAX} is compared on a CPU, this is {device}"
+    if importlib.util.find_spec("jax") is None:
+        return f'{JAX} is not installed: pip install -e ".[bench]"'
+    return None
 
 
 @lru_cache(maxsize=1)

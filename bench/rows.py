@@ -58,7 +58,7 @@ class Row:
 
     @property
     def is_rival(self) -> bool:
-        """What a user would take instead: torch.compile, ONNX Runtime, OpenVINO; not the published code, nor dql."""
+        """What a user would take: torch.compile, JAX, ONNX Runtime, OpenVINO; neither the published code nor dql."""
         return self.contender != "published" and not self.contender.startswith("dql")
 
 

@@ -92,6 +92,101 @@ def test_the_compiled_select_is_the_published_rule(uncompiled):
     assert not np.array_equal(select(state), select(state)), "it draws"
 
 
+needs_jax = pytest.mark.skipif(rivals.no_jax(CPU, short=False) is not None, reason=str(rivals.no_jax(CPU, short=False)))
+
+
+@pytest.fixture
+def lean_jax(monkeypatch):
+    """Compiled with less care, which takes two thirds of the time; the benches check what they time."""
+    import lean_jax
+
+    monkeypatch.setattr(lean_jax, "OPTIONS", {"xla_backend_optimization_level": 0})
+    return lean_jax
+
+
+@needs_jax
+def test_the_update_in_jax_is_the_published_one_and_ours(lean_jax):
+    """Losses, gradients and steps of the first update; of three, given the same draws, the parameters and averages.
+
+    With `max_q_backup`, of which one candidate is a case: every update takes seconds to compile.
+    """
+    batch, published = bench_update._batch(CPU), rivals.published_agent(CPU, max_q_backup=True)
+    averaging = {"ema_start": 0, "ema_every": 2, "ema_decay": 0.5}  # so far that it is seen
+    for name, value in averaging.items():
+        setattr(published, name, value)
+    config = dql.Config(backend="eager", max_q_backup=True, **averaging)
+    ours, agent = rivals.matching_agent(published, config, CPU), lean_jax.JaxAgent(published)
+    arrays = {name: lean_jax.array_of(value) for name, value in vars(batch).items()}
+    assert bench_update._check_jax("jax", agent, published, batch) <= rivals.GRADIENT_TOLERANCE
+    ours.update(batch)
+    for step in (1, 2):
+        draws = bench_update._draws(dql.draws.UpdateSeeds.of(config.seed, step), published, CPU)
+        bench_update._given_update(published, batch, draws)
+        agent.update(arrays, draws)
+        ours.update(batch)
+    modules = {f"{name}.{key}": p for name, m in ours.modules().items() for key, p in m.named_parameters()}
+    got = agent.parameters()
+    for wanted in (bench_update._parameters(published), modules):
+        assert got.keys() == wanted.keys()
+        for key, tensor in wanted.items():  # Adam moves what has a gradient of rounding size by up to lr, 3e-4
+            torch.testing.assert_close(got[key], tensor.detach(), rtol=0, atol=3e-5, msg=key)
+    assert int(agent.state["step"]) == published.step == ours.step == 3
+
+
+@needs_jax
+def test_the_update_in_jax_draws_and_learns(lean_jax):
+    agent, batch = lean_jax.JaxAgent(rivals.published_agent(CPU)), bench_update._batch(CPU)
+    arrays = {name: lean_jax.array_of(value) for name, value in vars(batch).items()}
+    before = agent.parameters()
+    losses = [float(agent.update(arrays)["actor/bc_loss"]) for _ in range(2)]
+    assert losses[0] != losses[1]
+    assert not any(torch.equal(before[key], p) for key, p in agent.parameters().items() if not key.startswith("ema"))
+
+
+@needs_jax
+def test_the_chain_in_jax_is_the_published_one(lean_jax):
+    """Actions and gradients; without noise it draws."""
+    states, noise, weights = rivals.problem(3, CPU)
+    actor = rivals.published_actor(CPU)
+    chain, gradients = lean_jax.sampler(actor, states), lean_jax.gradients(actor, states, weights)
+    actions = actor.sample(states, noise)
+    rivals.check_elements("jax", "actions", chain(noise), actions.detach(), rivals.ACTION_TOLERANCE)
+    names, parameters = zip(*actor.model.named_parameters(), strict=True)
+    want = dict(zip(names, torch.autograd.grad((actions * weights).sum(), parameters), strict=True))
+    rivals.check_norms("jax", gradients(noise), want, rivals.GRADIENT_TOLERANCE)
+    for draw in (chain, lambda: gradients()["final_layer.bias"]):
+        first, second = (np.array(draw()) for _ in range(2))
+        assert np.isfinite(first).all() and not np.array_equal(first, second)
+
+
+@needs_jax
+def test_select_in_jax_is_the_published_rule(lean_jax):
+    published, state = rivals.published_agent(CPU), np.linspace(-1, 1, rivals.S, dtype=np.float32)
+    select = lean_jax.jax_select(published, 50)
+    for seed in range(5):
+        noise, draw = dql.noise.normal(seed, rivals.T, 50, rivals.A), dql.noise.uniform(seed, 1)
+        got = torch.from_numpy(select(state, noise, draw))
+        rivals.check_selected("jax", got, published, torch.from_numpy(state)[None], 50, seed)
+    assert not np.array_equal(select(state), select(state)), "it draws"
+
+
+@needs_jax
+def test_jax_uses_as_many_threads_as_torch(lean_jax, monkeypatch):
+    lean_jax.start.__wrapped__()
+    monkeypatch.setattr(lean_jax, "threads_used", lambda: 1.9)
+    with pytest.raises(AssertionError, match=r"jax computes with .* threads, allowed 1"):
+        lean_jax.start.__wrapped__()
+
+
+def test_jax_says_why_not(monkeypatch):
+    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: None if name == "jax" else object())
+    assert "jax is not installed: pip install" in rivals.no_jax(CPU, short=False)
+    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: object())
+    assert rivals.no_jax(CPU, short=False) is None
+    assert "leave out --short" in rivals.no_jax(CPU, short=True)
+    assert "is compared on a CPU, this is cuda" in rivals.no_jax(torch.device("cuda"), short=False)
+
+
 def test_precisions_of_contenders():
     names = ["published", "compile-lean", "openvino-static", "dql-cpp"]
     assert {rivals.precision_of(name) for name in names} == {"fp32"}
@@ -130,6 +225,19 @@ def test_like_is_compared_with_like():
     assert table.race_table(row_reports(rows)).endswith("500 ms (16x, 2x (fp32)) |")
     old = [{key: value for key, value in row.items() if key != "best_rival"} for row in row_reports(rows)]
     assert table.race_table(old).endswith("500 ms (16x, 2x (fp32)) |")
+
+
+def test_jax_has_a_column_and_is_a_rival():
+    """Also where a report has it for some problems only; a report without it has no such column."""
+    rows = race(published=8, compile_lean=4, jax=2, openvino_static=2.5, dql_cpp=1)
+    rows += [Row("update B=256", name, [4.0] * 3, [8.0] * 3) for name in ("published", "jax", "dql-cpp")]
+    rows += [Row("update B=256, x", name, [4.0] * 3, [8.0] * 3) for name in ("published", "dql-cpp")]
+    assert best_rival(rows[4], rows[:5]).contender == "jax"
+    header, _, *lines = table.race_table(row_reports(rows)).splitlines()
+    column = header.split(" | ").index("JAX")
+    assert [line.split(" | ")[column] for line in lines] == ["2e+03 ms", "4e+03 ms", "not measured"]
+    assert lines[0].endswith("(8x, 2x) |")
+    assert "JAX" not in table.race_table(row_reports(race(published=8, compile_lean=4, dql_cpp=1)))
 
 
 def test_an_empty_cell_says_why():
