@@ -190,10 +190,10 @@ class Loop:
         evaluates: bool = True,
     ) -> None:
         self.config, self.folder, self.data, self.info, self.agent = run, folder, data, info, agent
-        self.update = agent.update
+        self.graphed: GraphedUpdate | None = None
         if run.graphed:
             assert isinstance(agent, DiffusionBC)
-            self.update = GraphedUpdate(agent, run.agent.batch_size).update
+            self.graphed = GraphedUpdate(agent, run.agent.batch_size)
         self.console, self.origin, self.evaluates = console, origin, evaluates
         self.state = state or LoopState()
         self.saved_step = -1 if state is None else agent.step
@@ -253,7 +253,10 @@ class Loop:
 
     def _update(self) -> None:
         c = self.config.agent
-        metrics = self.update(self.data.sample(c.batch_size, c.seed, self.agent.step))
+        if self.graphed is not None:
+            metrics = self.graphed.update_from(self.data)
+        else:
+            metrics = self.agent.update(self.data.sample(c.batch_size, c.seed, self.agent.step))
         self.state.names = list(metrics)
         values = torch.stack(list(metrics.values())).double()
         self.state.since_log.add(values)

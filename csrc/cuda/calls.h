@@ -48,6 +48,14 @@ using real = double;
     F(address, seed) F(address, seed_at) F(address, out) F(address, stream) BAR F(integer, K)         \
     F(integer, R) F(integer, A) DQL_PLACE(F)
 
+#define DQL_BEGIN_CALL(F, BAR)                                                                        \
+    F(address, rows) F(integer, first) F(address, bc_t) F(address, coin) F(address, target)           \
+    F(address, bc_noise) F(address, actor) F(real, lr_scale) F(real, ema_weight) F(address, stream) BAR \
+    F(address, states) F(address, actions) F(address, rewards) F(address, next_states) F(address, masks) \
+    F(address, to_states) F(address, to_actions) F(address, to_rewards) F(address, to_next_states)    \
+    F(address, to_masks) F(integer, size) F(integer, B) F(integer, S) F(integer, A) F(integer, T)     \
+    F(address, t) F(address, seeds) F(address, scalars) DQL_PLACE(F)
+
 #define DQL_CRITIC_LOSS_CALL(F, BAR)                                                                  \
     F(address, q_target) F(address, rewards) F(address, masks) F(address, q) F(address, d_q)          \
     F(address, metrics) F(address, stream) BAR F(integer, B) F(integer, N) F(real, discount) DQL_PLACE(F)
@@ -75,6 +83,7 @@ DQL_CALL(GradientCall, DQL_GRADIENT_CALL)
 DQL_CALL(CloningCall, DQL_CLONING_CALL)
 DQL_CALL(ChooseCall, DQL_CHOOSE_CALL)
 DQL_CALL(NoiseCall, DQL_NOISE_CALL)
+DQL_CALL(BeginCall, DQL_BEGIN_CALL)
 DQL_CALL(CriticLossCall, DQL_CRITIC_LOSS_CALL)
 DQL_CALL(QLossCall, DQL_Q_LOSS_CALL)
 DQL_CALL(AdamCall, DQL_ADAM_CALL)

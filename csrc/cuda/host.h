@@ -165,7 +165,26 @@ struct NoiseJob {
 };
 void noise(const NoiseJob& job, Stream stream);
 
-// ---- update.cu: losses one launch each, a step of Adam two ----
+// ---- update.cu: what an update begins with and its losses, one launch each; a step of Adam, two ----
+
+// A batch gathered from a dataset, or copied, and all that an update has of its own: dql/draws.py.
+struct BeginJob {
+    const float *states, *actions, *rewards, *next_states, *masks;  // [size, S or A or 1]
+    float *to_states, *to_actions, *to_rewards, *to_next_states, *to_masks;  // written [B, ...]
+    int64_t size;       // of the dataset; 0: row b of what is written is row b
+    uint64_t rows;      // seed: row b is integers(rows, size, ...)[first + b]
+    int64_t first;
+    int64_t B;
+    int S, A, T;
+    uint64_t bc_t;      // seed of the timesteps: integers(bc_t, T, B)
+    int64_t* t;         // written [B]
+    uint64_t coin;      // seed: integers(coin, 2, 1)
+    uint64_t target, bc_noise, actor;
+    int64_t* seeds;     // written: these, each at a multiple of 16 bytes
+    float lr_scale, ema_weight;
+    float* scalars;     // written [4]: a 1 for the Q that is maximised and a 0, and those two
+};
+void begin(const BeginJob& job, Stream stream);
 
 struct CriticLossJob {
     const float* q_target;  // [2, B N]: of the target critics; each one's best of a state's N candidates counts

@@ -251,10 +251,10 @@ DQL_CUDA_FUNCTION(gradient_workspace) {
 DQL_CUDA_FUNCTION(fields) {
     return guarded([&] {
         Reader args(items, count, 0, "fields");
-        return Py_BuildValue("{s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s}", "prologue", cuda::PrologueCall::NAMES, "chain",
+        return Py_BuildValue("{s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s}", "prologue", cuda::PrologueCall::NAMES, "chain",
                              cuda::ChainCall::NAMES, "gradients", cuda::GradientCall::NAMES, "cloning",
                              cuda::CloningCall::NAMES, "choose",
-                             cuda::ChooseCall::NAMES, "noise", cuda::NoiseCall::NAMES, "critic_loss",
+                             cuda::ChooseCall::NAMES, "noise", cuda::NoiseCall::NAMES, "begin", cuda::BeginCall::NAMES, "critic_loss",
                              cuda::CriticLossCall::NAMES, "q_loss", cuda::QLossCall::NAMES, "adam",
                              cuda::AdamCall::NAMES);
     });
@@ -385,6 +385,26 @@ DQL_CUDA_FUNCTION(noise) {
     });
 }
 
+DQL_CUDA_FUNCTION(begin) {
+    return guarded([&] {
+        Reader args(items, count, 1, "begin");
+        const auto told = args.call<cuda::BeginCall>();
+        cuda::BeginJob job = {};
+        job.states = memory(told.states), job.actions = memory(told.actions), job.rewards = memory(told.rewards);
+        job.next_states = memory(told.next_states), job.masks = memory(told.masks);
+        job.to_states = memory(told.to_states), job.to_actions = memory(told.to_actions);
+        job.to_rewards = memory(told.to_rewards), job.to_next_states = memory(told.to_next_states);
+        job.to_masks = memory(told.to_masks);
+        job.size = told.size, job.rows = told.rows, job.first = told.first, job.B = told.B;
+        job.S = static_cast<int>(told.S), job.A = static_cast<int>(told.A), job.T = static_cast<int>(told.T);
+        job.bc_t = told.bc_t, job.t = memory<int64_t>(told.t), job.coin = told.coin;
+        job.target = told.target, job.bc_noise = told.bc_noise, job.actor = told.actor;
+        job.seeds = memory<int64_t>(told.seeds), job.scalars = memory(told.scalars);
+        job.lr_scale = static_cast<float>(told.lr_scale), job.ema_weight = static_cast<float>(told.ema_weight);
+        return launched(told, [&](cuda::Stream stream) { cuda::begin(job, stream); });
+    });
+}
+
 DQL_CUDA_FUNCTION(critic_loss) {
     return guarded([&] {
         Reader args(items, count, 1, "critic_loss");
@@ -455,6 +475,7 @@ PyMethodDef methods[] = {
     DQL_ENTRY(actor_gradients, "mlp, packed call, packed cloning"),
     DQL_ENTRY(choose, "packed call"),
     DQL_ENTRY(noise, "packed call"),
+    DQL_ENTRY(begin, "packed call"),
     DQL_ENTRY(critic_loss, "packed call"),
     DQL_ENTRY(q_loss, "packed call"),
     DQL_ENTRY(adam, "packed call"),

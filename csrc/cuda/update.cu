@@ -1,5 +1,5 @@
-// What an update does beside chains and critics, for dql/update_fused.py: both losses of Q values with their gradients,
-// and a step of Adam. Every sum has one order, so the same numbers give the same bits.
+// What an update does beside chains and critics, for dql/update_fused.py: its batch and draws, both losses of Q values
+// with their gradients, a step of Adam. Every sum has one order, so the same numbers give the same bits.
 #include <algorithm>
 
 #include "arithmetic.h"
@@ -7,6 +7,37 @@
 
 namespace dql {
 namespace device {
+
+// Element `index` of dql.noise.integers(seed, high, ...).
+DQL_DEVICE int64_t drawn(uint64_t seed, uint64_t high, uint64_t index) {
+    const PhiloxWords words = philox(seed, static_cast<uint32_t>(index / 4), INTEGER_STEP, 0, 0);
+    const int i = static_cast<int>(index % 4);
+    const uint32_t word = i == 0 ? words.w[0] : i == 1 ? words.w[1] : i == 2 ? words.w[2] : words.w[3];
+    return static_cast<int64_t>(word * high >> 32);
+}
+
+// A warp a row.
+DQL_KERNEL(THREADS, 1) begin_kernel(DQL_ARGUMENT cuda::BeginJob job) {
+    if (block_x() == 0 && thread() == 0) {
+        job.seeds[0] = static_cast<int64_t>(job.target);
+        job.seeds[2] = static_cast<int64_t>(job.bc_noise);
+        job.seeds[4] = static_cast<int64_t>(job.actor);
+        const float first = static_cast<float>(drawn(job.coin, 2, 0));
+        job.scalars[0] = first, job.scalars[1] = 1 - first;
+        job.scalars[2] = job.lr_scale, job.scalars[3] = job.ema_weight;
+    }
+    const int64_t b = static_cast<int64_t>(block_x()) * WARPS + warp();
+    if (b >= job.B) return;
+    const int64_t from = job.size > 0 ? drawn(job.rows, job.size, job.first + b) : b;
+    for (int i = lane(); i < job.S; i += 32) {
+        job.to_states[b * job.S + i] = job.states[from * job.S + i];
+        job.to_next_states[b * job.S + i] = job.next_states[from * job.S + i];
+    }
+    for (int i = lane(); i < job.A; i += 32) job.to_actions[b * job.A + i] = job.actions[from * job.A + i];
+    if (lane() == 0) job.to_rewards[b] = job.rewards[from];
+    if (lane() == 1) job.to_masks[b] = job.masks[from];
+    if (lane() == 2) job.t[b] = drawn(job.bc_t, job.T, b);
+}
 
 // COUNT numbers of each thread, summed over the block; all threads get the sums.
 template <int COUNT>
@@ -136,6 +167,12 @@ DQL_KERNEL(THREADS, 1) adam_kernel(DQL_ARGUMENT cuda::AdamJob job) {
 namespace cuda {
 
 constexpr int SUMS_BYTES = 4 * WARPS * 4;
+
+void begin(const BeginJob& job, Stream stream) {
+    Grid grid;
+    grid.x = (job.B + WARPS - 1) / WARPS;
+    launch("an update's beginning", device::begin_kernel, grid, job, stream);
+}
 
 void critic_loss(const CriticLossJob& job, Stream stream) {
     Grid grid;

@@ -10,6 +10,46 @@
 
 namespace {
 
+int64_t integer_of(uint64_t seed, uint64_t high, uint64_t i) {
+    return static_cast<int64_t>(philox(seed, static_cast<uint32_t>(i / 4), INTEGER_STEP, 0, 0).w[i % 4] * high >> 32);
+}
+
+void batches_are_gathered() {
+    // dql.noise.integers(2024, 1000, 6)
+    const int64_t known[6] = {594, 692, 84, 693, 402, 427};
+    for (int i = 0; i < 6; ++i) CHECK_EQ(integer_of(2024, 1000, i), known[i]);
+    for (const int S : {1, 40})
+        for (const int A : {1, 33})
+            for (const int64_t size : {0, 1, 1000}) {
+                const int64_t B = 21, rows = size > 0 ? size : B, first = 2 * B + 1;
+                const std::vector<float> states = random_floats(rows * S), actions = random_floats(rows * A),
+                                         rewards = random_floats(rows), next = random_floats(rows * S),
+                                         masks = random_floats(rows);
+                const std::vector<float> none[5] = {std::vector<float>(B * S, NOT_A_NUMBER),
+                                                    std::vector<float>(B * A, NOT_A_NUMBER),
+                                                    std::vector<float>(B, NOT_A_NUMBER)};
+                std::vector<float> to[5] = {none[0], none[1], none[2], none[0], none[2]}, scalars(4, NOT_A_NUMBER);
+                std::vector<int64_t> t(B, -1), seeds(5, -1);  // of the last seed's 16 bytes the first half
+                const uint64_t coin = 5 + size;
+                cuda::begin({states.data(), actions.data(), rewards.data(), next.data(), masks.data(), to[0].data(),
+                             to[1].data(), to[2].data(), to[3].data(), to[4].data(), size, 7, first, B, S, A, 5, 8,
+                             t.data(), coin, ~uint64_t{0}, 2, 3, seeds.data(), 0.5f, 0.25f, scalars.data()},
+                            nullptr);
+                for (int64_t b = 0; b < B; ++b) {
+                    const int64_t row = size > 0 ? integer_of(7, size, first + b) : b;
+                    const auto same = [&](const std::vector<float>& got, const std::vector<float>& from, int width) {
+                        return memcmp(got.data() + b * width, from.data() + row * width, 4 * width) == 0;
+                    };
+                    CHECK(same(to[0], states, S) && same(to[1], actions, A) && same(to[2], rewards, 1));
+                    CHECK(same(to[3], next, S) && same(to[4], masks, 1));
+                    CHECK_EQ(t[b], integer_of(8, 5, b));
+                }
+                CHECK(seeds == std::vector<int64_t>({-1, -1, 2, -1, 3}));
+                const float picked = static_cast<float>(integer_of(coin, 2, 0));
+                CHECK(scalars == std::vector<float>({picked, 1 - picked, 0.5f, 0.25f}));
+            }
+}
+
 void critics_loss(int64_t B, int N) {
     const std::vector<float> q_target = random_floats(2 * B * N), rewards = random_floats(B), q = random_floats(2 * B);
     std::vector<float> masks(B), d_q(2 * B, NOT_A_NUMBER), metrics(3, NOT_A_NUMBER);
@@ -121,6 +161,7 @@ void steps_of_adam() {
 }  // namespace
 
 int main() {
+    RUN(batches_are_gathered);
     RUN(critics_losses);
     RUN(q_losses);
     RUN(steps_of_adam);

@@ -4,6 +4,7 @@ where the GPU can do that (compute capability 9.0 and up), else they are streame
 The extension `dql.kernels._cuda` is loaded when it is first asked for.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from .actor import ActorRunner
     from .chain import ChainRunner
     from .critic import CriticRunner
+    from .update import Beginning
 
 Tensor = torch.Tensor
 STAND_IN = ("DQL_CUDA_EMULATE", "emulated")
@@ -67,6 +69,13 @@ def actor_runner(
     from .actor import ActorRunner
 
     return ActorRunner(spec, table, embedding, q_sample, max_action, predict_epsilon, precision)
+
+
+def beginning(batch: Sequence[Tensor], t: Tensor, seeds: Tensor, scalars: Tensor, T: int) -> "Beginning":
+    """What gathers a batch and draws what an update has of its own, into this memory."""
+    from .update import Beginning
+
+    return Beginning(batch, t, seeds, scalars, T)
 
 
 def critic_loss(

@@ -10,10 +10,12 @@ from support.gpu_agents import CONFIG, DEVICE, A, S, make_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dql
-from dql import update_fused
+from dql import update_fused, update_graphed
 from dql.backend.registry import of_gpus, registry
+from dql.data import DatasetInfo
 from dql.kernels.cuda import binding
 from dql.sampler import backend_for
+from dql.update_graphed import GraphedUpdate
 
 Tensor = torch.Tensor
 FUSED = [name for name in of_gpus() if registry()[name].ops is not None]
@@ -202,8 +204,26 @@ def test_launches_of_an_update(runs_here, cls, changes, launches, operators):
     agent.update(make_batch(0))
     batch = make_batch(1)
     draws, backend = agent.draws(len(batch.states)), backend_for(batch.states, agent.policy, "cuda")
+    assert counted(lambda: agent.compute(batch, draws, backend)) == (launches, operators)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the emulator counts launches")
+def test_launches_of_a_recorded_update(runs_here, monkeypatch):
+    """25 in all, its batch gathered from a dataset and all draws made."""
+    monkeypatch.setattr(update_graphed, "record", lambda body, agent: (body, body()))
+    monkeypatch.setattr(GraphedUpdate, "__init__", GraphedUpdate._prepare)
+    batch = make_batch(0)
+    update = GraphedUpdate(make_agent(runs_here("cuda"), ema_start=0), len(batch.states))
+    data = dql.TransitionDataset(*vars(batch).values(), DatasetInfo("a/b-v0", None, None, None, 0, [], "box", 1.0))
+    beginning = {"an update's beginning": 1}
+    for _ in range(2):  # with and without an average
+        assert counted(lambda: update.update_from(data)) == (beginning | QL, {"add": 1})
+    assert counted(lambda: update.update(batch)) == (beginning | QL, {"add": 1})
+
+
+def counted(run) -> tuple[dict[str, int], dict[str, int]]:
+    """(launches of our kernels, operators of torch that launch something)."""
     binding.module().launches()
     with _Operators() as seen:
-        agent.compute(batch, draws, backend)
-    assert binding.module().launches() == launches
-    assert {name: count for name, count in seen.seen.items() if name not in FREE} == operators
+        run()
+    return binding.module().launches(), {name: count for name, count in seen.seen.items() if name not in FREE}

@@ -40,7 +40,7 @@ SOLOS = {
     for what in ("forward", "saving", "backward")
     if rows > 4 or what == "forward"
 }
-OTHERS = {"prologue", "products", "finish", "choose", "noise", "critic_loss", "q_loss", "squares", "adam"}
+OTHERS = {"prologue", "products", "finish", "choose", "noise", "begin", "critic_loss", "q_loss", "squares", "adam"}
 
 
 @built
