@@ -280,16 +280,24 @@ class TransitionDataset:
         Raises:
             ValueError: as `indices`.
         """
+        child, first = self.draw(batch_size, seed, step)
+        key = (seed, batch_size, step // BLOCK_STEPS)
+        cached = self._block
+        if cached is None or cached[0] != key:
+            rows = noise.integers(child, self.size, BLOCK_STEPS * batch_size).view(BLOCK_STEPS, batch_size)
+            cached = self._block = (key, rows.to(self.device, non_blocking=True))
+        return cached[1][first // batch_size :]
+
+    def draw(self, batch_size: int, seed: int, step: int) -> tuple[int, int]:
+        """(seed, first): the rows of a step's batch are noise.integers(seed, N, ...)[first : first + batch_size].
+
+        Raises:
+            ValueError: as `indices`.
+        """
         if batch_size < 1 or step < 0:
             raise ValueError(f"batch_size must be at least 1 and step at least 0, got {batch_size} and {step}")
         block, row = divmod(step, BLOCK_STEPS)
-        key = (seed, batch_size, block)
-        cached = self._block
-        if cached is None or cached[0] != key:
-            child = noise.derive(seed, "data", block)
-            rows = noise.integers(child, self.size, BLOCK_STEPS * batch_size).view(BLOCK_STEPS, batch_size)
-            cached = self._block = (key, rows.to(self.device, non_blocking=True))
-        return cached[1][row:]
+        return noise.derive(seed, "data", block), row * batch_size
 
     def sample(self, batch_size: int, seed: int, step: int) -> Batch:
         """The batch of `step`: see `indices`."""

@@ -75,6 +75,12 @@ class Draws:
 SEEDS = ("target", "bc_noise", "actor")  # those that kernels read, in the order in which they stand
 
 
+def derived(seed: int, first: int, n: int) -> list[tuple[int, ...]]:
+    """Of each of n updates from `first` on the seeds of SEEDS, of the bc_loss's timesteps and of the coin."""
+    of_each = (noise.derived(seed, name, first, n).tolist() for name in (*SEEDS, "bc_t", "coin"))
+    return list(zip(*of_each, strict=True))
+
+
 def drawn(seed: int, first: int, n: int, T: int, B: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What `UpdateSeeds` of n updates from `first` on amount to, in one pass.
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from dql.backend.base import UpdateOps
 from dql.draws import Part
 from dql.kernels.cpp import binding
 from dql.networks import FlatModule
@@ -57,18 +58,36 @@ class FlatAdam:
         )
 
     def native(self) -> binding.Optimizer:
-        """The gradient's memory and Adam's state, made if no step was taken, for native code to write."""
-        flat = self.module.flat
+        """The gradient's memory and Adam's state, for native code to write."""
         self.module.attach_gradients()
+        flat, state = self.module.flat, self._state()
         assert flat.grad is not None
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        return binding.Optimizer(flat.grad, *moments, state["step"], self.lr, self.grad_norm)
+
+    def step_fused(
+        self, ops: UpdateOps, lr_scale: float | Tensor, average: tuple[Tensor, float | Tensor] | None = None
+    ) -> Tensor:
+        """`step` for a gradient that is in `flat.grad` already, by kernels that move an average, too; it leaves that
+        clipped. Returns the norm [1]."""
+        flat, state = self.module.flat, self._state()
+        assert flat.grad is not None
+        moments = state["exp_avg"], state["exp_avg_sq"], state["step"]
+        norm = ops.adam(self.module.buffer, flat.grad, *moments, self.lr, lr_scale, self.grad_norm, average)
+        for written in (flat, flat.grad, *moments, *([] if average is None else average[:1])):
+            torch.autograd.graph.increment_version(written)
+        return norm
+
+    def _state(self) -> dict[str, Tensor]:
+        """Adam's, made if no step was taken."""
+        flat = self.module.flat
         if self.adam.param_groups[0]["params"][0] is not flat:
             self._reattach()
-        state = self.adam.state[flat]
+        state: dict[str, Tensor] = self.adam.state[flat]
         if not state:
             zeros = torch.zeros_like(self.module.buffer)
             state.update(step=zeros.new_zeros(()), exp_avg=zeros, exp_avg_sq=zeros.clone())
-        moments = state["exp_avg"], state["exp_avg_sq"]
-        return binding.Optimizer(flat.grad, *moments, state["step"], self.lr, self.grad_norm)
+        return state
 
     def _check(self, tensors: dict[str, Tensor]) -> None:
         if tensors.keys() != {"step", "exp_avg", "exp_avg_sq"}:

@@ -99,8 +99,10 @@ def _profiled(run: RunConfig, agent: Agent, data: TransitionDataset, path: Path,
     if isinstance(agent, DiffusionBC) and takes_blocks(agent, data):
         return _of_native(agent, data, path, updates)
     c = agent.config
-    update = GraphedUpdate(agent, c.batch_size).update if run.graphed else agent.update  # type: ignore[arg-type]
-    return _of_torch(agent, lambda: update(data.sample(c.batch_size, c.seed, agent.step)), path, updates)
+    if run.graphed:
+        graphed = GraphedUpdate(agent, c.batch_size)  # type: ignore[arg-type]
+        return _of_torch(agent, lambda: graphed.update_from(data), path, updates)
+    return _of_torch(agent, lambda: agent.update(data.sample(c.batch_size, c.seed, agent.step)), path, updates)
 
 
 def _of_native(agent: DiffusionBC, data: TransitionDataset, path: Path, updates: int) -> Profile:

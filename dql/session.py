@@ -42,8 +42,8 @@ OwnUpdate = Callable[[], dict[str, torch.Tensor]]
 
 def _graphed(loop: Loop) -> OwnUpdate:
     assert isinstance(loop.agent, DiffusionBC)
-    c, update = loop.config.agent, GraphedUpdate(loop.agent, loop.config.agent.batch_size)
-    return lambda: update.update(loop.data.sample(c.batch_size, c.seed, loop.agent.step))
+    update = GraphedUpdate(loop.agent, loop.config.agent.batch_size)
+    return lambda: update.update_from(loop.data)
 
 
 def _sharded(loop: Loop, shard: Shard) -> OwnUpdate:

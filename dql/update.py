@@ -1,6 +1,7 @@
 """One update of an agent: which path it takes, and its losses by autograd; a function of (agent, batch, draws).
 
-The other path, of the backend "cpp", is `update_native`; `update_graphed` records this one.
+Other paths are `update_fused`, for the backends that have kernels for all of an update, and `update_native`, of the
+backend "cpp". `update_graphed` records this one or `update_fused`.
 """
 
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dql import update_native
+from dql import update_fused, update_native
 from dql.actor_loss import bc_loss_of, update_actor
 from dql.backend.base import Backend
 from dql.data import Batch
@@ -43,12 +44,17 @@ def update(agent: Cloner, batch: Batch) -> dict[str, Tensor]:
 
 def clone(agent: Cloner, batch: Batch, draws: Draws, backend: Backend) -> dict[str, Tensor]:
     """Of DiffusionBC: the actor down the bc_loss."""
+    if draws.shard is None and update_fused.runs_fused(agent, backend):
+        return update_fused.clone(agent, batch, draws, backend)
     loss = bc_loss_of(agent.policy, batch, draws, backend)
     return {"actor/bc_loss": loss.detach(), "actor/grad_norm": agent.actor_adam.step(loss, draws.lr_scale, draws.shard)}
 
 
 def learn(agent: Learner, batch: Batch, draws: Draws, backend: Backend) -> dict[str, Tensor]:
     """Of DiffusionQL: critics, actor, averages."""
+    fusable = agent.config.actor_gradient == "chain" and draws.shard is None
+    if fusable and update_fused.runs_fused(agent, backend):
+        return update_fused.learn(agent, batch, draws, backend)
     metrics = update_critic(agent, batch, draws, backend) | update_actor(agent, batch, draws, backend)
     move_averages(agent, torch.Tensor.lerp_, draws.ema_weight)
     return metrics

@@ -1,6 +1,6 @@
 """An update of an agent, recorded once as a CUDA graph: a replay of its many small kernels costs the host one call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,8 +8,10 @@ import torch
 
 from dql import draws
 from dql.agents.diffusion import DiffusionBC, DiffusionQL
+from dql.backend.gpu import on_device_of
 from dql.config import Config
-from dql.data import Batch
+from dql.data import Batch, TransitionDataset
+from dql.datasets.info import FIELDS
 from dql.draws import SEEDS, Draws
 from dql.kernels.capture import prove, recorded
 from dql.learner import checked_batch
@@ -23,11 +25,12 @@ AHEAD = 64  # updates whose numbers are drawn at once
 
 @dataclass(frozen=True)
 class _Drawn:
-    """The numbers of AHEAD updates from `first` on, for this config; each row as `_numbers` wants it, on the device."""
+    """The numbers of AHEAD updates from `first` on, for this config: each row as `_numbers` wants it, on the device; or
+    the seeds, where the device draws."""
 
     config: Config
     first: int
-    rows: tuple[Tensor, ...]
+    rows: Sequence[Tensor] | list[tuple[int, ...]]
 
 
 class GraphedUpdate:
@@ -71,9 +74,14 @@ class GraphedUpdate:
         seeds, self._t, scalars = self._numbers.split((2 * len(SEEDS), batch_size, 4))
         self._seeds, self._scalars = [seed[:1] for seed in seeds.split(2)], scalars.view(torch.float64)
         self._backend = backend_for(self._batch.states, agent.policy, agent.config.backend)
+        # A backend may do all that in one launch; the four numbers are float32 then.
+        self._beginning, make = None, getattr(self._backend.ops, "beginning", None)
+        if make is not None and dtype is torch.float32:
+            self._scalars = scalars.view(torch.float32)[:4]
+            self._beginning = make(list(vars(self._batch).values()), self._t, seeds, self._scalars, agent.policy.T)
         self._flats = [module.flat for module in agent.modules().values()]
         self._drawn: _Drawn | None = None
-        self._stage()
+        self._stage(list(vars(self._batch).values()))
         self._replay, self._metrics = record(self._body, agent)
         # What the graph reads and writes must stay its own as long as it lives: gradients, tables and their embeddings.
         tables = [policy.step_table() for policy in (agent.policy, getattr(agent, "ema_policy", agent.policy))]
@@ -94,18 +102,31 @@ class GraphedUpdate:
         given = Draws(target, bc_noise, actor, self._t, scalars[:2], lr_scale, scalars[3])
         return self.agent.compute(self._batch, given, self._backend)
 
-    def _stage(self) -> None:
-        """Brings the next update's numbers to the device: one row of a block that was drawn ahead, and copied at once.
+    def _stage(self, source: list[Tensor], rows: tuple[int, int] | None = None) -> None:
+        """Brings the next update's batch and numbers to where they are read: of the numbers one row of a block that was
+        drawn ahead, and copied at once, or the seeds alone.
 
         They depend on step and config alone: a step that was loaded, or done without the graph, finds its own.
+
+        Args:
+            source: the five tensors of a batch, or of a dataset.
+            rows: of a dataset, see `TransitionDataset.draw`.
         """
         agent, drawn = self.agent, self._drawn
         if drawn is None or drawn.config is not agent.config or not 0 <= agent.step - drawn.first < AHEAD:
             drawn = self._drawn = self._draw()
-        self._numbers.copy_(drawn.rows[agent.step - drawn.first])
+        row, step = drawn.rows[agent.step - drawn.first], agent.step
+        if self._beginning is not None:
+            with on_device_of(self._numbers):
+                self._beginning.run(source, rows, row, agent.lr_scale(step), agent.ema_weight(step))
+            return
+        self._numbers.copy_(row)  # type: ignore[arg-type]
+        torch._foreach_copy_(list(vars(self._batch).values()), source)
 
     def _draw(self) -> "_Drawn":
         agent, first = self.agent, self.agent.step
+        if self._beginning is not None:
+            return _Drawn(agent.config, first, draws.derived(agent.config.seed, first, AHEAD))
         steps = range(first, first + AHEAD)
         host = np.zeros((AHEAD, len(self._numbers)), np.int64)
         seeds, host[:, 2 * len(SEEDS) : -4], coins = draws.drawn(
@@ -140,6 +161,35 @@ class GraphedUpdate:
                 f"the batch has {len(batch.states)} rows, this update was recorded for {self.batch_size}; make another "
                 "GraphedUpdate for another batch size"
             )
+        self._check_recorded()
+        self._stage(list(vars(batch).values()))
+        return self._run()
+
+    def update_from(self, data: TransitionDataset) -> dict[str, Tensor]:
+        """`update(data.sample(batch_size, seed, step))` with the agent's seed and step.
+
+        Where the backend's kernels can, rows are drawn and gathered on the device, in the launch that begins an update.
+
+        Args:
+            data: on the agent's device.
+
+        Returns:
+            as `update`.
+
+        Raises:
+            ValueError, RuntimeError: as `update`.
+        """
+        agent, source = self.agent, [getattr(data, name) for name in FIELDS]
+        sizes = (agent.policy.state_dim, agent.policy.action_dim)
+        fits = data.device == agent.device and (data.state_dim, data.action_dim) == sizes
+        if self._beginning is None or not fits or not all(tensor.is_contiguous() for tensor in source):
+            return self.update(data.sample(self.batch_size, agent.config.seed, agent.step))
+        self._check_recorded()
+        self._stage(source, data.draw(self.batch_size, agent.config.seed, agent.step))
+        return self._run()
+
+    def _check_recorded(self) -> None:
+        agent = self.agent
         if any(module.flat is not flat for module, flat in zip(agent.modules().values(), self._flats, strict=True)):
             raise RuntimeError("a network of the agent was moved or cast after its update was recorded; record it anew")
         moments = agent.moments()
@@ -148,12 +198,12 @@ class GraphedUpdate:
                 "an optimizer of the agent was loaded or replaced after its update was recorded, and the graph has the "
                 "old one; make a new GraphedUpdate"
             )
-        self._stage()
-        torch._foreach_copy_(list(vars(self._batch).values()), list(vars(batch).values()))
+
+    def _run(self) -> dict[str, Tensor]:
         self._replay()
         for flat in self._flats:  # who keeps what belongs to a version must notice
             torch.autograd.graph.increment_version(flat)
-        agent.step += 1
+        self.agent.step += 1
         return self._metrics
 
 

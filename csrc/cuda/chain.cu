@@ -40,8 +40,16 @@ void check_solo(const ChainJob& job) {
         throw std::invalid_argument("the parameters must start at a multiple of 16 bytes in memory; clone them");
 }
 
+void check_cloning(const ChainJob& job) {
+    const Cloning& c = job.cloning;
+    if (c.planes() > 0 && (job.net.D == 0 || job.N != 1 || job.saved == nullptr || is_wide(job.tiling) ||
+                           job.tiling.solo > 0 || (job.K != 0 && job.K != c.T)))
+        throw std::invalid_argument("a batch is cloned beside a chain of all steps without candidates that saves");
+}
+
 Grid grid_of(const ChainJob& job, bool backward) {
-    const int64_t tiles = whole_tiles(job.R, job.tiling) / job.tiling.rows();
+    const int kinds = (job.K > 0 ? 1 : 0) + job.cloning.planes();
+    const int64_t tiles = kinds * (whole_tiles(job.R, job.tiling) / job.tiling.rows());
     const int64_t clusters = std::max<int64_t>(1, job.max_clusters / job.networks);
     Grid grid;
     grid.x = std::min(tiles, clusters) * job.tiling.cluster;
@@ -69,6 +77,7 @@ int64_t shared_bytes(const Mlp& net, const Tiling& tiling, bool backward) {
 
 void chain_forward(const ChainJob& job, Stream stream) {
     check_solo(job);
+    check_cloning(job);
     if (is_wide(job.tiling) && job.saved != nullptr)
         throw std::invalid_argument("tiles of 128 rows save nothing for a backward pass");
     launch("the chain", kernel_for(job.net, job.tiling, job.saved != nullptr, false), grid_of(job, false),
@@ -77,6 +86,7 @@ void chain_forward(const ChainJob& job, Stream stream) {
 
 void chain_backward(const ChainJob& job, Stream stream) {
     check_solo(job);
+    check_cloning(job);
     launch("the chain's backward pass", kernel_for(job.net, job.tiling, true, true), grid_of(job, true),
            chain_arguments(job, true), stream);
 }

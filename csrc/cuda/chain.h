@@ -76,12 +76,14 @@ public:
         prepare();
         Stream stream(global_operands(), memory + a.memory.weights, a.division, w, a.groups, a.net.L - 1, BACKWARD);
         for (int tile = block_x() / blocks; tile < a.tiles; tile += blocks_x() / blocks) {
-            row0 = static_cast<int64_t>(tile) * M;
+            const bool cloned = tile >= a.chain_tiles;
+            row0 = static_cast<int64_t>(cloned ? tile - a.chain_tiles : tile) * M;
+            k = cloned ? a.K : BACKWARD ? a.K - 1 : 0;
             begin();
             if (RESIDENT && tile == block_x() / blocks) barrier_wait(barriers, 0);  // the weights are here
-            for (int i = 0; i < a.K; ++i) {
-                k = BACKWARD ? a.K - 1 - i : i;
+            for (int i = cloned ? 1 : a.K; i > 0; --i) {
                 step(stream);
+                k += BACKWARD ? -1 : 1;
             }
         }
         if constexpr (RESIDENT)
@@ -163,7 +165,7 @@ private:
     // ---- one step ----
 
     DQL_DEVICE int64_t saved_at(int layer, int row, int column) const {
-        const int64_t plane = (static_cast<int64_t>(network) * a.net.L + layer) * a.K + k;
+        const int64_t plane = (static_cast<int64_t>(network) * a.net.L + layer) * a.planes + k;
         return ((plane * a.RP + row0 + row) * a.HP + rank * a.NS + column) * ELEMENT;
     }
 
@@ -319,8 +321,9 @@ private:
         }
     }
 
-    // In the last turn of a backward chain nobody asks for the gradient of x_T, the noise; of a critic the caller may.
-    DQL_DEVICE bool sums_wanted() const { return !BACKWARD || (critic ? a.d_actions != nullptr : k > 0); }
+    // In the last turn of a backward chain nobody asks for the gradient of x_T, the noise, nor for that of a cloned row's
+    // x; of a critic the caller may.
+    DQL_DEVICE bool sums_wanted() const { return !BACKWARD || (critic ? a.d_actions != nullptr : k > 0 && k < a.K); }
 
     DQL_DEVICE void step(Stream& stream) {
         sync_block();  // v is written
@@ -342,6 +345,11 @@ private:
 template <Precision P, int MT, bool RESIDENT, bool BACKWARD>
 DQL_KERNEL(THREADS, 1) chain_kernel(DQL_ARGUMENT ChainArguments arguments) {
     if constexpr (RESIDENT && !HAS_CLUSTERS) return;
+    if constexpr (BACKWARD) {  // nobody asks for this critic
+        if (arguments.only_at != nullptr ? arguments.only_at[block_y()] == 0
+                                         : arguments.only > 0 && arguments.only != 1 + block_y())
+            return;
+    }
     Chain<P, MT, RESIDENT, BACKWARD>(arguments).run();
 }
 

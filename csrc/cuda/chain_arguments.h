@@ -4,6 +4,7 @@
 #include "arithmetic.h"
 #include "block_memory.h"
 #include "device.h"
+#include "host.h"
 
 namespace dql {
 namespace device {
@@ -43,6 +44,12 @@ struct ChainArguments {
     int N, K, tiles;
     float max_action;
     bool all_rows;  // a tile that is not full is exchanged whole all the same: to compare
+    int chain_tiles, planes;  // the other tiles are cloned rows, whose one step has number K
+    cuda::Cloning cloning;
+    float* errors;
+    int32_t* counter;
+    const float* only_at;
+    int only;
 };
 
 struct Step {
@@ -105,6 +112,23 @@ DQL_DEVICE void draw(const ChainArguments& a, float (&noise)[4], int64_t row, in
     const float4 four =
         normals4(seed, static_cast<uint32_t>(row), static_cast<uint32_t>(k), static_cast<uint32_t>(quad), 0);
     noise[0] = four.x, noise[1] = four.y, noise[2] = four.z, noise[3] = four.w;
+}
+
+// Of a cloned row: the noisy action sqrt(abar_t) a + sqrt(1 - abar_t) noise, and what is to be predicted from it; left
+// alone behind the last row.
+DQL_DEVICE void clone(const ChainArguments& a, float (&x)[4], float (&target)[4], int64_t row, int quad) {
+    if (row >= a.R) return;
+    const cuda::Cloning& c = a.cloning;
+    const uint64_t seed = c.seed_at != nullptr ? static_cast<uint64_t>(*c.seed_at) : c.seed;
+    const float4 four = normals4(seed, static_cast<uint32_t>(row), 0, static_cast<uint32_t>(quad), 0);
+    const float noise[4] = {four.x, four.y, four.z, four.w};
+    const float keep = c.q_sample[2 * c.t[row]], add = c.q_sample[2 * c.t[row] + 1];
+    read(x, c.actions + row * a.net.X, quad, a.net.X);
+    DQL_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        target[i] = c.predict_epsilon ? noise[i] : x[i];
+        x[i] = keep * x[i] + add * noise[i];
+    }
 }
 
 struct Updated {

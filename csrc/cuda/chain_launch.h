@@ -17,10 +17,11 @@ ChainKernel chain_kernel_for(const Tiling& tiling, bool backward);
 
 inline device::ChainArguments chain_arguments(const ChainJob& job, bool backward) {
     const Slices s(job.net, job.tiling);
-    const Packed packed(job.net, job.tiling, job.transposed, job.B, job.K);
+    const Packed packed(job.net, job.tiling, job.transposed, job.B, job.cloning.planes() > 0 ? job.cloning.T : job.K);
     const int64_t RP = whole_tiles(job.R, job.tiling);
-    const SavedPlaces saved(job.net, job.tiling, job.networks, RP, job.K);
-    const BackwardPlaces back(job.net, job.tiling, job.networks, RP, job.K);
+    const int cloned = job.cloning.planes();
+    const SavedPlaces saved(job.net, job.tiling, job.networks, RP, job.K, cloned);
+    const BackwardPlaces back(job.net, job.tiling, job.networks, RP, job.K, cloned);
     device::ChainArguments a = {job.net, BlockMemory(job.net, job.tiling), Division(s.pairs(), s.groups)};
     a.HP = s.HP, a.NS = s.NS, a.groups = s.groups;
     a.operand_bytes = static_cast<int>(s.operand_bytes());
@@ -50,7 +51,15 @@ inline device::ChainArguments chain_arguments(const ChainJob& job, bool backward
         a.d_actions = job.d_actions;
     }
     a.B = job.B, a.R = job.R, a.RP = RP, a.N = job.N, a.K = job.K;
-    a.tiles = static_cast<int>(RP / job.tiling.rows());
+    a.planes = job.K + cloned;
+    a.chain_tiles = job.K > 0 ? static_cast<int>(RP / job.tiling.rows()) : 0;
+    a.tiles = a.chain_tiles + cloned * static_cast<int>(RP / job.tiling.rows());
+    a.cloning = job.cloning;
+    if (cloned > 0) {
+        a.errors = reinterpret_cast<float*>(job.saved + saved.errors);
+        a.counter = reinterpret_cast<int32_t*>(job.saved + saved.counter);
+    }
+    a.only_at = job.only_at, a.only = job.only;
     a.max_action = job.max_action;
     a.all_rows = job.all_rows;
     return a;

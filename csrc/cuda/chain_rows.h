@@ -9,7 +9,7 @@
 namespace dql {
 namespace device {
 
-template <int ROWS, bool BACKWARD>
+template <int ROWS, bool BACKWARD, bool CLONES>  // CLONES: some rows may be a cloned batch's, of one step with number K
 class ChainRows {
 protected:
     static constexpr int M = ROWS;
@@ -47,6 +47,10 @@ protected:
                 put(v + 4 * quad, x);
                 continue;
             }
+            if (CLONES && k == a.K) {
+                begin_cloned(x, at, q, quad);
+                continue;
+            }
             if constexpr (BACKWARD) {
                 float last[4] = {0, 0, 0, 0};
                 if (at < a.R) read(x, a.d_out_in + at * a.net.X, q, a.net.X);
@@ -64,7 +68,25 @@ protected:
                 put(own_place(0, quad), zero);
             }
         }
-        k = BACKWARD ? a.K - 1 : 0;
+    }
+
+    // What a cloned row starts from: forward x and, to be compared later, what is to be predicted; backward the
+    // prediction's gradient, which the forward pass left.
+    DQL_DEVICE void begin_cloned(float (&x)[4], int64_t at, int q, int quad) {
+        if constexpr (BACKWARD) {
+            if (at < a.R) read(x, cloned_gradient(at), q, a.net.X);
+            if (rank == 0) write(a.d_out + (static_cast<int64_t>(a.K) * a.RP + at) * a.net.X, x, q, a.net.X);
+        } else {
+            float target[4] = {0, 0, 0, 0};
+            clone(a, x, target, at, q);
+            put(own_place(0, quad), target);
+            if (rank == 0) write(a.xs + (static_cast<int64_t>(a.K) * a.RP + at) * a.net.X, x, q, a.net.X);
+        }
+        put(v + 4 * quad, x);
+    }
+
+    DQL_DEVICE float* cloned_gradient(int64_t at) const {
+        return a.raws + (static_cast<int64_t>(a.K + 1) * a.RP + at) * a.net.X;
     }
 
     DQL_DEVICE void read_raw(float (&raw)[4], int quad, int j) const {
@@ -133,6 +155,7 @@ private:
             if (q == 0 && rank == 0 && at < a.R) a.out[network * a.R + at] = sum[0] + bias[0];
             return;
         }
+        if (CLONES && k == a.K) return update_cloned(sum, quad, bias);
         float x[4], x0_before[4], noise[4] = {0, 0, 0, 0};
         get(x, v + 4 * quad);
         get(x0_before, own_place(0, quad));
@@ -151,11 +174,29 @@ private:
         if (last && at < a.R) write_actions(a, at, q, updated.next);
     }
 
+    // The squares of what a prediction is off, and the loss's gradient.
+    DQL_DEVICE void update_cloned(const float (&sum)[4], int quad, const float (&bias)[4]) {
+        const int q = quad % quads();
+        const int64_t at = row0 + quad / quads();
+        const float by = 2.0f / (static_cast<float>(a.R) * static_cast<float>(a.net.O));
+        float target[4], squares[4], d_out[4];
+        get(target, own_place(0, quad));
+        DQL_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            const bool real = at < a.R && 4 * q + i < a.net.O;
+            const float off = real ? sum[i] + bias[i] - target[i] : 0;
+            squares[i] = off * off, d_out[i] = by * off;
+        }
+        put(own_place(1, quad), squares);
+        if (rank == 0 && at < a.R) write(cloned_gradient(at), d_out, q, a.net.O);
+    }
+
     DQL_DEVICE void update_backward(const Step& step, const float (&sum)[4], int quad, const float (&raw)[4]) {
         const int row = quad / quads(), q = quad % quads(), A = a.net.X;
         const int64_t at = row0 + row;
         if (critic) {
-            if (rank == 0 && at < a.R) write(a.d_actions + (network * a.R + at) * A, sum, q, A);
+            const int64_t of = a.only_at != nullptr || a.only > 0 ? 0 : network;
+            if (rank == 0 && at < a.R) write(a.d_actions + (of * a.R + at) * A, sum, q, A);
             return;
         }
         float d_x[4], d_raw[4];

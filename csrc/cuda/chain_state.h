@@ -11,8 +11,8 @@ namespace dql {
 namespace device {
 
 template <int MT, bool RESIDENT, bool BACKWARD>
-class ChainState : protected ChainRows<16 * MT, BACKWARD> {
-    using Rows = ChainRows<16 * MT, BACKWARD>;
+class ChainState : protected ChainRows<16 * MT, BACKWARD, true> {
+    using Rows = ChainRows<16 * MT, BACKWARD, true>;
 
 protected:
     using Rows::M, Rows::a, Rows::memory, Rows::rank, Rows::network, Rows::narrow, Rows::critic, Rows::v, Rows::own;
@@ -61,7 +61,11 @@ protected:
 
     DQL_DEVICE void load_base(Base& base, int pair, int step) const {
         const int column = rank * a.NS + column_of(pair);
-        if (!critic) base.time = load_floats(a.time_table + static_cast<int64_t>(step) * a.HP + column);
+        const bool cloned = !critic && step == a.K;
+        if (cloned)
+            base.time = make_float4(0, 0, 0, 0);
+        else if (!critic)
+            base.time = load_floats(a.time_table + static_cast<int64_t>(step) * a.HP + column);
         const float* part = a.state_part + (a.first_network + network) * a.B * a.HP + column;
         DQL_UNROLL
         for (int m = 0; m < MT; ++m)
@@ -70,7 +74,13 @@ protected:
                 const int64_t row = row0 + row_of(m, half);
                 int state = static_cast<int>(row < a.R ? row : a.R - 1);
                 if (a.N > 1) state /= a.N;
-                if (halves >> half & 1) base.state[m][half] = load_floats(part + static_cast<int64_t>(state) * a.HP);
+                if (!(halves >> half & 1)) continue;
+                float4& four = base.state[m][half];
+                four = load_floats(part + static_cast<int64_t>(state) * a.HP);
+                if (!cloned) continue;
+                const float* row_of_table = a.time_table + (a.cloning.T - 1 - a.cloning.t[state]) * a.HP + column;
+                const float4 time = load_floats(row_of_table);
+                four.x += time.x, four.y += time.y, four.z += time.z, four.w += time.w;
             }
     }
 
@@ -108,7 +118,9 @@ protected:
 
     DQL_DEVICE void begin() {
         begin_rows(first_quad());
-        load_ahead(0);
+        if constexpr (!BACKWARD) {
+            if (!idle) load_base(base, first_pair, k);
+        }
     }
 
     // What the first layer of a step needs, while something else is waited for.
@@ -127,7 +139,7 @@ protected:
         const bool exchanged = RESIDENT && blocks > 1;
         if (draws() && !others_draw()) draw_next(thread(), THREADS);  // while the sums are under way
         load_ahead(k + 1);
-        const Step step(critic ? nullptr : a.steps + k * STEP_STRIDE);
+        const Step step(critic || k == a.K ? nullptr : a.steps + k * STEP_STRIDE);
         float ahead[4];  // of the first quad
         if (first_quad() < all_quads()) read_ahead(ahead, first_quad());
         if (exchanged && first_quad() < all_quads()) {
@@ -142,6 +154,38 @@ protected:
             if (quad != first_quad()) read_ahead(ahead, quad);
             update_quad(step, sum, quad, ahead, own_place(1, quad));
         }
+        if constexpr (!BACKWARD) {
+            if (!critic && k == a.K) sum_errors();
+        }
+    }
+
+    // The squares that the cloned rows of a tile left, summed by one warp of one block; that of the tile which is done
+    // last adds up all tiles', in their order.
+    DQL_DEVICE void sum_errors() {
+        if (rank != 0) return;
+        sync_block();
+        if (w != 0) return;
+        float sum = 0;
+        for (int quad = lane(); quad < all_quads(); quad += 32) {
+            const float4 four = load_floats(own_place(1, quad));
+            sum += four.x + four.y + four.z + four.w;
+        }
+        DQL_UNROLL
+        for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
+        const int tiles = a.tiles - a.chain_tiles;
+        float before = 0;
+        if (lane() == 0) {
+            a.errors[row0 / M] = sum;
+            before = static_cast<float>(count_in(a.counter));
+        }
+        DQL_UNROLL
+        for (int mask = 1; mask < 32; mask *= 2) before += shuffle_xor(before, mask);
+        if (before + 1 != static_cast<float>(tiles)) return;
+        sum = 0;
+        for (int tile = lane(); tile < tiles; tile += 32) sum += written_by_others(a.errors + tile);
+        DQL_UNROLL
+        for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
+        if (lane() == 0) *a.cloning.loss = sum / (static_cast<float>(a.R) * static_cast<float>(a.net.O));
     }
 
     int blocks;

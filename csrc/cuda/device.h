@@ -224,6 +224,21 @@ DQL_DEVICE void wait_for_previous() {
     if constexpr (HAS_CLUSTERS) asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
+// ---- between blocks that know nothing of each other ----
+
+// Counts one more in device memory, and gives how many were counted before. What a thread wrote before it counted is
+// seen by `written_by_others` in a thread, and its warp, that counted later.
+DQL_DEVICE int count_in(int32_t* counter) {
+    int before;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+DQL_DEVICE float written_by_others(const float* at) {
+    float value;
+    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(value) : "l"(at) : "memory");
+    return value;
+}
+
 // ---- tensor cores: d += a b by a warp, fragments as the PTX manual lays them out ----
 
 // m16n8k16 of bf16

@@ -18,7 +18,7 @@ DQL_PLAIN int finish_floats(int D, int H) { return TIME_STEPS * (8 * D + THREADS
 
 struct FinishArguments {
     Mlp net;
-    int first_network, networks, HP, K, parts;
+    int first_network, networks, HP, K, tables, parts;  // tables of K rows each, which are added up
     int64_t image;
     const float* images;
     const float* flat = nullptr;
@@ -82,7 +82,9 @@ private:
     DQL_DEVICE int64_t lowest() const { return net.first; }  // of a critic's tensors the first is the first
 
     DQL_DEVICE float d_table(int k, int column) const {
-        return sum_of(net.size + static_cast<int64_t>(k) * a.HP + column);
+        float sum = sum_of(net.size + static_cast<int64_t>(k) * a.HP + column);
+        if (a.tables > 1) sum += sum_of(net.size + static_cast<int64_t>(a.K + k) * a.HP + column);
+        return sum;
     }
 
     // The time MLP at steps first .. first + steps - 1 into hidden, slope and features.

@@ -8,6 +8,7 @@
 // Weights of hidden layers go by the tensor cores in bf16 and tf32, as tf32: bf16 numbers are exact in it. Everything
 // else is small, and float32.
 #include <algorithm>
+#include <stdexcept>
 
 #include "arithmetic.h"
 #include "chain_arguments.h"
@@ -24,6 +25,7 @@ constexpr int MAX_PRODUCTS = 24, SUMMED_STATES = 8;
 struct Factor {
     const char* at;      // null: ones
     bool operands;       // of the precision's type; else float32
+    bool timesteps;      // int64: column c of a row is 1 where it is width - 1 - c, else 0
     bool ends;           // rows from the limit on count as zero
     int width, stride;   // columns that exist; elements a row
     int64_t period, limit;
@@ -123,6 +125,12 @@ private:
             if (f.ends && within >= f.limit) continue;
             int64_t index = f.limit == 0 || within < f.limit ? within : f.limit - 1;
             if (f.divisor > 1) index = static_cast<int32_t>(index) / f.divisor;
+            if (f.timesteps) {
+                const int one = f.width - 1 - static_cast<int>(reinterpret_cast<const int64_t*>(f.at)[index]) - column;
+                const uint32_t bits = as_bits(1.0f);
+                four = make_uint4(one == 0 ? bits : 0, one == 1 ? bits : 0, one == 2 ? bits : 0, one == 3 ? bits : 0);
+                continue;
+            }
             const uint32_t* at = reinterpret_cast<const uint32_t*>(f.at) + index * f.stride + column;
             if (column < f.width) four.x = at[0];
             if (column + 1 < f.width) four.y = at[1];
@@ -273,11 +281,12 @@ class ProductList {
 public:
     ProductList(const GradientJob& job, device::ProductsArguments& out)
         : job_(job), net_(job.net), s_(job.net, job.tiling), out_(out) {
-        const SavedPlaces saved(net_, job.tiling, job.networks, job.RP, job.K);
-        const BackwardPlaces back(net_, job.tiling, job.networks, job.RP, job.K);
-        const int64_t plane = static_cast<int64_t>(job.K) * job.RP * s_.HP * s_.element;  // a layer's
+        const int cloned = job.cloning.planes();
+        const SavedPlaces saved(net_, job.tiling, job.networks, job.RP, job.K, cloned);
+        const BackwardPlaces back(net_, job.tiling, job.networks, job.RP, job.K, cloned);
         const bool denoiser = net_.D > 0;
-        const int64_t rows = static_cast<int64_t>(job.K) * job.RP;
+        const int64_t rows = static_cast<int64_t>(job.K + cloned) * job.RP;
+        const int64_t plane = rows * s_.HP * s_.element;  // a layer's
         for (int n = 0; n < job.networks; ++n) {
             const int64_t at = (job.first_network + n) * net_.apart;
             const auto d_z = [&](int layer) { return operands(job.back + back.d_z + (n * net_.L + layer) * plane); };
@@ -297,20 +306,24 @@ public:
             Factor s = rows_of(job.states, net_.S, job.R, job.N, false);
             s.period = job.RP;
             add(d_z(0), s, rows, net_.first + net_.state_column + at, net_.stride);
-            if (denoiser)
-                add(d_z(0), ones(), job.RP, net_.size, 1, false, job.K, s_.HP);
-            else
-                add(d_z(0), ones(), rows, net_.first_bias + at, 1);
+            if (!denoiser) add(d_z(0), ones(), rows, net_.first_bias + at, 1);
+            if (denoiser && job.K > 0) add(d_z(0), ones(), job.RP, net_.size, 1, false, job.K, s_.HP);
+            if (cloned > 0) {  // each row to that of its timestep, in a table of their own
+                const int64_t behind = static_cast<int64_t>(job.K) * job.RP * s_.HP * s_.element;
+                const Factor t = {reinterpret_cast<const char*>(job.cloning.t), false, true, true, job.cloning.T, 1, 0,
+                                  job.R, 1};
+                add(t, operands(job.back + back.d_z + behind), job.RP, net_.size + int64_t{job.K} * s_.HP, s_.HP);
+            }
         }
     }
 
 private:
-    Factor operands(const char* at) const { return {at, true, false, net_.H, s_.HP, 0, 0, 1}; }
-    static Factor floats(const char* at, int width) { return {at, false, false, width, width, 0, 0, 1}; }
+    Factor operands(const char* at) const { return {at, true, false, false, net_.H, s_.HP, 0, 0, 1}; }
+    static Factor floats(const char* at, int width) { return {at, false, false, false, width, width, 0, 0, 1}; }
     static Factor rows_of(const float* at, int width, int64_t limit, int divisor, bool ends) {
-        return {reinterpret_cast<const char*>(at), false, ends, width, width, 0, limit, divisor};
+        return {reinterpret_cast<const char*>(at), false, false, ends, width, width, 0, limit, divisor};
     }
-    static Factor ones() { return {nullptr, false, false, 1, 0, 0, 0, 1}; }
+    static Factor ones() { return {nullptr, false, false, false, 1, 0, 0, 0, 1}; }
 
     void add(const Factor& a, const Factor& b, int64_t rows, int64_t out, int out_stride, bool tensor_cores = false,
              int batches = 1, int64_t out_batch = 0) {
@@ -327,14 +340,14 @@ private:
     device::ProductsArguments& out_;
 };
 
-int64_t image_floats(const Mlp& net, const Tiling& tiling, int K) {
-    return net.size + (net.D > 0 ? static_cast<int64_t>(K) * Slices(net, tiling).HP : 0);
+int64_t image_floats(const Mlp& net, const Tiling& tiling, int table_rows) {
+    return net.size + (net.D > 0 ? static_cast<int64_t>(table_rows) * Slices(net, tiling).HP : 0);
 }
 
 }  // namespace
 
-int64_t gradient_workspace(const Mlp& net, const Tiling& tiling, int K, int parts, bool parameters) {
-    return parameters ? parts * image_floats(net, tiling, K) : 0;
+int64_t gradient_workspace(const Mlp& net, const Tiling& tiling, int K, int parts, bool parameters, int T) {
+    return parameters ? parts * image_floats(net, tiling, K + T) : 0;
 }
 
 void gradients(const GradientJob& job, Stream stream) {
@@ -342,13 +355,14 @@ void gradients(const GradientJob& job, Stream stream) {
     const Slices s(net, job.tiling);
     device::ProductsArguments a = {};
     a.bf16 = job.tiling.precision == Precision::BF16;
-    a.image = image_floats(net, job.tiling, job.K);
+    a.image = image_floats(net, job.tiling, job.K + job.cloning.T);
     a.images = job.workspace;
     if (job.d_flat != nullptr) ProductList(job, a);
     Grid grid;
     grid.x = a.tiles;
     grid.y = job.d_flat != nullptr ? job.parts : 1;
     if (job.d_states != nullptr) {
+        if (job.cloning.planes() > 0) throw std::invalid_argument("of a cloned batch the states have no gradient");
         const BackwardPlaces back(net, job.tiling, job.networks, job.RP, job.K);
         a.d_states = job.d_states;
         a.d_z = job.back + back.d_z;
@@ -363,7 +377,8 @@ void gradients(const GradientJob& job, Stream stream) {
     grid.shared = std::max(2 * device::CHUNK * device::STRIDE, device::SUMMED_STATES * s.HP) * 4;
     launch("the products of gradients", device::products_kernel, grid, a, stream);
     if (job.d_flat == nullptr) return;
-    device::FinishArguments f = {net, job.first_network, job.networks, s.HP, job.K, job.parts, a.image, job.workspace};
+    const int T = job.cloning.planes() > 0 ? job.cloning.T : job.K, tables = (job.K > 0 ? 1 : 0) + job.cloning.planes();
+    device::FinishArguments f = {net, job.first_network, job.networks, s.HP, T, tables, job.parts, a.image, job.workspace};
     f.flat = job.flat, f.embedding = job.embedding, f.d_flat = job.d_flat;
     f.add_blocks = (net.size + THREADS - 1) / THREADS;
     f.column_blocks = net.D > 0 ? (net.H + device::TIME_COLUMNS - 1) / device::TIME_COLUMNS : 0;

@@ -5,6 +5,7 @@
 
 #include <stdint.h>
 
+#include <map>
 #include <stdexcept>
 #include <string>
 
@@ -43,6 +44,24 @@ void use_device(int ordinal);      // for the calling thread's launches
 int max_clusters(int ordinal, const Mlp& net, const Tiling& tiling, bool backward);  // resident at a time
 // To measure what it is good for: whether kernels that overlap ask for the same shared memory of a multiprocessor.
 void compare(bool same_carveout);
+// How often each kernel was launched in the emulator since the last question.
+std::map<std::string, int64_t> launches();
+
+// The noise-prediction loss of a batch, beside a chain over its states (N = 1): B rows more, of one step each, with a
+// timestep of their own. T is that of the tables; the chain runs all steps, so that its step k has timestep T - 1 - k,
+// or, with K = 0, none.
+struct Cloning {
+    const float* actions = nullptr;   // [B, X]; null: no batch is cloned
+    const int64_t* t = nullptr;       // [B]
+    const float* q_sample = nullptr;  // [T, 2]: the factors of actions and of noise
+    const int64_t* seed_at = nullptr; // of the noise; or null: `seed`
+    uint64_t seed = 0;
+    int T = 0;
+    bool predict_epsilon = true;      // what is predicted: the noise, or the actions
+    float* loss = nullptr;            // written [1]: the mean square of what the prediction is off
+
+    DQL_PLAIN int planes() const { return actions != nullptr ? 1 : 0; }
+};
 
 // ---- prologue.cu: one launch ----
 
@@ -57,6 +76,7 @@ struct PrologueJob {
     int K;                   // 1 of critics
     char* packed;            // written: see Packed
     int32_t* told;           // null, or set to 1 if a state holds NaN or infinity: the device's, or pinned memory
+    int32_t* counter = nullptr;  // null, or set to 0: see SavedPlaces
 };
 void prologue(const PrologueJob& job, Stream stream);
 
@@ -87,6 +107,10 @@ struct ChainJob {
     float* d_actions;        // critics: null, or written [networks, R, X]
     int max_clusters;        // how many of the grid may be resident: 0: ask the device
     bool all_rows;           // a cluster exchanges tiles that are not full whole all the same: to measure
+    Cloning cloning;         // of a denoiser, saving; not solo
+    const float* only_at;    // null, or, of critics' backward pass, [2]: a 0 for the one that is left out, and that
+                             // d_actions is [R, X] of the other alone
+    int only;                // the same: 1 or 2 for the one that is not; 0: none is
 };
 void chain_forward(const ChainJob& job, Stream stream);
 void chain_backward(const ChainJob& job, Stream stream);
@@ -111,8 +135,10 @@ struct GradientJob {
     int parts;                // the rows are cut into so many parts, added in order
     float* d_flat;            // null, or written whole [net.size] (a critic that was not run: zeros)
     float* d_states;          // null, or written [B, S]
+    Cloning cloning;          // as the chain's
 };
-int64_t gradient_workspace(const Mlp& net, const Tiling& tiling, int K, int parts, bool parameters);
+// With tables of T rows more; 0: no batch was cloned.
+int64_t gradient_workspace(const Mlp& net, const Tiling& tiling, int K, int parts, bool parameters, int T = 0);
 void gradients(const GradientJob& job, Stream stream);
 
 // ---- select.cu: one launch each ----
@@ -138,6 +164,69 @@ struct NoiseJob {
     float* out;
 };
 void noise(const NoiseJob& job, Stream stream);
+
+// ---- update.cu: what an update begins with and its losses, one launch each; a step of Adam, two ----
+
+// A batch gathered from a dataset, or copied, and all that an update has of its own: dql/draws.py.
+struct BeginJob {
+    const float *states, *actions, *rewards, *next_states, *masks;  // [size, S or A or 1]
+    float *to_states, *to_actions, *to_rewards, *to_next_states, *to_masks;  // written [B, ...]
+    int64_t size;       // of the dataset; 0: row b of what is written is row b
+    uint64_t rows;      // seed: row b is integers(rows, size, ...)[first + b]
+    int64_t first;
+    int64_t B;
+    int S, A, T;
+    uint64_t bc_t;      // seed of the timesteps: integers(bc_t, T, B)
+    int64_t* t;         // written [B]
+    uint64_t coin;      // seed: integers(coin, 2, 1)
+    uint64_t target, bc_noise, actor;
+    int64_t* seeds;     // written: these, each at a multiple of 16 bytes
+    float lr_scale, ema_weight;
+    float* scalars;     // written [4]: a 1 for the Q that is maximised and a 0, and those two
+};
+void begin(const BeginJob& job, Stream stream);
+
+struct CriticLossJob {
+    const float* q_target;  // [2, B N]: of the target critics; each one's best of a state's N candidates counts
+    const float *rewards, *masks;  // [B]
+    const float* q;         // [2, B]
+    float discount;
+    int64_t B;
+    int N;
+    float* d_q;             // written [2, B]
+    float* metrics;         // written [3]: the loss, the mean of both Q, the mean target
+};
+void critic_loss(const CriticLossJob& job, Stream stream);
+
+struct QLossJob {
+    const float* q;          // [2, B]
+    const float* picked_at;  // [2], a 1 for the one that is maximised and a 0; or null: `picked`, 0 or 1
+    int picked;
+    float eta;
+    int64_t B;
+    float* d_q;              // written [2, B]: of eta times the loss
+    float* loss;             // written [1]
+};
+void q_loss(const QLossJob& job, Stream stream);
+
+constexpr int MOST_SUMS = 256;  // parts of the gradient's norm: a thread each adds them up
+
+struct AdamJob {
+    float *flat, *gradient;         // [count]; the gradient is left clipped
+    float *exp_avg, *exp_avg_sq;    // [count]
+    float* step;                    // steps done; one more is counted
+    float lr;
+    const float* lr_scale_at;       // null: 1
+    float max_norm;                 // 0: nothing is clipped
+    float* average;                 // [count] or null
+    float weight;                   // how far it goes towards `flat`; 0: it is left alone
+    const float* weight_at;         // or null: `weight`
+    int64_t count;
+    float* sums;                    // written [MOST_SUMS]
+    float* norm;                    // written [1]: before clipping
+    int parts = 0;
+};
+void adam(const AdamJob& job, Stream stream);
 
 }  // namespace cuda
 }  // namespace dql

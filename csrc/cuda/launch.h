@@ -95,8 +95,21 @@ void launch(const char* name, void (*kernel)(Job), const Grid& grid, const Job& 
 
 #else
 
+struct Launches {
+    std::mutex mutex;
+    std::map<std::string, int64_t> of;
+};
+inline Launches& launches_so_far() {
+    static Launches launches;
+    return launches;
+}
+
 template <class Job>
-void launch(const char*, void (*kernel)(Job), const Grid& grid, const Job& job, Stream) {
+void launch(const char* name, void (*kernel)(Job), const Grid& grid, const Job& job, Stream) {
+    {
+        const std::lock_guard<std::mutex> lock(launches_so_far().mutex);
+        ++launches_so_far().of[name];
+    }
     emulator::run([&] { kernel(job); }, grid.x, grid.y, grid.cluster, grid.threads, grid.shared);
 }
 

@@ -46,6 +46,7 @@ public:
     DQL_DEVICE void run() {
         let_next_start();
         int block = block_x();
+        if (job.counter != nullptr && block == 0 && thread() == 0) *job.counter = 0;
         if (block < a.operand_blocks) {
             operands(block * THREADS + thread());
         } else if ((block -= a.operand_blocks) < a.first_blocks) {

@@ -196,29 +196,37 @@ struct Packed {
 //     slope    the same: the activation's derivative
 //     xs       [K][RP][X] floats: the chain before each step; not of critics
 //     raws     [K + 1][RP][X] floats: x0 before its clamp; last, the action before its own; not of critics
+// Where a batch is cloned beside the chain, its rows are those of one more plane of each, behind the others: of xs the
+// noisy actions, of raws the prediction's gradient. Then there is
+//     errors   [tiles] floats: of each, the sum of squares
+//     counter  of the tiles that are done
 struct SavedPlaces {
-    int64_t h, slope, xs, raws, end;
-    DQL_PLAIN SavedPlaces(const Mlp& net, const Tiling& tiling, int networks_run, int64_t RP, int K) {
+    int64_t h, slope, xs, raws, errors, counter, end;
+    DQL_PLAIN SavedPlaces(const Mlp& net, const Tiling& tiling, int networks_run, int64_t RP, int K, int cloned = 0) {
         const Slices s(net, tiling);
-        const int64_t each = static_cast<int64_t>(networks_run) * net.L * K * RP * s.HP * s.element;
+        const int64_t planes = K + cloned;
+        const int64_t each = static_cast<int64_t>(networks_run) * net.L * planes * RP * s.HP * s.element;
         h = 0;
         slope = h + each;
         xs = slope + each;
-        raws = xs + (net.D > 0 ? static_cast<int64_t>(K) * RP * net.X * 4 : 0);
-        end = raws + (net.D > 0 ? static_cast<int64_t>(K + 1) * RP * net.X * 4 : 0);
-        end = (end + 15) / 16 * 16;
+        raws = xs + (net.D > 0 ? planes * RP * net.X * 4 : 0);
+        errors = raws + (net.D > 0 ? (planes + 1) * RP * net.X * 4 : 0);
+        counter = errors + cloned * RP / tiling.rows() * 4;
+        end = (counter + 4 * cloned + 15) / 16 * 16;
     }
 };
 
 //     d_z      [networks run][L][K][RP][HP] operands
 //     d_out    [K][RP][O] floats: of eps; not of critics, where the caller has it
+// and likewise one more plane.
 struct BackwardPlaces {
     int64_t d_z, d_out, end;
-    DQL_PLAIN BackwardPlaces(const Mlp& net, const Tiling& tiling, int networks_run, int64_t RP, int K) {
+    DQL_PLAIN BackwardPlaces(const Mlp& net, const Tiling& tiling, int networks_run, int64_t RP, int K, int cloned = 0) {
         const Slices s(net, tiling);
+        const int64_t planes = K + cloned;
         d_z = 0;
-        d_out = d_z + static_cast<int64_t>(networks_run) * net.L * K * RP * s.HP * s.element;
-        end = d_out + (net.D > 0 ? static_cast<int64_t>(K) * RP * net.O * 4 : 0);
+        d_out = d_z + static_cast<int64_t>(networks_run) * net.L * planes * RP * s.HP * s.element;
+        end = d_out + (net.D > 0 ? planes * RP * net.O * 4 : 0);
         end = (end + 15) / 16 * 16;
     }
 };

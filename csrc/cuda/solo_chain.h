@@ -24,9 +24,9 @@ namespace device {
 enum class Solo : int { SAMPLE = 0, SAVE = 1, BACKWARD = 2 };
 
 template <int HP, int ROWS, Solo MODE>
-class SoloChain : ChainRows<ROWS, MODE == Solo::BACKWARD> {
+class SoloChain : ChainRows<ROWS, MODE == Solo::BACKWARD, false> {
     static constexpr bool BACKWARD = MODE == Solo::BACKWARD;
-    using Rows = ChainRows<ROWS, BACKWARD>;
+    using Rows = ChainRows<ROWS, BACKWARD, false>;
     using Rows::M, Rows::a, Rows::memory, Rows::narrow, Rows::v, Rows::own, Rows::k, Rows::row0;
     using Rows::floats_at, Rows::all_quads, Rows::own_place, Rows::begin_rows, Rows::draw_quads;
     using Rows::read_ahead, Rows::update_quad;
@@ -58,6 +58,7 @@ public:
             if constexpr (!BACKWARD) {
                 if (!first) state_part();
             }
+            k = BACKWARD ? a.K - 1 : 0;
             begin();
             DQL_NO_UNROLL
             for (int i = 0; i < a.K; ++i) {

@@ -20,7 +20,7 @@ struct Sizes {
     int S, A, D, H, L;  // D = 0: twin critics
 };
 
-Mlp mlp(const Sizes& sizes, int activation) {
+inline Mlp mlp(const Sizes& sizes, int activation) {
     Mlp net = {};
     net.S = sizes.S, net.X = sizes.A, net.D = sizes.D, net.H = sizes.H, net.L = sizes.L;
     net.O = sizes.D > 0 ? sizes.A : 1;

@@ -3,6 +3,7 @@
 // and for who reads what it writes. And in a cluster whose pairs are split, a layer's partial sums lie in the buffer that
 // the layer before did not use. With a single one, nothing but an exchange through other blocks would keep a warp from
 // writing sums that another still reads. Whether results are right is in tests/backends/cuda.
+#include <algorithm>
 #include <vector>
 
 #include "../cuda/emulator/emulator.cpp"
@@ -101,6 +102,76 @@ void split_pairs_have_two_buffers_in_turn() {
     }
 }
 
+// Three tiles of a chain and three of a cloned batch, by one cluster or by more of them than tiles, in every order: the
+// same bits, all memory as large as it is said to be, and the loss that of its rows.
+template <Precision P>
+void check_cloning(int H, int L, const Tiling& tiling, bool chain, bool predict_epsilon) {
+    const Mlp net = mlp({5, 3, 16, H, L}, device::MISH);
+    const int T = 3, K = chain ? T : 0, B = 2 * tiling.rows() + 3;
+    const int64_t RP = whole_tiles(B, tiling);
+    const std::vector<float> flat = random_floats(net.size, 0.2f), states = random_floats(B * net.S),
+                             embedding = random_floats(T * net.D), steps = random_floats(T * STEP_STRIDE, 0.5f),
+                             actions = random_floats(B * net.X), d_actions = random_floats(B * net.X),
+                             q_sample = random_floats(2 * T);
+    std::vector<int64_t> t(B);
+    for (int64_t& one : t) one = static_cast<int64_t>(generator() % T);
+    const SavedPlaces places(net, tiling, 1, RP, K, 1);
+    const BackwardPlaces back_places(net, tiling, 1, RP, K, 1);
+    std::vector<char> packed(Packed(net, tiling, true, B, T).end, static_cast<char>(0xff)), first_saved, first_back;
+    for (int turn = 0; turn < 6; ++turn) {
+        emulator::order(turn < 2 ? emulator::Order::EAGER : turn < 4 ? emulator::Order::LATE : emulator::Order::RANDOM);
+        emulator::seed(turn);
+        std::vector<char> saved(places.end, static_cast<char>(0xff)), back(back_places.end, static_cast<char>(0xff));
+        std::vector<float> out(chain ? B * net.X : 0, NOT_A_NUMBER), loss(1, NOT_A_NUMBER);
+        int32_t* counter = reinterpret_cast<int32_t*>(saved.data() + places.counter);
+        cuda::prologue({net, tiling, true, flat.data(), embedding.data(), states.data(), B, T, packed.data(), nullptr,
+                        counter},
+                       nullptr);
+        cuda::ChainJob job = {};
+        job.net = net, job.tiling = tiling, job.transposed = true, job.networks = 1;
+        job.flat = flat.data(), job.packed = packed.data(), job.steps = steps.data();
+        job.B = job.R = B, job.N = 1, job.K = K, job.max_action = 1, job.seed = 3;
+        job.out = out.data(), job.saved = saved.data();
+        job.cloning = {actions.data(), t.data(), q_sample.data(), nullptr, 4, T, predict_epsilon, loss.data()};
+        job.d_out = d_actions.data(), job.back = back.data();
+        const int clusters = turn % 2 == 0 ? 1 : 7;
+        const auto run = [&](bool backward) {
+            const device::ChainArguments a = cuda::chain_arguments(job, backward);
+            const cuda::ChainKernel kernel = cuda::chain_kernel_for<P>(tiling, backward);
+            emulator::run([&] { kernel(a); }, std::min(clusters, a.tiles) * tiling.cluster, 1, tiling.cluster, THREADS,
+                          a.memory.bytes);
+        };
+        run(false);
+        CHECK_EQ(*counter, static_cast<int32_t>(RP / tiling.rows()));
+        double squares = 0;
+        const float* d_prediction = reinterpret_cast<const float*>(saved.data() + places.raws) + (K + 1) * RP * net.X;
+        for (int i = 0; i < B * net.X; ++i) {
+            const double off = d_prediction[i] * double(B * net.X) / 2;
+            squares += off * off;
+        }
+        CHECK_NEAR(loss[0], squares / (B * net.X), 1e-5 * loss[0]);
+        run(true);
+        const float* d_out = reinterpret_cast<const float*>(back.data() + back_places.d_out) + K * RP * net.X;
+        for (int i = 0; i < RP * net.X; ++i) CHECK_EQ(d_out[i], i < B * net.X ? d_prediction[i] : 0.0f);
+        if (turn == 0) first_saved = saved, first_back = back;
+        const auto same = [&](const std::vector<char>& left, const std::vector<char>& right, int64_t from, int64_t to) {
+            return memcmp(left.data() + from, right.data() + from, to - from) == 0;
+        };
+        CHECK(same(saved, first_saved, places.h, places.raws));
+        CHECK(same(saved, first_saved, places.errors, places.end));
+        CHECK(same(back, first_back, 0, back_places.end));
+    }
+    emulator::order(emulator::Order::RANDOM);
+}
+
+void a_batch_is_cloned_in_any_order() {
+    check_cloning<PRECISION>(40, 2, {PRECISION, 1, 1, false}, true, true);
+    check_cloning<PRECISION>(40, 3, {PRECISION, 1, 2, false}, false, false);
+    check_cloning<PRECISION>(200, 2, {PRECISION, 4, 1, true}, true, false);
+    check_cloning<PRECISION>(64, 3, {PRECISION, 8, 1, true}, false, true);
+    check_cloning<PRECISION>(64, 4, {PRECISION, 2, 2, true}, true, true);
+}
+
 // Three tiles by one block, in which two steps each have a row of the time table in turn.
 void check_orders(const Sizes& sizes, FirstLayer first) {
     const Mlp net = mlp(sizes, device::MISH);
@@ -147,6 +218,7 @@ void many_rows_in_any_order() {
 
 int main() {
     RUN(rows_that_nobody_asked_for_are_not_sent);
+    RUN(a_batch_is_cloned_in_any_order);
     RUN(many_rows_in_any_order);
     RUN(split_pairs_have_two_buffers_in_turn);
     return check::report();

@@ -17,6 +17,9 @@ struct Case {
     int N, K, activation;
     int first_network, networks;
     int parts;
+    int T = 0;  // of a batch that is cloned beside the chain, if there is one
+
+    int planes() const { return K + (T > 0 ? 1 : 0); }
 };
 
 // A sum and the sum of its terms' magnitudes, by which its error is judged.
@@ -41,16 +44,18 @@ public:
           R_(c.B * c.N),
           RP_(whole_tiles(R_, c.tiling)),
           flat_(random_floats(net_.size, 0.5)),
-          embedding_(random_floats(c.K * net_.D)),
+          embedding_(random_floats(std::max(c.K, c.T) * net_.D)),
           states_(random_floats(c.B * net_.S)),
           actions_in_(random_floats(net_.D > 0 ? 0 : R_ * net_.X)),
           d_q_(random_floats(net_.D > 0 ? 0 : c.networks * R_)),
-          saved_places_(net_, c.tiling, c.networks, RP_, c.K),
-          back_places_(net_, c.tiling, c.networks, RP_, c.K),
+          t_(c.T > 0 ? c.B : 0),
+          saved_places_(net_, c.tiling, c.networks, RP_, c.K, c.planes() - c.K),
+          back_places_(net_, c.tiling, c.networks, RP_, c.K, c.planes() - c.K),
           saved_(saved_places_.end, static_cast<char>(0xff)),
           back_(back_places_.end, static_cast<char>(0xff)),
           expected_(net_.size),
           expected_states_(c.B * net_.S) {
+        for (int64_t& t : t_) t = static_cast<int64_t>(generator() % c.T);
         fill();
         for (int network = 0; network < c.networks; ++network) {
             layers(network);
@@ -60,7 +65,7 @@ public:
     }
 
     void check(bool parameters, bool of_states) {
-        const int64_t workspace_size = cuda::gradient_workspace(net_, c_.tiling, c_.K, c_.parts, parameters);
+        const int64_t workspace_size = cuda::gradient_workspace(net_, c_.tiling, c_.K, c_.parts, parameters, c_.T);
         std::vector<float> workspace(workspace_size, NOT_A_NUMBER), d_flat(parameters ? net_.size : 0, NOT_A_NUMBER),
             d_states(of_states ? c_.B * net_.S : 0, NOT_A_NUMBER);
         const auto run = [&] {
@@ -77,6 +82,7 @@ public:
             job.workspace = workspace.data(), job.parts = c_.parts;
             if (parameters) job.d_flat = d_flat.data();
             if (of_states) job.d_states = d_states.data();
+            if (c_.T > 0) job.cloning.actions = states_.data(), job.cloning.t = t_.data(), job.cloning.T = c_.T;
             cuda::gradients(job, nullptr);
         };
         run();
@@ -100,7 +106,7 @@ private:
     void fill() {
         const Precision precision = c_.tiling.precision;
         std::normal_distribution<float> normal;
-        for (int64_t row = 0; row < int64_t{c_.networks} * net_.L * c_.K * RP_; ++row)
+        for (int64_t row = 0; row < int64_t{c_.networks} * net_.L * c_.planes() * RP_; ++row)
             for (int column = 0; column < net_.H; ++column) {
                 const bool real = row % RP_ < R_;
                 const float h = rounded(normal(generator), precision);
@@ -109,16 +115,16 @@ private:
                 put(back_.data() + back_places_.d_z, row * s_.HP + column, d_z, precision);
             }
         if (net_.D == 0) return;
-        const std::vector<float> xs = random_floats(c_.K * RP_ * net_.X);
-        std::vector<float> d_out = random_floats(c_.K * RP_ * net_.O);
-        for (int64_t i = 0; i < c_.K * RP_ * net_.O; ++i)
+        const std::vector<float> xs = random_floats(c_.planes() * RP_ * net_.X);
+        std::vector<float> d_out = random_floats(c_.planes() * RP_ * net_.O);
+        for (int64_t i = 0; i < c_.planes() * RP_ * net_.O; ++i)
             if (i / net_.O % RP_ >= R_) d_out[i] = 0;
         memcpy(saved_.data() + saved_places_.xs, xs.data(), xs.size() * 4);
         memcpy(back_.data() + back_places_.d_out, d_out.data(), d_out.size() * 4);
     }
 
     double operand(const char* from, int network, int layer, int64_t row, int column) const {
-        const int64_t at = ((int64_t{network} * net_.L + layer) * c_.K * RP_ + row) * s_.HP + column;
+        const int64_t at = ((int64_t{network} * net_.L + layer) * c_.planes() * RP_ + row) * s_.HP + column;
         return device::as_float(bits_of(from, at, c_.tiling.precision));
     }
     double h(int network, int layer, int64_t row, int column) const {
@@ -143,7 +149,7 @@ private:
     void layers(int network) {
         const int64_t at = (c_.first_network + network) * net_.apart;
         Sum* d = expected_.data() + at;
-        for (int64_t row = 0; row < c_.K * RP_; ++row) {
+        for (int64_t row = 0; row < c_.planes() * RP_; ++row) {
             const int64_t r = row % RP_;
             if (r >= R_) continue;
             for (int o = 0; o < net_.O; ++o) {
@@ -173,13 +179,16 @@ private:
     // activation's value and slope are absolute, as both cross zero.
     void time_mlp() {
         const int D = net_.D;
-        for (int k = 0; k < c_.K; ++k) {
+        for (int k = 0; k < std::max(c_.K, c_.T); ++k) {
             const float* embedding = embedding_.data() + k * D;
             const TimeMlp time(net_, flat_, embedding);
             std::vector<Sum> d_features(D), d_hidden(2 * D);
             for (int i = 0; i < net_.H; ++i) {
                 Sum d_table;
-                for (int64_t r = 0; r < R_; ++r) d_table.add(d_z(0, 0, k * RP_ + r, i));
+                for (int64_t r = 0; r < R_; ++r) {
+                    if (k < c_.K) d_table.add(d_z(0, 0, k * RP_ + r, i));
+                    if (c_.T > 0 && t_[r] == c_.T - 1 - k) d_table.add(d_z(0, 0, c_.K * RP_ + r, i));
+                }
                 for (int d = 0; d < D; ++d) {
                     const int64_t at = net_.first + int64_t{i} * net_.stride + net_.time_column + d;
                     pass_on(expected_[at], d_table, time.features[d], time.feature_sizes[d]);
@@ -223,6 +232,7 @@ private:
     const Slices s_;
     const int64_t R_, RP_;
     const std::vector<float> flat_, embedding_, states_, actions_in_, d_q_;
+    std::vector<int64_t> t_;
     const SavedPlaces saved_places_;
     const BackwardPlaces back_places_;
     std::vector<char> saved_, back_;
@@ -265,6 +275,21 @@ void of_critics() {
         }
 }
 
+// A batch beside a chain of all steps, and alone.
+void of_a_cloned_batch() {
+    int turn = 0;
+    for (const Tiling& tiling : tilings()) {
+        if (tiling.m_tiles == WIDE_M_TILES) continue;
+        Case c = {{11, 3, 4, WIDTHS[turn % 2], 2 + turn % 3}, tiling, 7, 1, 3, turn % 3, 0, 1, 1 + turn % 3, 3};
+        if (turn % 2 == 0) c.sizes.S = 1, c.sizes.D = 16, c.B = 37;
+        if (turn % 3 == 0) c.K = 0;
+        if (turn % 5 == 0) c.parts = 40;  // some have no row
+        Pass(c).check(true, false);
+        ++turn;
+    }
+    Pass({{3, 1, 4, 5, 2}, {Precision::FP32, 1, 1, true}, 5, 1, 70, 0, 0, 1, 2, 70}).check(true, false);
+}
+
 // Several tiles each way, and the largest of what is narrow.
 void of_wide_networks() {
     for (const Precision precision : {Precision::FP32, Precision::TF32, Precision::BF16}) {
@@ -280,6 +305,7 @@ void of_wide_networks() {
 int main() {
     RUN(of_denoisers);
     RUN(of_critics);
+    RUN(of_a_cloned_batch);
     RUN(of_wide_networks);
     return check::report();
 }

@@ -1,7 +1,7 @@
 """The contract of backends: what they are handed, and what they do with it.
 
 A backend is `check` (None, or one sentence with the reason and the remedy), `forward` and `backward`; `select` (with
-`draw`), `prepare`, `critic` and `normal` are for those that can do better there than with the three.
+`draw`), `prepare`, `critic`, `normal`, `actor` and `ops` are for those that can do better there than with the three.
 The same sentence serves `BackendUnavailable`, `dql.backends()`, `dql doctor` and the tests' skip reasons.
 """
 
@@ -20,6 +20,7 @@ from dql.schedule import StepTable
 
 if TYPE_CHECKING:
     from dql.networks import TwinCritic
+    from dql.policy import DiffusionPolicy
 
 Tensor = torch.Tensor
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -81,8 +82,64 @@ class CriticRunner(Protocol):
         need_parameters: bool,
         need_states: bool,
         need_actions: bool,
+        only: int | Tensor | None = None,
+        into: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(d_flat [P], d_states [B, S], d_actions [R, A]), None where not needed."""
+        """(d_flat [P], d_states [B, S], d_actions [R, A]), None where not needed. `only` names the one critic, 1 or 2
+        or by a 1 in [2] on the device, whose d_q is not zero; d_flat is written `into` memory that is given."""
+
+
+class ActorRunner(Protocol):
+    """Kernels for the actor's losses: the noise-prediction loss of a batch beside a chain over its states; see
+    `dql.update_fused`."""
+
+    def forward(
+        self,
+        flat: Tensor,
+        states: Tensor,
+        actions: Tensor,
+        t: Tensor,
+        bc_seed: int | Tensor,
+        seed: int | Tensor | None,
+    ) -> tuple[Tensor, Tensor, Any]:
+        """(sampled actions [B, A] of the chain with `seed`, the noise-prediction loss [1], what `backward` wants); t is
+        int64 [B] on the device, seeds are numbers or int64 tensors [1] on the device. Without a `seed` there is no
+        chain, and [0, A] of its actions."""
+
+    def backward(
+        self, flat: Tensor, saved: Any, states: Tensor, d_sampled: Tensor | None, into: Tensor | None = None
+    ) -> Tensor:
+        """d_flat [P]: of the noise-prediction loss, plus, unless d_sampled [B, A] is None, of the chain. Zero where no
+        parameter lies. It is written `into` memory that is given."""
+
+
+class UpdateOps(Protocol):
+    """What an update does beside chains and critics, as functions of a package of kernels; see `dql.update_fused`."""
+
+    def critic_loss(
+        self, q_target: Tensor, rewards: Tensor, masks: Tensor, q: Tensor, discount: float, candidates: int
+    ) -> tuple[Tensor, Tensor]:
+        """Of q_target [2, B * N], rewards [B], masks [B] and q [2, B]: (d_q [2, B], metrics float32 [3]: the loss, the
+        mean of both q, the mean target); the target is of the best of N candidates by either, then the lesser of both.
+        """
+
+    def q_loss(self, q: Tensor, maximised: int | Tensor, eta: float) -> tuple[Tensor, Tensor]:
+        """(d_q [2, B] of eta * q_loss, q_loss [1]) of q [2, B]; a tensor is [2] with a 1 for the maximised one."""
+
+    def adam(
+        self,
+        flat: Tensor,
+        gradient: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        step: Tensor,
+        lr: float,
+        lr_scale: float | Tensor,
+        max_norm: float,
+        average: tuple[Tensor, float | Tensor] | None = None,
+    ) -> Tensor:
+        """A step of torch.optim.Adam, its count of steps included, with the gradient clipped to max_norm (0: not), in
+        place; then average += weight (flat - average), which a weight of 0 leaves alone. Gives the norm [1]."""
 
 
 Run = Callable[[Tensor, Tensor, int], bool]
@@ -93,6 +150,7 @@ class Backend(ABC):
     """A way to run chains. `name` is what callers say; see `register` for the order of "auto"."""
 
     name: str
+    ops: UpdateOps | None = None  # an update's, if `actor` and `critic` have kernels too: see dql/update_fused.py
     finds_bad_states: bool = False  # by itself, on the device, without waiting for it: see dql/finite.py
 
     def only_by_name(self) -> str | None:
@@ -129,6 +187,10 @@ class Backend(ABC):
 
     def critic(self, critic: "TwinCritic") -> CriticRunner | None:
         """What computes the Q values of such critics and their gradients, see `dql.values`. None: torch does."""
+        return None
+
+    def actor(self, policy: "DiffusionPolicy") -> ActorRunner | None:
+        """What computes such a policy's losses and their gradient. None: torch does."""
         return None
 
     def select(self, chain: Chain, critic: "TwinCritic", draw_seed: int | Tensor) -> Tensor | None:

@@ -5,17 +5,19 @@ belong to.
 """
 
 import contextlib
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
-from dql.backend.base import Backend, Chain, CriticRunner, Run, timestep_embedding
+from dql.backend.base import ActorRunner, Backend, Chain, CriticRunner, Run, UpdateOps, timestep_embedding
 from dql.finite import alarm
 from dql.kernels import cuda, limits, triton
 from dql.kernels.capture import refuse_while_capturing
 from dql.kernels.cpp import binding
 from dql.kernels.layout import CriticSpec, DenoiserSpec
-from dql.networks import TwinCritic
+from dql.networks import FlatModule, TwinCritic
+from dql.policy import DiffusionPolicy
+from dql.schedule import StepTable
 from dql.tensors import LOWEST_ADDRESS
 
 Tensor = torch.Tensor
@@ -104,6 +106,7 @@ class GpuBackend(Backend):
     def __init__(self, name: str, kernels: Kernels) -> None:
         self.name, self.kernels = name, kernels
         self.stands_in, self.unavailable = kernels.stands_in, kernels.unavailable
+        self.ops = cast(UpdateOps, kernels) if hasattr(kernels, "actor_runner") else None
 
     def only_by_name(self) -> str | None:
         variable, being = self.kernels.STAND_IN
@@ -159,11 +162,31 @@ class GpuBackend(Backend):
             return self.kernels.normal(seed, K, B, A, like.device)  # one launch; in torch it is two hundred
 
     def critic(self, critic: TwinCritic) -> CriticRunner | None:
-        buffer = critic.buffer
-        there = buffer.is_cpu if self.stands_in() else buffer.is_cuda
-        if not there or buffer.dtype is not torch.float32 or not self._takes(critic, "fp32"):
+        if not self._is_mine(critic) or not self._takes(critic, "fp32"):
             return None
         return self.critic_runner(critic, "fp32")
+
+    def actor(self, policy: DiffusionPolicy) -> ActorRunner | None:
+        denoiser = policy.denoiser
+        if self.ops is None or not self._is_mine(denoiser) or not self._takes(denoiser, "fp32"):
+            return None
+        table, device = policy.step_table(), denoiser.buffer.device
+        key = (self.name, "actor", denoiser.spec, device, policy.max_action)
+        made = table.kept.get(key)
+        if made is None:
+            refuse_while_capturing()
+            make = self.kernels.actor_runner  # type: ignore[attr-defined]
+            rows, embedding = _on_device(table, denoiser.spec, device)
+            q_sample = policy.q_sample_table(denoiser.buffer)
+            made = make(denoiser.spec, rows, embedding, q_sample, policy.max_action, policy.predict_epsilon, "fp32")
+            table.kept[key] = made
+        return cast(ActorRunner, made)
+
+    def _is_mine(self, module: FlatModule) -> bool:
+        """Whether its parameters are of the dtype and where the kernels take them."""
+        buffer = module.buffer
+        there = buffer.is_cpu if self.stands_in() else buffer.is_cuda
+        return there and buffer.dtype is torch.float32
 
     def select(self, chain: Chain, critic: TwinCritic, draw_seed: int | Tensor) -> Tensor | None:
         if not self._takes(critic, chain.precision):
@@ -193,11 +216,11 @@ class GpuBackend(Backend):
         q, _ = critics.forward(critic.buffer, states, actions, N, (0, 1), save=False)
         return actions, q
 
-    def _takes(self, critic: TwinCritic, precision: str) -> bool:
-        """Whether the kernels run critics of these sizes; whether they fit is not the rows' business."""
-        if limits.unfit(critic.spec) is not None:
+    def _takes(self, module: FlatModule, precision: str) -> bool:
+        """Whether the kernels run networks of these sizes; whether they fit is not the rows' business."""
+        if limits.unfit(module.spec, _MAX_TIME_DIM) is not None:
             return False
-        return self.kernels.misfit(critic.spec, precision, 1, 1, critic.buffer.device.index or 0) is None
+        return self.kernels.misfit(module.spec, precision, 1, 1, module.buffer.device.index or 0) is None
 
     def chain_runner(self, chain: Chain) -> ChainRunner:
         """What runs such chains, kept with the step table.
@@ -209,10 +232,8 @@ class GpuBackend(Backend):
         made = chain.table.kept.get(key)
         if made is None:
             refuse_while_capturing()
-            device = chain.flat.device
-            rows = torch.tensor([(*row, 0.0, 0.0) for row in chain.table.rows], dtype=torch.float32, device="cpu")
-            embedding = timestep_embedding(chain.table, chain.spec.time_dim, torch.float32, device)
-            made = self.kernels.chain_runner(chain.spec, rows.to(device), embedding, chain.max_action, chain.precision)
+            rows, embedding = _on_device(chain.table, chain.spec, chain.flat.device)
+            made = self.kernels.chain_runner(chain.spec, rows, embedding, chain.max_action, chain.precision)
             chain.table.kept[key] = made
         return made
 
@@ -224,6 +245,12 @@ class GpuBackend(Backend):
             refuse_while_capturing()
             made = critic.kept[key] = self.kernels.critic_runner(critic.spec, precision, critic.buffer.device)
         return made
+
+
+def _on_device(table: StepTable, spec: DenoiserSpec, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(the table's rows [K, 8], the embedding [K, D])."""
+    rows = torch.tensor([(*row, 0.0, 0.0) for row in table.rows], dtype=torch.float32, device="cpu")
+    return rows.to(device), timestep_embedding(table, spec.time_dim, torch.float32, device)
 
 
 class _Prepared:

@@ -197,7 +197,7 @@ class ChainRunner(Launcher):
         d_flat = self.floats(self.spec.layout.size) if need_parameters else None
         d_states = torch.empty_like(states) if need_states else None
         workspace = self.floats(
-            self.module.gradient_workspace(self.mlp, *numbers, K, parts, int(need_parameters)),
+            self.module.gradient_workspace(self.mlp, *numbers, K, parts, int(need_parameters), 0),
         )
         gradients = calls["gradients"].fix(embedding=self.embedding.data_ptr(), parts=parts, **told)
         self.module.gradients(

@@ -101,6 +101,8 @@ class CriticRunner(Launcher):
         need_parameters: bool,
         need_states: bool,
         need_actions: bool,
+        only: int | Tensor | None = None,
+        into: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradient of `forward`; the same arguments give the same bits.
 
@@ -113,6 +115,9 @@ class CriticRunner(Launcher):
             need_parameters: compute d_flat.
             need_states: compute d_states.
             need_actions: compute d_actions.
+            only: of both critics the one, 1 or 2, whose d_q is not zero; or float32 [2] on the device with a 1 for it
+                and a 0. The other is left out. For d_actions alone.
+            into: where d_flat is written [P]; None: new memory.
 
         Returns:
             (d_flat [P], d_states [B, S], d_actions [R, A]), None where not needed. Where no parameter lies, or one of
@@ -130,23 +135,27 @@ class CriticRunner(Launcher):
         )
         numbers, first = saved.tiling.numbers(self.precision), saved.which[0]
         back = self.bytes(self.module.sizes(self.mlp, *numbers, B, R, 1, 1, n)[2])
-        each_actions = self.floats(n, R, self.spec.action_dim) if need_actions else None
+        one = n if only is None else 1  # networks of which there is a gradient of the actions
+        each_actions = self.floats(one, R, self.spec.action_dim) if need_actions else None
+        only_at = only if isinstance(only, Tensor) else None
+        check_memory(self.device, only=(only_at, 2), into=(into, self.spec.layout.size))
         told: dict[str, Any] = saved.tiling.fields(self.precision)
         told |= {"first_network": first, "networks": n, "B": B, "N": R // B, "K": 1, "ordinal": self.ordinal}
         chain = calls["chain"].fix(
             transposed=1, d_out=d_q.data_ptr(), back=back.data_ptr(), d_actions=address(each_actions),
+            only_at=address(only_at), only=only if isinstance(only, int) else 0,
             max_clusters=self.max_clusters(saved.tiling, True), **told,
         )  # fmt: skip
         chain = calls["chain"].pack(
             chain, flat=flat.data_ptr(), packed=saved.packed.data_ptr(), saved=saved.saved.data_ptr(), stream=stream
         )
         self.module.chain_backward(self.mlp, chain)
-        d_flat = self.floats(self.spec.layout.size) if need_parameters else None
+        d_flat = None if not need_parameters else self.floats(self.spec.layout.size) if into is None else into
         d_states = torch.empty_like(states) if need_states else None
         if need_parameters or need_states:
             parts = self.parts(R)
             workspace = self.floats(
-                self.module.gradient_workspace(self.mlp, *numbers, 1, parts, int(need_parameters)),
+                self.module.gradient_workspace(self.mlp, *numbers, 1, parts, int(need_parameters), 0),
             )
             gradients = calls["gradients"].pack(
                 calls["gradients"].fix(parts=parts, **told), flat=flat.data_ptr(), states=states.data_ptr(),
@@ -154,7 +163,7 @@ class CriticRunner(Launcher):
                 workspace=workspace.data_ptr(), d_flat=address(d_flat), d_states=address(d_states), stream=stream,
             )  # fmt: skip
             self.module.gradients(self.mlp, gradients)
-        d_actions = None if each_actions is None else each_actions[0] if n == 1 else each_actions.sum(0)
+        d_actions = None if each_actions is None else each_actions[0] if one == 1 else each_actions.sum(0)
         return d_flat, d_states, d_actions
 
 

@@ -115,6 +115,7 @@ class Problem:
         steps: K.
         networks: how many run side by side.
         saving: the forward pass saves for a backward pass, which has the same tiling.
+        alone: nothing runs beside it in the same launch, which solo blocks do not take.
     """
 
     spec: DenoiserSpec | CriticSpec
@@ -123,6 +124,7 @@ class Problem:
     steps: int
     networks: int
     saving: bool
+    alone: bool = True
 
 
 _forced: list[Tiling] = []  # innermost last; of all threads, as torch runs backward passes in its own
@@ -221,7 +223,7 @@ def possible(problem: Problem, capability: int, wide: bool) -> list[Tiling]:
 def _can_be_solo(problem: Problem) -> bool:
     spec = problem.spec
     fits = isinstance(spec, DenoiserSpec) and spec.hidden_dim <= 256 and spec.hidden_dim % 4 == 0
-    return fits and problem.precision == "bf16"
+    return fits and problem.precision == "bf16" and problem.alone
 
 
 @lru_cache(maxsize=4096)

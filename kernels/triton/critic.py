@@ -304,6 +304,8 @@ class CriticRunner:
         need_parameters: bool,
         need_states: bool,
         need_actions: bool,
+        only: int | Tensor | None = None,
+        into: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradient of `forward`; the same arguments give the same bits.
 
@@ -316,6 +318,8 @@ class CriticRunner:
             need_parameters: compute d_flat.
             need_states: compute d_states.
             need_actions: compute d_actions.
+            only: the one critic, 1 or 2 or by a 1 in [2], whose d_q is not zero: both are computed all the same.
+            into: where d_flat is written [P]; None: new memory.
 
         Returns:
             (d_flat [P], d_states [B, S], d_actions [R, A]), None where not needed. Where no parameter lies, or one of
@@ -339,10 +343,13 @@ class CriticRunner:
             (RP // tile.rows, n, 1),
             saved.floats, saved.operands, d_q, d_first, d_operands, each_actions, saved.which[0], R,
         )  # fmt: skip
-        return self._gradients.compute(
+        d_flat, d_states, d_actions = self._gradients.compute(
             flat, states, actions, saved.operands, d_q, d_first, d_operands, each_actions, saved.which[0], RP,
             need_parameters, need_states,
         )  # fmt: skip
+        if into is not None and d_flat is not None:
+            d_flat = into.copy_(d_flat)
+        return d_flat, d_states, d_actions
 
     def _fitting(self, kind: str, rows: int) -> Kernel:
         """The kernel for the tile that is chosen for a kind of a Shape, or the next smaller one that fits."""

@@ -4,6 +4,7 @@ import copy
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from support.cases import TOLERANCES, assert_close
@@ -11,7 +12,8 @@ from support.gpu_agents import CONFIG, DEVICE, A, S, make_batch
 
 import dql
 from dql import noise, update_graphed
-from dql.backend.registry import of_gpus
+from dql.backend.registry import of_gpus, registry
+from dql.data import BLOCK_STEPS, DatasetInfo
 from dql.draws import UpdateSeeds
 from dql.update_graphed import AHEAD, GraphedUpdate
 
@@ -56,6 +58,16 @@ def record_update(monkeypatch):
 def make_agent(backend: str, algorithm: str = "diffusion-ql", **changes):
     cls = dql.DiffusionQL if algorithm == "diffusion-ql" else dql.DiffusionBC
     return cls(S, A, dql.Config(**CONFIG | changes, backend=backend), device=DEVICE)
+
+
+def make_data(size: int, states: int = S, actions: int = A) -> dql.TransitionDataset:
+    draw = torch.Generator().manual_seed(size)
+    of_states, of_actions, rewards, next_states = (
+        torch.randn(size, width, generator=draw).clamp(-1, 1).to(DEVICE) for width in (states, actions, 1, states)
+    )
+    info = DatasetInfo("a/b-v0", None, None, None, 0, np.zeros(0), "box", 1.0)
+    masks = (rewards[:, 0] > 0).float()
+    return dql.TransitionDataset(of_states, of_actions, rewards[:, 0].contiguous(), next_states, masks, info)
 
 
 def assert_same(got, want, case: str) -> None:
@@ -134,26 +146,56 @@ def test_a_recorded_agent_is_saved_as_any(tmp_path, record_update):
     assert_same(loaded, agents[1], "loaded")
 
 
-def test_what_is_drawn_ahead_is_what_an_update_draws(record_update):
+@pytest.mark.parametrize("backend", ["eager", *(n for n in of_gpus() if hasattr(registry()[n].ops, "beginning"))])
+def test_what_is_drawn_ahead_is_what_an_update_draws(backend, runs_here, record_update):
     """To the bit: over blocks, after a step that jumps, with another seed and schedule, on any default device."""
-    agent = make_agent("eager", lr_schedule="cosine", num_updates=100)
+    agent = make_agent(runs_here(backend), lr_schedule="cosine", num_updates=100)
     agent.config = replace(agent.config, ema_start=3)
     with torch.device("meta"):
         update = record_update(agent)
+    source = list(vars(make_batch(0)).values())
     steps = [*range(2 * AHEAD + 3), 1000, 1001, 7, 2**40, AHEAD - 1, AHEAD]
     for i, step in enumerate(steps):
         if i == len(steps) - 2:
             agent.config = replace(agent.config, seed=2**64 - 1, lr_schedule="constant")
         agent.step = step
         with torch.device("meta"):
-            update._stage()
+            update._stage(source)
         seeds, config = UpdateSeeds.of(agent.config.seed, step), agent.config
         for name, tensor in zip(("target", "bc_noise", "actor"), update._seeds, strict=True):
             assert int(tensor) % 2**64 == getattr(seeds, name)
         assert torch.equal(update._t.cpu(), noise.integers(seeds.bc_t, agent.policy.T, B))
         first = int(noise.integers(seeds.coin, 2, 1))
         average = 1 - config.ema_decay if step >= 3 and step % config.ema_every == 0 else 0.0
-        assert update._scalars.tolist() == [first, 1 - first, agent.lr_scale(), average]
+        scalars = torch.tensor([first, 1 - first, agent.lr_scale(), average], dtype=update._scalars.dtype)
+        assert torch.equal(update._scalars.cpu(), scalars)
+        assert all(torch.equal(*pair) for pair in zip(vars(update._batch).values(), source, strict=True))
+
+
+@pytest.mark.parametrize("algorithm", ["diffusion-ql", "diffusion-bc"])
+def test_updates_from_a_dataset(backend, algorithm, record_update):
+    """Those of its batches, to the bit, in the order of training without a graph; over the blocks of drawn rows."""
+    data = make_data(1000)
+    agents = [make_agent(backend, algorithm) for _ in range(2)]
+    updates = [record_update(agent) for agent in agents]
+    for agent in agents:
+        agent.step = BLOCK_STEPS - 2
+    for step in range(BLOCK_STEPS - 2, BLOCK_STEPS + 1):
+        got, want = updates[0].update_from(data), updates[1].update(data.sample(B, agents[1].config.seed, step))
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            assert torch.equal(got[name], value), f"{name}, step {step}"
+    for name, tensor in agents[1].tensors().items():
+        assert torch.equal(agents[0].tensors()[name], tensor), name
+
+
+def test_a_dataset_that_does_not_fit_is_refused(backend, record_update):
+    update = record_update(make_agent(backend))
+    with pytest.raises(ValueError, match=r"batch\.states must be"):
+        update.update_from(make_data(50, S + 1))
+    with pytest.raises(ValueError, match=r"batch\.actions must be"):
+        update.update_from(make_data(50, S, A + 1))
+    assert update.agent.step == 0
 
 
 def test_what_does_not_fit_is_refused(record_update):
