@@ -150,13 +150,16 @@ class TrainArguments:
     dataset: str | None = None
     """A Minari dataset id, ids joined by +, a folder of one, or a D4RL .hdf5 file."""
     resume: Path | None = None
-    """Continue the run in this folder; beside it only --num-updates, --env and --eval-* may be given."""
+    """Continue the run in this folder; beside it only --num-updates, --data-on, --env and --eval-* may be given."""
     tuned: str | None = None
     """Start from the paper's hyper-parameters for this task, e.g. hopper-medium-expert-v2."""
     run_dir: Path | None = None
     """Where the run is written; by default runs/<dataset>-<algorithm>-seed<seed>."""
     device: str = RunConfig.device
     """auto (cuda if there is one), cpu, cuda, cuda:1, ..."""
+    data_on: Literal["auto", "device", "disk"] = RunConfig.data_on
+    """Where the dataset lies: in the device's memory; or on disk, in the cache, from which batches are fetched ahead of
+    need; auto leaves it on disk if it takes more than half of the memory that is free. The batches are the same."""
     log_every: int = RunConfig.log_every
     """Updates between two lines of metrics.csv, each the mean since the last."""
     checkpoint_every: int = RunConfig.checkpoint_every
@@ -187,6 +190,7 @@ class TrainArguments:
 # Flags that may stand beside --resume, and the arguments of dql.train.resume that they are.
 _RESUMABLE = {
     "--num-updates": "num_updates",
+    "--data-on": "data_on",
     "--eval-every": "eval_every",
     "--eval-episodes": "eval_episodes",
     "--eval-max-steps": "eval_max_steps",

@@ -28,6 +28,7 @@ from dql.evaluate import Evaluation, EvaluationStopped, Scored, evaluate, select
 from dql.progress import progress
 from dql.rundir import RunDir, RunError, append_row
 from dql.shown import said
+from dql.staging import Source, batches_on
 from dql.update_graphed import GraphedUpdate
 
 # What evaluations.csv has for an evaluation that failed, beside its step and bc_loss.
@@ -167,7 +168,7 @@ class Loop:
     Args:
         run: what to do.
         folder: where it is written.
-        data: on the agent's device.
+        data: on the agent's device, or on the CPU, from which their batches are staged.
         info: names the environment to evaluate in.
         agent: as it is after its last update.
         console: where progress is shown.
@@ -200,6 +201,7 @@ class Loop:
         self.results: list[tuple[int, Evaluation]] = []
         self.stop: str | None = None
         self.rolling_out = False
+        self.batches: Source = data
 
     def run(self) -> RunResult:
         """Takes the run to its end, or to a signal.
@@ -209,7 +211,11 @@ class Loop:
             TrainingDivergedError: a loss became NaN.
         """
         run, agent, state = self.config, self.agent, self.state
-        with _signals(self._on_signal), progress(run.agent, agent.step, self.console) as show:
+        with (
+            _signals(self._on_signal),
+            progress(run.agent, agent.step, self.console) as show,
+            batches_on(self.data, agent.device) as self.batches,
+        ):
             if self.saved_step >= 0:  # resumed: what ended it may have come between a checkpoint and what follows it
                 self._tidy()
                 if log_owed(run, state, agent.step):
@@ -253,7 +259,7 @@ class Loop:
 
     def _update(self) -> None:
         c = self.config.agent
-        metrics = self.update(self.data.sample(c.batch_size, c.seed, self.agent.step))
+        metrics = self.update(self.batches.sample(c.batch_size, c.seed, self.agent.step))
         self.state.names = list(metrics)
         values = torch.stack(list(metrics.values())).double()
         self.state.since_log.add(values)

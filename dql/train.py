@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from dql.agents.base import Agent
 from dql.agents.registry import load, make_agent
 from dql.checkpoint import CheckpointError, checked_device
 from dql.config import DIFFUSION, RunConfig
-from dql.data import DatasetError, DatasetInfo, TransitionDataset, load_dataset
+from dql.data import SHARE, DatasetError, DatasetInfo, TransitionDataset, load_dataset
 from dql.evaluate import make_limited
 from dql.loop import Loop, LoopState, RunResult, TrainingDivergedError, log_owed
 from dql.rundir import RunDir, RunError, drop_rows_after
@@ -119,7 +119,7 @@ def train(run: RunConfig, *, dataset: TransitionDataset | None = None, console: 
             torch.set_num_threads(run.threads)
         data = _load(run) if dataset is None else dataset
         _check_reward_tune(run, data)
-        data = data.to(device)
+        data = _placed(run, data, device)
         run = run.with_agent(max_action=data.max_action)
         info = evaluation_info(run, data.info, typed=True)
         check_environment(run, info)
@@ -135,6 +135,7 @@ def resume(
     path: str | os.PathLike[str],
     *,
     num_updates: int | None = None,
+    data_on: str | None = None,
     eval_every: int | None = None,
     eval_episodes: int | None = None,
     eval_max_steps: int | None = None,
@@ -151,6 +152,7 @@ def resume(
     Args:
         path: the run folder.
         num_updates: a new length; only with a constant learning rate, whose past does not depend on it.
+        data_on: instead of the run's own; the batches are the same.
         eval_every: instead of the run's own; 0 for no more evaluations, one that is owed included.
         eval_episodes: instead of the run's own.
         eval_max_steps: instead of the run's own.
@@ -166,6 +168,7 @@ def resume(
     written = folder.read_config()
     run = RunConfig.from_dict(written["run"])
     changes = {"eval_every": eval_every, "eval_episodes": eval_episodes, "eval_max_steps": eval_max_steps, "env": env}
+    changes["data_on"] = data_on
     run = replace(run, **{name: value for name, value in changes.items() if value is not None})  # type: ignore[arg-type]
     if env is None and run.env is not None and ":" in run.env and run.eval_every:
         raise RunError(
@@ -185,7 +188,7 @@ def resume(
             run = run.with_agent(num_updates=num_updates)
         device = _device_of(run)
         torch.set_num_threads(written["threads"])  # sums over rows depend on how threads split them
-        data = (_load_again(run, written) if dataset is None else dataset).to(device)
+        data = _placed(run, _load_again(run, written) if dataset is None else dataset, device)
         _check_reward_tune(run, data)
         fingerprint = fingerprint_of(data)
         check_fingerprint(run, fingerprint, written)
@@ -269,7 +272,24 @@ def _check_reward_tune(run: RunConfig, data: TransitionDataset) -> None:
 
 
 def _load(run: RunConfig) -> TransitionDataset:
-    return load_dataset(run.dataset, reward_tune=run.agent.reward_tune, drop_broken=run.drop_broken)
+    in_memory: bool | Literal["auto"] = False if run.data_on == "disk" else "auto"
+    if run.data_on == "device" and resolve_device(run.device).type == "cpu":
+        in_memory = True
+    return load_dataset(
+        run.dataset, reward_tune=run.agent.reward_tune, drop_broken=run.drop_broken, in_memory=in_memory
+    )
+
+
+def _placed(run: RunConfig, data: TransitionDataset, device: torch.device) -> TransitionDataset:
+    """The data on the device, or on the CPU, from which the loop has their batches staged."""
+    stays = run.data_on == "disk" or (run.data_on == "auto" and not _fits(data, device))
+    return data.to("cpu" if stays else device)
+
+
+def _fits(data: TransitionDataset, device: torch.device) -> bool:
+    if device.type != "cuda" or data.device == device:
+        return True
+    return data.nbytes <= SHARE * torch.cuda.mem_get_info(device)[0]
 
 
 def _load_again(run: RunConfig, written: dict[str, Any]) -> TransitionDataset:
@@ -387,8 +407,9 @@ def check_fingerprint(run: RunConfig, found: str, written: dict[str, Any]) -> No
 def fingerprint_of(data: TransitionDataset) -> str:
     """A digest of all transitions."""
     digest = hashlib.blake2b(digest_size=8)
-    for tensor in (data.states, data.actions, data.rewards, data.next_states, data.masks):
-        digest.update(tensor.cpu().contiguous().numpy().data)
+    with data.in_order():
+        for tensor in (data.states, data.actions, data.rewards, data.next_states, data.masks):
+            digest.update(tensor.cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 
