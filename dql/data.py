@@ -37,7 +37,7 @@ from dql.datasets.info import (
     FlatData,
     row_blocks,
 )
-from dql.datasets.mapped import Mapping, in_order, read_rows_at_random
+from dql.datasets.mapped import RowsAhead, in_order, read_rows_at_random
 from dql.datasets.sources import DatasetSummary, list_datasets, resolve
 from dql.datasets.spool import Spool
 from dql.memory import available_memory
@@ -154,7 +154,7 @@ class TransitionDataset:
                 raise ValueError(f"{name} must be float32 on {states.device}, got {tensor.dtype} on {tensor.device}")
         if 0 in (S, actions.shape[1]):
             raise ValueError(f"states and actions must have a dimension at least, got {_shapes(self)}")
-        self._mappings: tuple[Mapping, ...] = ()  # of the files that are the tensors' memory
+        self._ahead = RowsAhead(())  # of the files that are the tensors' memory
         self._check_values()
         self._block: tuple[tuple[int, int, int], torch.Tensor] | None = None
 
@@ -228,7 +228,7 @@ class TransitionDataset:
 
         They are tensors like others: all reads see the file, what is written in place stays in memory.
         """
-        return bool(self._mappings)
+        return bool(self._ahead.mappings)
 
     @property
     def nbytes(self) -> int:
@@ -241,7 +241,7 @@ class TransitionDataset:
         Raises:
             DatasetError: the file was changed by somebody else.
         """
-        return in_order(self._mappings)
+        return in_order(self._ahead.mappings)
 
     def __repr__(self) -> str:
         tune = "" if self.reward_tune == "none" else f", reward_tune={self.reward_tune!r}"
@@ -259,7 +259,7 @@ class TransitionDataset:
             for name in FIELDS:
                 setattr(moved, name, getattr(self, name).to(device))
         if moved.device.type != "cpu":
-            moved._mappings = ()
+            moved._ahead = RowsAhead(())
         moved._block = None
         return moved
 
@@ -341,9 +341,18 @@ class TransitionDataset:
             DatasetError: the data are on disk, and their file was changed by somebody else.
         """
         rows = self.indices(batch_size, seed, step)
-        for mapping in self._mappings:
-            mapping.check()
+        self.fetch(rows)
         return Batch(*(getattr(self, name).index_select(0, rows) for name in FIELDS))
+
+    def fetch(self, rows: torch.Tensor) -> None:
+        """To be called before these rows [B] of the tensors are looked at: of data on disk, it has them read.
+
+        Raises:
+            DatasetError: the file was changed by somebody else.
+        """
+        if self.on_disk:
+            tensors = (getattr(self, name) for name in FIELDS)
+            self._ahead.fetch(((t.data_ptr(), t[0].nbytes) for t in tensors), rows.numpy())
 
 
 def load_dataset(
@@ -394,7 +403,7 @@ def load_dataset(
     tensors = {field: torch.from_numpy(getattr(flat, field)).to(device) for field in FIELDS}
     data = TransitionDataset(**tensors, info=flat.info, reward_tune="none")
     if device.type == "cpu":
-        data._mappings = flat.mappings
+        data._ahead = RowsAhead(flat.mappings)
         read_rows_at_random(flat.mappings)
     return data.tune_rewards(reward_tune)
 

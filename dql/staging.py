@@ -199,9 +199,8 @@ class Staging:
 
     def _fill(self, buffer: Tensor, rows: Tensor) -> Tensor:
         """Runs in the thread."""
-        for mapping in self.data._mappings:
-            mapping.check()
         for place, chosen in zip(buffer.view(self.steps, -1), rows, strict=True):
+            self.data.fetch(chosen)
             batch = self._batch(place, len(chosen))
             for name in FIELDS:
                 torch.index_select(getattr(self.data, name), 0, chosen, out=getattr(batch, name))

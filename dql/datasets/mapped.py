@@ -3,12 +3,15 @@
 import contextlib
 import mmap
 import os
+import resource
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from dql.datasets.info import DatasetError
 
+_FAULTS = 8  # pages that a batch may wait for, one after the other, before the next batches are asked for at once
+_BATCHES = 256  # that are, until it is tried again without: asking takes 1 ms a batch also where no page is missing
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's; Python names it from 3.13 on
 
 
@@ -42,6 +45,7 @@ class Mapping:
             os.close(self._descriptor)
             self._descriptor = -1
             raise
+        self.address = np.frombuffer(self._map, np.uint8).ctypes.data
         self.advise(mmap.MADV_SEQUENTIAL)
 
     def __del__(self) -> None:
@@ -72,6 +76,64 @@ class Mapping:
     def advise(self, advice: int) -> None:
         with contextlib.suppress(OSError):  # nothing depends on it
             self._map.madvise(advice)
+
+    def holds(self, address: int) -> bool:
+        """Whether that is an address of its memory."""
+        return self.address <= address < self.address + self._state[0]
+
+    def ask_for(self, address: int, width: int, rows: np.ndarray) -> None:
+        """Has the disk begin with the pages of all these rows of `width` bytes, without waiting for any.
+
+        Args:
+            address: of row 0, in its memory.
+            width: bytes of a row.
+            rows: their numbers.
+        """
+        starts = address - self.address + rows * width
+        pages = starts - starts % mmap.PAGESIZE
+        with contextlib.suppress(OSError):
+            for page, length in zip(pages.tolist(), (starts + width - pages).tolist(), strict=True):
+                self._map.madvise(mmap.MADV_WILLNEED, page, length)
+
+
+class RowsAhead:
+    """Asks for all rows of a batch at once where looking at them would wait for the disk page by page.
+
+    That is ten times faster where the pages are not in memory, and for nothing where they are.
+    """
+
+    def __init__(self, mappings: Iterable[Mapping]) -> None:
+        self.mappings = tuple(mappings)
+        self._asking = 0  # for how many batches yet
+        self._faults = _waited()
+
+    def fetch(self, arrays: Iterable[tuple[int, int]], rows: np.ndarray) -> None:
+        """To be called before the rows of a batch are looked at, by the same thread.
+
+        Args:
+            arrays: (address, bytes of a row) of each array; those in other memory are left out.
+            rows: their numbers.
+
+        Raises:
+            DatasetError: a file was changed by somebody else.
+        """
+        for mapping in self.mappings:
+            mapping.check()
+        faults = _waited()
+        if not self._asking and faults - self._faults >= _FAULTS:
+            self._asking = _BATCHES
+        self._faults = faults
+        if self._asking:
+            self._asking -= 1
+            for address, width in arrays:
+                for mapping in self.mappings:
+                    if mapping.holds(address):
+                        mapping.ask_for(address, width, rows)
+
+
+def _waited() -> int:
+    """Pages that this thread has waited for."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
 
 
 def read_rows_at_random(mappings: Iterable[Mapping]) -> None:

@@ -1,6 +1,7 @@
 """Data that stay on disk: mapped, read a part at a time, and in every bit what they are in memory."""
 
 import json
+import mmap
 import os
 import tracemalloc
 
@@ -14,7 +15,7 @@ from support.data_files import FIELDS, A, S, assert_one_sentence, assert_same, d
 import dql.data
 from dql import memory
 from dql.data import REWARD_TUNES, DatasetError, describe, load_dataset
-from dql.datasets import cache, info, spool
+from dql.datasets import cache, info, mapped, spool
 from dql.datasets.cache import cache_path
 from dql.datasets.sources import resolve
 from dql.datasets.spool import Spool
@@ -292,6 +293,51 @@ def test_a_file_that_is_replaced_stays_mapped(change):
         os.replace(path.parent / "x", path)
     assert fingerprint_of(data) == before
     assert torch.equal(data.sample(4, 0, 0).states, batch.states)
+
+
+class Advised:
+    """A map that notes the ranges that are asked for."""
+
+    def __init__(self, found):
+        self.found, self.ranges = found, []
+
+    def madvise(self, advice, *place):
+        if advice == mmap.MADV_WILLNEED:
+            self.ranges.append(place)
+        self.found.madvise(advice, *place)
+
+
+def test_rows_are_asked_for_at_once_after_waits_for_the_disk(monkeypatch):
+    make(THING, [episode(400, seed=i) for i in range(5)])
+    data, path = mapped_file()
+    expected = load_dataset(THING, reward_tune="normalize")
+    data = data.tune_rewards("normalize")  # these rewards are in memory
+    (mapping,) = data._ahead.mappings
+    mapping._map = advised = Advised(mapping._map)
+    waited = 0
+    monkeypatch.setattr(mapped, "_waited", lambda: waited)
+    monkeypatch.setattr(mapped, "_BATCHES", 3)
+    data._ahead._faults = 0
+    asked = []
+    for step in range(12):
+        waited += {3: 7, 5: 8, 10: 100}.get(step, 0)  # pages that the batch before waited for
+        advised.ranges.clear()
+        batch, other = data.sample(16, 0, step), expected.sample(16, 0, step)
+        assert all(torch.equal(getattr(batch, field), getattr(other, field)) for field in FIELDS)
+        if advised.ranges:
+            asked.append(step)
+            touched = {page for start, length in advised.ranges for page in range(start, start + length)}
+            rows = data.indices(16, 0, step).tolist()
+            for field in FIELDS:
+                tensor = getattr(data, field)
+                first = tensor.data_ptr() - mapping.address
+                inside = {first + row * tensor[0].nbytes for row in rows} | {
+                    first + (row + 1) * tensor[0].nbytes - 1 for row in rows
+                }
+                assert (inside <= touched) == (field != "rewards"), field
+            assert all(start % mmap.PAGESIZE == 0 for start, _ in advised.ranges)
+            assert all(start + length <= path.stat().st_size for start, length in advised.ranges)
+    assert asked == [5, 6, 7, 10, 11]
 
 
 # What is not there
