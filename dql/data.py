@@ -390,7 +390,7 @@ def load_dataset(
     if not isinstance(name_or_path, (str, os.PathLike)):
         raise TypeError(f"a dataset is named by a string or a path, got {shown(name_or_path)}")
     device, name = checked_device(device), str(os.fspath(name_or_path))
-    if not isinstance(in_memory, bool) and in_memory != "auto":
+    if not isinstance(in_memory, bool) and not (isinstance(in_memory, str) and in_memory == "auto"):
         raise ValueError(f'in_memory must be True, False or "auto", got {shown(in_memory)}')
     if in_memory is False and not cache:
         raise ValueError("in_memory=False maps the cache's file, and cache=False has none; leave one of them out")

@@ -119,11 +119,16 @@ class Staging:
     def __init__(
         self, data: TransitionDataset, device: torch.device, *, steps: int = STEPS, lane: Lane | None = None
     ) -> None:
-        """Args:
-        data: in the memory of the CPU.
-        device: where the batches go.
-        steps: batches of a block.
-        lane: how they come there; None for the device's own.
+        """Starts with nothing gathered.
+
+        Args:
+            data: in the memory of the CPU.
+            device: where the batches go.
+            steps: batches of a block.
+            lane: how they come there; None for the device's own.
+
+        Raises:
+            ValueError: the data are on a device.
         """
         if data.device.type != "cpu":
             raise ValueError(f"batches are staged from the CPU's memory, and these data are on {data.device}")

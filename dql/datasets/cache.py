@@ -91,7 +91,7 @@ def _load(path: Path, fingerprint: str, most_bytes: float) -> FlatData | None:
                 return None
             mapping = None
             if sum(4 * math.prod(shape) for _, shape in layout.values()) > most_bytes:
-                mapping = Mapping(file.fileno(), str(path))
+                mapping = _mapped(file, path)
                 arrays = {name: mapping.array(*place) for name, place in layout.items()}
             else:
                 arrays = {name: _read(file, *place) for name, place in layout.items()}
@@ -102,8 +102,21 @@ def _load(path: Path, fingerprint: str, most_bytes: float) -> FlatData | None:
             return None
         info = DatasetInfo.from_json(metadata["info"])
         return FlatData(**arrays, info=info, mappings=() if mapping is None else (mapping,))
+    except DatasetError:
+        raise
     except _DAMAGED:  # the source is read again
         return None
+
+
+def _mapped(file: BinaryIO, path: Path) -> Mapping:
+    try:
+        return Mapping(file.fileno(), str(path))
+    except OSError as error:
+        raise DatasetError(
+            f"{path} cannot be mapped ({error.strerror}): a limit of this process (ulimit -v, ulimit -d) or of the "
+            "machine (vm.overcommit_memory) is below its size; raise that, or load it into memory (in_memory=True, "
+            "--data-on device)"
+        ) from error
 
 
 def _layout(file: BinaryIO) -> tuple[dict[str, tuple[int, tuple[int, ...]]], dict[str, str]]:

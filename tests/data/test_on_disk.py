@@ -1,5 +1,6 @@
 """Data that stay on disk: mapped, read a part at a time, and in every bit what they are in memory."""
 
+import errno
 import json
 import mmap
 import os
@@ -362,6 +363,23 @@ def test_a_read_only_cache_is_mapped(monkeypatch):
     monkeypatch.setattr(spool.tempfile, "TemporaryFile", None)
     monkeypatch.setattr(cache.tempfile, "mkstemp", None)
     assert_same(load_dataset(THING, in_memory=False), expected)
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["made", "cached"])
+def test_a_file_that_may_not_be_mapped(there, monkeypatch):
+    """As under `ulimit -v`: it is whole, so reading the source again would not help."""
+
+    def refuses(*_):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    minari()
+    if there:
+        mapped_file()
+    monkeypatch.setattr(mapped.mmap, "mmap", refuses)
+    with pytest.raises(DatasetError) as error:
+        load_dataset(THING, in_memory=False)
+    assert_one_sentence(error, "Cannot allocate memory", "in_memory=True", "ulimit -v" if there else "DQL_CACHE")
+    assert not load_dataset(THING).on_disk
 
 
 @pytest.mark.parametrize("buffer", [0, 1 << 20], ids=["at once", "at the end"])
