@@ -533,7 +533,7 @@ def describe(dataset: TransitionDataset) -> dict[str, Any]:
             "actions": bounds(dataset.actions),
             "states": bounds(dataset.states),
         }
-        terminations = int((dataset.masks == 0).sum())
+        terminations = dataset.size - int(dataset.masks.count_nonzero())
     return {
         "dataset_id": info.dataset_id,
         "env_id": info.env_id,
