@@ -153,8 +153,8 @@ class TrainArguments:
     seeds: str | None = None
     """Several seeds in one process, as 0-7 or 0,3,5-9, a run folder each; on a CPU they take a core each."""
     resume: tuple[Path, ...] = ()
-    """Continue the run in this folder, or those of several seeds; beside it only --num-updates, --env and --eval-* may
-    be given."""
+    """Continue the run in this folder, or those of several seeds; beside it only --num-updates, --data-on, --env and
+    --eval-* may be given."""
     tuned: str | None = None
     """Start from the paper's hyper-parameters for this task, e.g. hopper-medium-expert-v2."""
     run_dir: Path | None = None
@@ -162,6 +162,9 @@ class TrainArguments:
     holds their folders seed<seed>."""
     device: str = RunConfig.device
     """auto (cuda if there is one), cpu, cuda, cuda:1, ..."""
+    data_on: Literal["auto", "device", "disk"] = RunConfig.data_on
+    """Where the dataset lies: in the device's memory; or on disk, in the cache, from which batches are fetched ahead of
+    need; auto leaves it on disk if it takes more than half of the memory that is free. The batches are the same."""
     log_every: int = RunConfig.log_every
     """Updates between two lines of metrics.csv, each the mean since the last."""
     checkpoint_every: int = RunConfig.checkpoint_every
@@ -197,6 +200,7 @@ _MOST_SEEDS = 10_000
 # Flags that may stand beside --resume, and the arguments of dql.train.resume that they are.
 _RESUMABLE = {
     "--num-updates": "num_updates",
+    "--data-on": "data_on",
     "--eval-every": "eval_every",
     "--eval-episodes": "eval_episodes",
     "--eval-max-steps": "eval_max_steps",

@@ -301,6 +301,9 @@ class RunConfig:
     """Where the run is written; by default runs/<dataset>-<algorithm>-seed<seed>."""
     device: str = "auto"
     """auto (cuda if there is one), cpu, cuda, cuda:1, ..."""
+    data_on: Literal["auto", "device", "disk"] = "auto"
+    """Where the dataset lies: in the device's memory; or on disk, in the cache, from which batches are fetched ahead of
+    need; auto leaves it on disk if it takes more than half of the memory that is free. The batches are the same."""
     log_every: int = 100
     """Updates between two lines of metrics.csv, each the mean since the last."""
     checkpoint_every: int = 5000

@@ -14,19 +14,33 @@ Whatever cannot be used (NaN, mismatched lengths, actions outside their bounds, 
 half-downloaded file, ...) is refused by a `DatasetError`: one sentence with the dataset, the episode and the remedy.
 """
 
+import contextlib
 import copy
+import math
 import numbers
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from dql import noise
 from dql.checkpoint import checked_device
-from dql.datasets.info import ACTION_TOLERANCE, FIELDS, DatasetError, DatasetInfo, DatasetNotFoundError, FlatData
+from dql.datasets.info import (
+    ACTION_TOLERANCE,
+    FIELDS,
+    DatasetError,
+    DatasetInfo,
+    DatasetNotFoundError,
+    FlatData,
+    row_blocks,
+)
+from dql.datasets.mapped import RowsAhead, in_order, read_rows_at_random
 from dql.datasets.sources import DatasetSummary, list_datasets, resolve
+from dql.datasets.spool import Spool
+from dql.memory import available_memory
 from dql.shown import shown
 from dql.tensors import plain
 
@@ -44,6 +58,7 @@ __all__ = [
 ]
 
 REWARD_TUNES = ("none", "normalize", "iql_antmaze", "iql_locomotion", "cql_antmaze", "antmaze")
+SHARE = 0.5  # of the memory that is available, which a dataset may fill before it is left on disk
 BLOCK_STEPS = 256  # steps whose rows are drawn at once; part of the stream: another value draws other rows
 
 
@@ -79,6 +94,11 @@ def _all_finite(values: torch.Tensor) -> bool:
 def _first_row(bad: torch.Tensor) -> list[int]:
     """The index of the first true element of a vector, in a list, or none."""
     return bad.nonzero()[:1, 0].tolist()
+
+
+def _blocks(values: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """(number of the first row, rows) of all rows, a part at a time."""
+    return ((rows.start, values[rows]) for rows in row_blocks(len(values), math.prod(values.shape[1:])))
 
 
 class TransitionDataset:
@@ -134,6 +154,7 @@ class TransitionDataset:
                 raise ValueError(f"{name} must be float32 on {states.device}, got {tensor.dtype} on {tensor.device}")
         if 0 in (S, actions.shape[1]):
             raise ValueError(f"states and actions must have a dimension at least, got {_shapes(self)}")
+        self._ahead = RowsAhead(())  # of the files that are the tensors' memory
         self._check_values()
         self._block: tuple[tuple[int, int, int], torch.Tensor] | None = None
 
@@ -145,27 +166,32 @@ class TransitionDataset:
         named, held = (self.info.state_dim, self.info.action_dim), (self.state_dim, self.action_dim)
         if any(n not in (None, h) for n, h in zip(named, held, strict=True)):
             raise DatasetError(f"dataset {name} has states and actions of {held}, its info says {named}")
-        if bad := _first_row((self.masks != 0) & (self.masks != 1)):
-            row, value = bad[0], self.masks[bad[0]].item()
-            raise DatasetError(f"dataset {name}, row {row}: masks are 1 - termination, 0 or 1, got {value:g}")
-        if not _all_finite(self.next_states):
+        for first, masks in _blocks(self.masks):
+            if bad := _first_row((masks != 0) & (masks != 1)):
+                row, value = first + bad[0], masks[bad[0]].item()
+                raise DatasetError(f"dataset {name}, row {row}: masks are 1 - termination, 0 or 1, got {value:g}")
+        if not all(_all_finite(rows) for _, rows in _blocks(self.next_states)):
             hidden = ~self.next_states.isfinite() & (self.masks == 0)[:, None]
             self.next_states = self.next_states.masked_fill(hidden, 0.0)
         for what in ("states", "actions", "rewards", "next_states"):
-            values = getattr(self, what)
-            if not _all_finite(values):
-                (row,) = _first_row(~values.reshape(len(values), -1).isfinite().all(dim=1))
-                raise DatasetError(
-                    f"dataset {name}, row {row}: {what} hold NaN or infinity: remove or repair that transition"
-                )
-        largest = float(self.actions.abs().max())
+            for first, values in _blocks(getattr(self, what)):
+                if not _all_finite(values):
+                    (row,) = _first_row(~values.reshape(len(values), -1).isfinite().all(dim=1))
+                    raise DatasetError(
+                        f"dataset {name}, row {first + row}: {what} hold NaN or infinity: remove or repair that "
+                        "transition"
+                    )
+        largest, row = 0.0, 0
+        for first, actions in _blocks(self.actions):
+            sizes = actions.abs().amax(dim=1)
+            if (most := float(sizes.max())) > largest:
+                largest, row = most, first + int(sizes.argmax())
         if largest > bound * (1 + ACTION_TOLERANCE):
-            row = int(self.actions.abs().amax(dim=1).argmax())
             raise DatasetError(
                 f"dataset {name}, row {row}: an action of size {largest:.6g} lies outside the action space "
                 f"[-{bound:g}, {bound:g}]: rescale or clip the actions to it, or give info.max_action"
             )
-        if largest > bound:
+        if largest > torch.tensor(float(bound), dtype=torch.float32).item():  # else the clipped ones are the same
             self.actions = self.actions.clamp(-bound, bound)
 
     @property
@@ -196,19 +222,44 @@ class TransitionDataset:
         """Where the tensors are."""
         return self.states.device
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether the tensors are a file's, on the CPU, fetched row by row when somebody looks at them.
+
+        They are tensors like others: all reads see the file, what is written in place stays in memory.
+        """
+        return bool(self._ahead.mappings)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the five tensors."""
+        return sum(getattr(self, name).nbytes for name in FIELDS)
+
+    def in_order(self) -> contextlib.AbstractContextManager[None]:
+        """For passes over all rows: while the block lasts, the file is read ahead, if there is one.
+
+        Raises:
+            DatasetError: the file was changed by somebody else.
+        """
+        return in_order(self._ahead.mappings)
+
     def __repr__(self) -> str:
         tune = "" if self.reward_tune == "none" else f", reward_tune={self.reward_tune!r}"
+        disk = ", on disk" if self.on_disk else ""
         return (
             f"TransitionDataset({self.info.dataset_id!r}: {_shapes(self)}, {self.info.num_episodes} episodes, "
-            f"max_action={self.max_action:g}{tune}, device={self.device})"
+            f"max_action={self.max_action:g}{tune}, device={self.device}{disk})"
         )
 
     def to(self, device: torch.device | str) -> "TransitionDataset":
         """The dataset on `device`; tensors that are there already are shared, not copied."""
         device = checked_device(device)
         moved = copy.copy(self)  # its values were looked at
-        for name in FIELDS:
-            setattr(moved, name, getattr(self, name).to(device))
+        with self.in_order():
+            for name in FIELDS:
+                setattr(moved, name, getattr(self, name).to(device))
+        if moved.device.type != "cpu":
+            moved._ahead = RowsAhead(())
         moved._block = None
         return moved
 
@@ -244,7 +295,7 @@ class TransitionDataset:
             std = exact.std().item() if len(r) > 1 else 0.0
             if std == 0:
                 raise DatasetError(f"dataset {dataset_id} has equal rewards, which cannot be normalised: use 'none'")
-            rewards = ((exact - exact.mean()) / std).float()
+            rewards = exact.sub_(exact.mean()).div_(std).float()
         elif name == "iql_locomotion":
             returns = self.info.episode_returns
             spread = float(returns.max() - returns.min()) if len(returns) else 0.0
@@ -300,12 +351,31 @@ class TransitionDataset:
         return noise.derive(seed, "data", block), row * batch_size
 
     def sample(self, batch_size: int, seed: int, step: int) -> Batch:
-        """The batch of `step`: see `indices`."""
+        """The batch of `step`: see `indices`.
+
+        Raises:
+            DatasetError: the data are on disk, and their file was changed by somebody else.
+        """
         return self.batch(self.indices(batch_size, seed, step))
 
     def batch(self, rows: torch.Tensor) -> Batch:
-        """The transitions of these rows, int64 [B] on the data's device."""
+        """The transitions of these rows, int64 [B] on the data's device.
+
+        Raises:
+            DatasetError: as `sample`.
+        """
+        self.fetch(rows)
         return Batch(*(getattr(self, name).index_select(0, rows) for name in FIELDS))
+
+    def fetch(self, rows: torch.Tensor) -> None:
+        """To be called before these rows [B] of the tensors are looked at: of data on disk, it has them read.
+
+        Raises:
+            DatasetError: the file was changed by somebody else.
+        """
+        if self.on_disk:
+            tensors = (getattr(self, name) for name in FIELDS)
+            self._ahead.fetch(((t.data_ptr(), t[0].nbytes) for t in tensors), rows.numpy())
 
 
 def load_dataset(
@@ -316,6 +386,7 @@ def load_dataset(
     cache: bool = True,
     download: bool = False,
     drop_broken: bool = False,
+    in_memory: bool | Literal["auto"] = "auto",
 ) -> TransitionDataset:
     """Loads a dataset; the forms of its name stand at the top of this module.
 
@@ -327,9 +398,13 @@ def load_dataset(
         download: fetch a Minari id that is not on this machine.
         drop_broken: leave out episodes of a Minari dataset that lack something or hold NaN, infinity or actions outside
             of the action space, instead of refusing it; `info.note` names them.
+        in_memory: whether the arrays are read into memory. If not, they stay in the cache's file and are mapped, with
+            the same batches; so they do in the memory of the CPU alone. "auto" reads what takes less than SHARE of the
+            memory that is available.
 
     Raises:
         DatasetError: it cannot be used; DatasetNotFoundError (also a FileNotFoundError): it is not there.
+        ValueError: a device that is not there; data on disk without the cache, or on another device.
     """
     from dql.datasets.cache import cached
 
@@ -338,33 +413,51 @@ def load_dataset(
     if not isinstance(name_or_path, (str, os.PathLike)):
         raise TypeError(f"a dataset is named by a string or a path, got {shown(name_or_path)}")
     device, name = checked_device(device), str(os.fspath(name_or_path))
+    if not isinstance(in_memory, bool) and not (isinstance(in_memory, str) and in_memory == "auto"):
+        raise ValueError(f'in_memory must be True, False or "auto", got {shown(in_memory)}')
+    if in_memory is False and not cache:
+        raise ValueError("in_memory=False maps the cache's file, and cache=False has none; leave one of them out")
+    if in_memory is False and device.type != "cpu":
+        raise ValueError(f"in_memory=False leaves the data on disk, and not on {device}; leave one of them out")
+    most_bytes = math.inf if in_memory is True else 0 if in_memory is False else bytes_in_memory()
     sources = [replace(source, drop_broken=drop_broken) for source in resolve(name, download)]
-    parts = [cached(source, _read, enabled=cache) for source in sources]
-    flat = parts[0] if len(parts) == 1 else _concatenate(parts, name)
+    parts = [cached(source, _read, enabled=cache, most_bytes=most_bytes / len(sources)) for source in sources]
+    flat = parts[0] if len(parts) == 1 else _concatenate(parts, name, most_bytes if cache else math.inf)
     tensors = {field: torch.from_numpy(getattr(flat, field)).to(device) for field in FIELDS}
-    return TransitionDataset(**tensors, info=flat.info, reward_tune="none").tune_rewards(reward_tune)
+    data = TransitionDataset(**tensors, info=flat.info, reward_tune="none")
+    if device.type == "cpu":
+        data._ahead = RowsAhead(flat.mappings)
+        read_rows_at_random(flat.mappings)
+    return data.tune_rewards(reward_tune)
 
 
-def _read(source: Any) -> FlatData:
+def bytes_in_memory() -> float:
+    """What a dataset may take of the memory: SHARE of what is available; infinity where the system does not say."""
+    available = available_memory()
+    return math.inf if available is None else max(1.0, SHARE * available)  # 0 would be an order
+
+
+def _read(source: Any, spool: Spool) -> FlatData:
     if source.kind == "d4rl":
         from dql.datasets.d4rl import read_d4rl
 
-        return read_d4rl(source)
+        return read_d4rl(source, spool)
     from dql.datasets.minari import read_minari
 
-    return read_minari(source)
+    return read_minari(source, spool)
 
 
-def _concatenate(parts: list[FlatData], name: str) -> FlatData:
-    """The parts one after the other, under the name that was asked for.
+def _concatenate(parts: Sequence[FlatData], name: str, most_bytes: float) -> FlatData:
+    """The parts one after the other, under the name that was asked for, beyond `most_bytes` on disk.
 
     Raises:
         DatasetError: parts of different sizes, action bounds, environments or reference scores.
     """
+    from dql.datasets.cache import cache_dir
     from dql.recorded_env import same_evaluation
 
-    parts = _with_goals(parts)
-    first = parts[0].info
+    infos, goals = _with_goals([part.info for part in parts])
+    first = infos[0]
     must_agree = (
         "state_dim",
         "action_dim",
@@ -376,21 +469,20 @@ def _concatenate(parts: list[FlatData], name: str) -> FlatData:
         "ref_min_score",
         "ref_max_score",
     )
-    for part in parts[1:]:
+    for info in infos[1:]:
         for what in must_agree:
-            values = getattr(first, what), getattr(part.info, what)
+            values = getattr(first, what), getattr(info, what)
             if values[0] != values[1]:
                 raise DatasetError(
-                    f"datasets {first.dataset_id} and {part.info.dataset_id} cannot be joined: their {what} are "
+                    f"datasets {first.dataset_id} and {info.dataset_id} cannot be joined: their {what} are "
                     f"{values[0]} and {values[1]}; join datasets of one environment and one pair of reference scores"
                 )
-    for part in parts[1:]:
-        if not same_evaluation(first.env_spec, part.info.env_spec):
+    for info in infos[1:]:
+        if not same_evaluation(first.env_spec, info.env_spec):
             raise DatasetError(
-                f"datasets {first.dataset_id} and {part.info.dataset_id} cannot be joined: they were made in "
+                f"datasets {first.dataset_id} and {info.dataset_id} cannot be joined: they were made in "
                 f"{first.env_id} with other arguments, wrappers or limits of steps; join datasets of one environment"
             )
-    infos = [part.info for part in parts]
     truncations = [info.num_truncations for info in infos if info.num_truncations is not None]
     info = replace(
         first,
@@ -401,37 +493,43 @@ def _concatenate(parts: list[FlatData], name: str) -> FlatData:
         num_truncations=sum(truncations) if len(truncations) == len(infos) else None,
         note="; ".join(dict.fromkeys(info.note for info in infos if info.note)),
     )
-    arrays = {field: np.concatenate([getattr(part, field) for part in parts]) for field in FIELDS}
-    return FlatData(**arrays, info=info)
+    spool = Spool(name, None if most_bytes == math.inf else cache_dir(), most_bytes)
+    for part, goal in zip(parts, goals, strict=True):
+        for rows in row_blocks(len(part.masks), first.state_dim or 1):
+            block = {field: getattr(part, field)[rows] for field in FIELDS}
+            if goal is not None:
+                block |= {field: _with_goal(block[field], goal) for field in ("states", "next_states")}
+            spool.add(**block)
+    arrays = {field: spool.array(field) for field in FIELDS}
+    return FlatData(**arrays, info=info, mappings=tuple(spool.mappings))
 
 
-def _with_goals(parts: list[FlatData]) -> list[FlatData]:
-    """The parts, those without their goal with it where the parts have others: their rows would not tell the tasks
-    apart."""
-    dropped = [part.info.dropped_goal for part in parts]
+def _with_goals(infos: list[DatasetInfo]) -> tuple[list[DatasetInfo], list[dict[str, Any] | None]]:
+    """(the infos of the parts, the goal that is put into the rows of each): those without their goal get it where the
+    parts have others, for their rows would not tell the tasks apart."""
+    dropped = [info.dropped_goal for info in infos]
     wide = {goal["rule"] for goal in dropped if goal is not None}
-    others = any(part.info.observation_rule in wide for part in parts)
+    others = any(info.observation_rule in wide for info in infos)
     if not others and all(goal == dropped[0] for goal in dropped):
-        return parts
-    return [part if goal is None else _with_goal(part, goal) for part, goal in zip(parts, dropped, strict=True)]
+        return infos, [None] * len(infos)
+    return [
+        info
+        if goal is None
+        else replace(
+            info,
+            observation_rule=goal["rule"],
+            observation_layout=goal["layout"],
+            state_dim=(info.state_dim or 0) + len(goal["values"]),
+            dropped_goal=None,
+        )
+        for info, goal in zip(infos, dropped, strict=True)
+    ], dropped
 
 
-def _with_goal(part: FlatData, goal: dict[str, Any]) -> FlatData:
+def _with_goal(rows: np.ndarray, goal: dict[str, Any]) -> np.ndarray:
     at, values = goal["at"], np.asarray(goal["values"], np.float32)
-
-    def widened(rows: np.ndarray) -> np.ndarray:
-        columns = np.broadcast_to(values, (len(rows), len(values)))
-        return np.concatenate([rows[:, :at], columns, rows[:, at:]], axis=1)
-
-    states, next_states = widened(part.states), widened(part.next_states)
-    info = replace(
-        part.info,
-        observation_rule=goal["rule"],
-        observation_layout=goal["layout"],
-        state_dim=states.shape[1],
-        dropped_goal=None,
-    )
-    return replace(part, states=states, next_states=next_states, info=info)
+    columns = np.broadcast_to(values, (len(rows), len(values)))
+    return np.concatenate([rows[:, :at], columns, rows[:, at:]], axis=1)
 
 
 def describe(dataset: TransitionDataset) -> dict[str, Any]:
@@ -452,6 +550,13 @@ def describe(dataset: TransitionDataset) -> dict[str, Any]:
         return {"min": tensor.amin(0).tolist(), "max": tensor.amax(0).tolist()}
 
     scores = info.normalized_score(info.episode_returns)
+    with dataset.in_order():
+        extremes = {
+            "rewards": {"min": dataset.rewards.min().item(), "max": dataset.rewards.max().item()},
+            "actions": bounds(dataset.actions),
+            "states": bounds(dataset.states),
+        }
+        terminations = dataset.size - int(dataset.masks.count_nonzero())
     return {
         "dataset_id": info.dataset_id,
         "env_id": info.env_id,
@@ -465,12 +570,10 @@ def describe(dataset: TransitionDataset) -> dict[str, Any]:
         "episode_return": spread(info.episode_returns),
         "normalized_score": None if scores is None else spread(scores),
         "episode_length": spread(info.episode_lengths),
-        "terminations": int((dataset.masks == 0).sum()),
+        "terminations": terminations,
         "truncations": info.num_truncations,
         "reward_tune": dataset.reward_tune,
-        "rewards": {"min": dataset.rewards.min().item(), "max": dataset.rewards.max().item()},
-        "actions": bounds(dataset.actions),
-        "states": bounds(dataset.states),
+        **extremes,
         "ref_min_score": info.ref_min_score,
         "ref_max_score": info.ref_max_score,
         "note": info.note,

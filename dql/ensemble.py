@@ -19,6 +19,7 @@ from dql.agents.registry import make_agent
 from dql.config import Config
 from dql.data import Batch, TransitionDataset
 from dql.shown import shown
+from dql.staging import Source
 
 Tensor = torch.Tensor
 Block = tuple[list[str], Tensor]
@@ -133,12 +134,13 @@ class Ensemble:
         return {name: torch.stack([of[name] for of in metrics]) for name in metrics[0]}
 
     def advance(
-        self, data: Sequence[TransitionDataset], counts: Sequence[int], stop: Callable[[], bool] = lambda: False
+        self, data: Sequence[Source], counts: Sequence[int], stop: Callable[[], bool] = lambda: False
     ) -> list[Block | None]:
         """The next updates of each agent, with the batches that its seed draws from its data.
 
         Args:
-            data: M. Several may be views of one dataset (`copy.copy`): each keeps the rows that are drawn next.
+            data: M datasets, or what stages their batches. Several may be views of one dataset (`copy.copy`): each
+                keeps the rows that are drawn next.
             counts: M: how many updates each agent does at most; 0 for none.
             stop: asked between updates whether to end early; a native block is done to its end.
 
@@ -151,7 +153,7 @@ class Ensemble:
         if native:
             found = update_native.advance(
                 [self.agents[i] for i in native],  # type: ignore[misc]
-                [data[i] for i in native],
+                [data[i] for i in native],  # type: ignore[misc]
                 [counts[i] for i in native],
                 self.threads,
             )
@@ -226,18 +228,19 @@ def _kind(agent: Agent) -> dict[str, Any]:
     }
 
 
-def takes_blocks(agent: Agent, data: TransitionDataset) -> bool:
+def takes_blocks(agent: Agent, data: Source) -> bool:
     """Whether nothing but the native path would be run by as many calls of `agent.update`."""
     own = getattr(agent.update, "__func__", None)
     return (
         isinstance(agent, DiffusionBC)
+        and isinstance(data, TransitionDataset)
         and own in _OWN_UPDATES
         and type(agent).update_natively in _OWN_PATHS
         and update_native.takes_blocks(agent, data)
     )
 
 
-def _one_by_one(agent: Agent, data: TransitionDataset, count: int, stop: Callable[[], bool]) -> Block:
+def _one_by_one(agent: Agent, data: Source, count: int, stop: Callable[[], bool]) -> Block:
     values: list[Tensor] = []
     c = agent.config
     while len(values) < count and not (values and stop()):

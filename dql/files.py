@@ -4,6 +4,7 @@ import errno
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 
 def open_file(path: Path, flags: int) -> int:
@@ -21,9 +22,17 @@ def read_file(path: Path) -> bytes:
     Raises:
         OSError: as `os.open`; EINVAL for what is no file.
     """
-    descriptor = _regular(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), path)
-    with os.fdopen(descriptor, "rb") as file:
+    with open_to_read(path) as file:
         return file.read()
+
+
+def open_to_read(path: Path) -> BinaryIO:
+    """A regular file, or a link's, for reading.
+
+    Raises:
+        OSError: as `os.open`; EINVAL for what is no file.
+    """
+    return os.fdopen(_regular(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), path), "rb")
 
 
 def check_regular(path: Path) -> None:

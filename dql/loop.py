@@ -22,6 +22,7 @@ from dql.data import DatasetInfo, TransitionDataset
 from dql.evaluate import Evaluation, Scored, select_checkpoints, worth_keeping
 from dql.rundir import RunDir, RunError, append_row
 from dql.shown import said
+from dql.staging import Source
 
 # What evaluations.csv has for an evaluation that failed, beside its step and bc_loss.
 _NO_RESULT: dict[str, Any] = dict.fromkeys(Evaluation(np.zeros(1), np.zeros(1, np.int64), None).to_dict())
@@ -156,7 +157,7 @@ class Loop:
     Args:
         run: what to do.
         folder: where it is written.
-        data: on the agent's device.
+        data: on the agent's device, or on the CPU, from which their batches are staged.
         info: names the environment to evaluate in.
         agent: as it is after its last update.
         console: where evaluations are told of.
@@ -185,6 +186,7 @@ class Loop:
         self.state = state or LoopState()
         self.saved_step = -1 if state is None else agent.step
         self.results: list[tuple[int, Evaluation]] = []
+        self.batches: Source = data
         self.rate, self.means, self.logged = 0.0, dict[str, float](), False
         self._last_log = (self.state.seconds, agent.step)
 

@@ -156,7 +156,8 @@ class ShardedUpdate:
     def batch(self, data: TransitionDataset) -> Batch:
         """This process's rows of the batch of the agent's next update."""
         c = self.agent.config
-        return data.batch(self.shard.part(data.indices(c.batch_size, c.seed, self.agent.step)))
+        rows = self.shard.part(data.indices(c.batch_size, c.seed, self.agent.step))
+        return data.batch(rows).to(self.agent.device)
 
     @torch.enable_grad()
     def update(self, batch: Batch) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from dql.config import RunConfig
 from dql.data import TransitionDataset
 from dql.ensemble import takes_blocks
 from dql.kernels.cpp import binding
+from dql.staging import batches_on
 from dql.train import prepare, torch_threads
 from dql.update_graphed import GraphedUpdate
 
@@ -99,10 +100,15 @@ def _profiled(run: RunConfig, agent: Agent, data: TransitionDataset, path: Path,
     if isinstance(agent, DiffusionBC) and takes_blocks(agent, data):
         return _of_native(agent, data, path, updates)
     c = agent.config
-    if run.graphed:
-        graphed = GraphedUpdate(agent, c.batch_size)  # type: ignore[arg-type]
-        return _of_torch(agent, lambda: graphed.update_from(data), path, updates)
-    return _of_torch(agent, lambda: agent.update(data.sample(c.batch_size, c.seed, agent.step)), path, updates)
+    with batches_on(data, agent.device) as batches:
+        if run.graphed:
+            graphed = GraphedUpdate(agent, c.batch_size)  # type: ignore[arg-type]
+            if isinstance(batches, TransitionDataset):
+                return _of_torch(agent, lambda: graphed.update_from(data), path, updates)
+            update = graphed.update
+        else:
+            update = agent.update
+        return _of_torch(agent, lambda: update(batches.sample(c.batch_size, c.seed, agent.step)), path, updates)
 
 
 def _of_native(agent: DiffusionBC, data: TransitionDataset, path: Path, updates: int) -> Profile:

@@ -5,6 +5,7 @@ Each run is to the bit what it would be alone: how many updates are done between
 nothing, nor do the other runs.
 """
 
+import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,12 +17,14 @@ from rich.console import Console
 
 from dql.agents.diffusion import DiffusionBC
 from dql.checkpoint import CheckpointError
+from dql.data import TransitionDataset
 from dql.ensemble import Block, Ensemble
 from dql.evaluate import Evaluation, EvaluationStopped, evaluate_all
 from dql.loop import Loop, RunResult
 from dql.parallel import Shard, ShardedUpdate
 from dql.progress import Show, progress
 from dql.rundir import RunError
+from dql.staging import batches_on
 from dql.update_graphed import GraphedUpdate
 
 _A_BLOCK = 0.2  # seconds of updates between two looks at the signals
@@ -43,7 +46,14 @@ OwnUpdate = Callable[[], dict[str, torch.Tensor]]
 def _graphed(loop: Loop) -> OwnUpdate:
     assert isinstance(loop.agent, DiffusionBC)
     update = GraphedUpdate(loop.agent, loop.config.agent.batch_size)
-    return lambda: update.update_from(loop.data)
+    c = loop.config.agent
+
+    def next_update() -> dict[str, torch.Tensor]:
+        if isinstance(loop.batches, TransitionDataset):
+            return update.update_from(loop.batches)
+        return update.update(loop.batches.sample(c.batch_size, c.seed, loop.agent.step))
+
+    return next_update
 
 
 def _sharded(loop: Loop, shard: Shard) -> OwnUpdate:
@@ -84,7 +94,13 @@ class Session:
         for loop in self.loops:
             self._guard(loop, loop.begin)
         config, step = self.loops[0].config.agent, min(loop.agent.step for loop in self.loops)
-        with _signals(self._on_signal), progress(config, step, self.console, len(self.loops)) as show:
+        with (
+            _signals(self._on_signal),
+            progress(config, step, self.console, len(self.loops)) as show,
+            contextlib.ExitStack() as staged,
+        ):
+            for loop in self.loops:
+                loop.batches = staged.enter_context(batches_on(loop.data, loop.agent.device))
             self._evaluate()
             began = [loop.state.seconds for loop in self.loops]
             started, apart = time.perf_counter(), 0.0
@@ -147,7 +163,7 @@ class Session:
             blocks = {loop: self._one_by_one(self.own[loop], count) for loop, count in counts.items()}
         else:
             found = self.ensemble.advance(
-                [loop.data for loop in self.loops], [counts.get(loop, 0) for loop in self.loops], self._asked_to_stop
+                [loop.batches for loop in self.loops], [counts.get(loop, 0) for loop in self.loops], self._asked_to_stop
             )
             blocks = {loop: block for loop, block in zip(self.loops, found, strict=True) if block is not None}
         done = max(len(values) for _, values in blocks.values())

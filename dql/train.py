@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from dql.agents.base import Agent
 from dql.agents.registry import load, make_agent
 from dql.checkpoint import CheckpointError, checked_device
 from dql.config import DIFFUSION, RunConfig
-from dql.data import DatasetError, DatasetInfo, TransitionDataset, load_dataset
+from dql.data import SHARE, DatasetError, DatasetInfo, TransitionDataset, load_dataset
 from dql.evaluate import make_limited
 from dql.loop import Following, Loop, LoopState, RunResult, TrainingDivergedError, log_owed
 from dql.parallel import first_alone, sharded
@@ -175,7 +175,7 @@ def _train(runs: Sequence[RunConfig], dataset: TransitionDataset | None, console
         with first_alone(shard):
             data = _load(first) if dataset is None else dataset
         _check_reward_tune(first, data)
-        data = data.to(device)
+        data = _placed(first, data, device)
         info = evaluation_info(first, data.info, typed=True)
         check_environment(first, info)
         fingerprint = fingerprint_of(data)
@@ -199,7 +199,7 @@ def prepare(run: RunConfig) -> tuple[Agent, TransitionDataset]:
     Raises: as `train`, of devices and data.
     """
     device = _device_of(run)
-    data = _load(run).to(device)
+    data = _placed(run, _load(run), device)
     return _new_agent(run.with_agent(max_action=data.max_action), data, device), data
 
 
@@ -249,6 +249,7 @@ def resume(
     path: str | os.PathLike[str],
     *,
     num_updates: int | None = None,
+    data_on: str | None = None,
     eval_every: int | None = None,
     eval_episodes: int | None = None,
     eval_max_steps: int | None = None,
@@ -265,6 +266,7 @@ def resume(
     Args:
         path: the run folder.
         num_updates: a new length; only with a constant learning rate, whose past does not depend on it.
+        data_on: instead of the run's own; the batches are the same.
         eval_every: instead of the run's own; 0 for no more evaluations, one that is owed included.
         eval_episodes: instead of the run's own.
         eval_max_steps: instead of the run's own.
@@ -276,6 +278,7 @@ def resume(
         or whose dataset has changed; DatasetError for an environment that is named here and cannot be used.
     """
     changes = {"eval_every": eval_every, "eval_episodes": eval_episodes, "eval_max_steps": eval_max_steps, "env": env}
+    changes["data_on"] = data_on
     (result,) = _resume([path], num_updates, changes, dataset, console or make_console())
     return result
 
@@ -284,6 +287,7 @@ def resume_seeds(
     paths: Sequence[str | os.PathLike[str]],
     *,
     num_updates: int | None = None,
+    data_on: str | None = None,
     eval_every: int | None = None,
     eval_episodes: int | None = None,
     eval_max_steps: int | None = None,
@@ -301,6 +305,7 @@ def resume_seeds(
         than their seeds; SeedsFailedError: some failed on the way, and the others have ended.
     """
     changes = {"eval_every": eval_every, "eval_episodes": eval_episodes, "eval_max_steps": eval_max_steps, "env": env}
+    changes["data_on"] = data_on
     return _resume(paths, num_updates, changes, dataset, console or make_console())
 
 
@@ -329,7 +334,7 @@ def _resume(
             data = _load_again(runs[0], all_written[0]) if dataset is None else dataset
             for folder in folders if writes else ():
                 folder.clean()
-        data = data.to(device)
+        data = _placed(runs[0], data, device)
         _check_reward_tune(runs[0], data)
         fingerprint = fingerprint_of(data)
         for run, written in zip(runs, all_written, strict=True):
@@ -439,6 +444,7 @@ def complete(run: RunConfig, *, console: Console | None = None) -> tuple[Agent, 
         return result.agent, result.stopped_by
     old = RunConfig.from_dict(folder.read_config()["run"])
     expected = replace(run.with_agent(max_action=old.agent.max_action), run_dir=old.run_dir)
+    expected = replace(expected, data_on=old.data_on)  # which changes nothing
     if differing := [name for name, value in vars(expected).items() if getattr(old, name) != value]:
         raise OtherSettingsError(
             f"{folder.path} holds a run with other settings ({', '.join(differing)}); remove it, or choose "
@@ -476,7 +482,24 @@ def _check_reward_tune(run: RunConfig, data: TransitionDataset) -> None:
 
 
 def _load(run: RunConfig) -> TransitionDataset:
-    return load_dataset(run.dataset, reward_tune=run.agent.reward_tune, drop_broken=run.drop_broken)
+    in_memory: bool | Literal["auto"] = False if run.data_on == "disk" else "auto"
+    if run.data_on == "device" and resolve_device(run.device).type == "cpu":
+        in_memory = True
+    return load_dataset(
+        run.dataset, reward_tune=run.agent.reward_tune, drop_broken=run.drop_broken, in_memory=in_memory
+    )
+
+
+def _placed(run: RunConfig, data: TransitionDataset, device: torch.device) -> TransitionDataset:
+    """The data on the device, or on the CPU, from which the loop has their batches staged."""
+    stays = run.data_on == "disk" or (run.data_on == "auto" and not _fits(data, device))
+    return data.to("cpu" if stays else device)
+
+
+def _fits(data: TransitionDataset, device: torch.device) -> bool:
+    if device.type != "cuda" or data.device == device:
+        return True
+    return data.nbytes <= SHARE * torch.cuda.mem_get_info(device)[0]
 
 
 def _load_again(run: RunConfig, written: dict[str, Any]) -> TransitionDataset:
@@ -594,8 +617,9 @@ def check_fingerprint(run: RunConfig, found: str, written: dict[str, Any]) -> No
 def fingerprint_of(data: TransitionDataset) -> str:
     """A digest of all transitions."""
     digest = hashlib.blake2b(digest_size=8)
-    for tensor in (data.states, data.actions, data.rewards, data.next_states, data.masks):
-        digest.update(tensor.cpu().contiguous().numpy().data)
+    with data.in_order():
+        for tensor in (data.states, data.actions, data.rewards, data.next_states, data.masks):
+            digest.update(tensor.cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 

@@ -76,6 +76,7 @@ def advance(
     jobs = []
     for agent, own, n in zip(agents, data, counts, strict=True):
         rows = own.rows(agent.config.batch_size, agent.config.seed, agent.step)[:n]
+        own.fetch(rows.reshape(-1))
         job = _updates(agent, _columns(own), rows, _seeds(agent.config.seed, agent.step, len(rows)))
         if times is not None:
             times.append(torch.zeros(len(rows), len(binding.PHASES) + 1, dtype=torch.int64, device="cpu"))

@@ -18,6 +18,7 @@ from dql.agents.base import Agent, checked_actions
 from dql.agents.mlp import MLP, check_shapes, checked_file_sizes, checked_states, critic_layout, mlp_layout
 from dql.config import Config
 from dql.data import Batch
+from dql.datasets.info import row_blocks
 from dql.learner import checked_batch
 from dql.networks import FlatModule, TwinCritic, frozen
 from dql.optimizer import FlatAdam
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 _LEAST_STD = 1e-3  # added to a state's deviation
+_WHOLE = 1 << 26  # numbers of all states, beyond which their deviation is summed up a part at a time
 
 
 class TD3BC(Agent):
@@ -64,7 +66,8 @@ class TD3BC(Agent):
 
     def begin(self, data: "TransitionDataset") -> None:
         """Standardises states by those of the dataset."""
-        self.standardize(data.states)
+        with data.in_order():
+            self.standardize(data.states)
 
     def standardize(self, states: Tensor) -> None:
         """From now on every network sees (s - mean) / (std + 1e-3) of these states.
@@ -80,7 +83,7 @@ class TD3BC(Agent):
             raise TypeError(f"states must be a tensor, got {type(states).__name__}; use torch.as_tensor")
         if states.dim() != 2 or states.shape[1] != self.state_dim or not len(states):
             raise ValueError(f"states must be [n, {self.state_dim}], the data's, got {list(states.shape)}")
-        std, mean = torch.std_mean(states.double(), dim=0, correction=0)
+        std, mean = _std_mean(states, self.state_mean.device)
         if not bool((std + mean).isfinite().all()):
             raise ValueError("states hold NaN or infinite values; leave those transitions out")
         self.state_mean.copy_(mean)
@@ -184,3 +187,15 @@ class TD3BC(Agent):
         S, A = checked_file_sizes(state_dim, action_dim, config)
         actor, critic = mlp_layout(S, A, config), critic_layout(S, A, config)
         check_shapes(tensors, {"actor": actor, "actor_target": actor, "critic": critic, "critic_target": critic})
+
+
+def _std_mean(states: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """In float64, on the device."""
+    if states.numel() <= _WHOLE:
+        return torch.std_mean(states.to(device).double(), dim=0, correction=0)
+    mean, variance = (torch.zeros(states.shape[1], dtype=torch.float64, device=device) for _ in range(2))
+    for rows in row_blocks(*states.shape):
+        mean += states[rows].to(device).double().sum(0) / len(states)
+    for rows in row_blocks(*states.shape):
+        variance += states[rows].to(device).double().sub_(mean).square_().sum(0) / len(states)
+    return variance.sqrt(), mean

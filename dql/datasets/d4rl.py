@@ -19,9 +19,19 @@ from typing import Any
 
 import numpy as np
 
-from dql.datasets.info import DatasetError, DatasetInfo, FlatData, check_transitions, is_antmaze, word
+from dql.datasets.info import (
+    FIELDS,
+    DatasetError,
+    DatasetInfo,
+    FlatData,
+    check_transitions,
+    is_antmaze,
+    row_blocks,
+    word,
+)
 from dql.datasets.sources import Source
-from dql.datasets.stored import open_file, read_array
+from dql.datasets.spool import Spool
+from dql.datasets.stored import open_file, read_array, stored_array
 
 
 @dataclass(frozen=True)
@@ -69,8 +79,12 @@ def _env_spec(task: D4RLTask) -> str | None:
     return json.dumps(spec)
 
 
-def read_d4rl(source: Source) -> FlatData:
+def read_d4rl(source: Source, spool: Spool) -> FlatData:
     """Reads a D4RL file; actions are taken to be of [-1, 1], as in all D4RL tasks.
+
+    Args:
+        source: the file.
+        spool: an empty one, whose rows become the arrays: elsewhere are a block of them, rewards and flags.
 
     Raises:
         DatasetError: see the module `dql.data`.
@@ -84,94 +98,125 @@ def read_d4rl(source: Source) -> FlatData:
                 f"dataset {name}: {source.path} has no {', '.join(sorted(missing))}: it is not a D4RL file "
                 "(a Minari dataset is given by its id or its folder)"
             )
-        arrays = {key: _array(name, key, read_array(file, key)) for key in _WANTED if key in keys}
-    N = len(arrays["rewards"])
-    if N == 0:
-        raise DatasetError(f"dataset {name} is empty (0 rows): download {source.path.name} again")
-    for key, array in arrays.items():
-        if len(array) != N:
-            raise DatasetError(f"dataset {name}: it has {N} rewards but {len(array)} {key}: download the file again")
-
-    has_next = "next_observations" in arrays
-    if has_next and arrays["next_observations"].shape != arrays["observations"].shape:
-        raise DatasetError(
-            f"dataset {name}: its next_observations have the shape {arrays['next_observations'].shape} and its "
-            f"observations {arrays['observations'].shape}: download the file again"
-        )
-    terminals = arrays["terminals"].astype(bool)
-    timeouts = _timeouts(arrays, terminals, task, name)
-    keep = np.ones(N, bool)
-    if has_next:
-        next_states = arrays["next_observations"]
-    else:
-        keep = ~timeouts
-        keep[-1] = False
-        next_states = np.roll(arrays["observations"], -1, axis=0)
-    if not keep.any():
-        raise DatasetError(f"dataset {name} has no row with a next state: it needs `next_observations`")
+        stored = {key: _checked(name, key, stored_array(file, key)) for key in _MATRICES if key in keys}
+        columns = {key: _column(name, key, read_array(file, key)) for key in _COLUMNS if key in keys}
+        N = len(columns["rewards"])
+        if N == 0:
+            raise DatasetError(f"dataset {name} is empty (0 rows): download {source.path.name} again")
+        for key, array in (stored | columns).items():
+            if len(array) != N:
+                raise DatasetError(
+                    f"dataset {name}: it has {N} rewards but {len(array)} {key}: download the file again"
+                )
+        has_next = "next_observations" in stored
+        if has_next and stored["next_observations"].shape != stored["observations"].shape:
+            raise DatasetError(
+                f"dataset {name}: its next_observations have the shape {stored['next_observations'].shape} and its "
+                f"observations {stored['observations'].shape}: download the file again"
+            )
+        rewards, terminals = columns["rewards"], columns["terminals"]
+        timeouts = _timeouts(stored, columns.get("timeouts"), terminals, task, name)
+        keep = np.ones(N, bool)
+        if not has_next:
+            keep = ~timeouts
+            keep[-1] = False
+        if not keep.any():
+            raise DatasetError(f"dataset {name} has no row with a next state: it needs `next_observations`")
+        state_dim, action_dim = stored["observations"].shape[1], stored["actions"].shape[1]
+        for block in row_blocks(N, state_dim):
+            kept = keep[block]
+            observations = _rows(stored["observations"], block.start, block.stop + 1)
+            if has_next:
+                next_states = _rows(stored["next_observations"], block.start, block.stop)
+            else:
+                next_states = observations[1:]  # of the last row there is none, which is not kept
+                kept = kept[: len(next_states)]
+            n = len(kept)
+            spool.add(
+                states=observations[:n][kept],
+                actions=_rows(stored["actions"], block.start, block.start + n)[kept],
+                rewards=rewards[block][:n][kept],
+                next_states=next_states[:n][kept],
+                masks=1.0 - terminals[block][:n][kept].astype(np.float32),
+            )
 
     antmaze = task is not None and is_antmaze("", task.env_id)
     ends = np.flatnonzero(terminals | timeouts)
     starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else np.zeros(0, int)
-    sums = np.concatenate([[0.0], np.cumsum(arrays["rewards"], dtype=np.float64)])
     info = DatasetInfo(
         dataset_id=name,
         env_spec=None if task is None else _env_spec(task),
         ref_min_score=None if task is None else task.ref_min_score,
         ref_max_score=None if task is None else task.ref_max_score,
         num_episodes=len(ends) + int(not len(ends) or ends[-1] != N - 1),
-        episode_returns=sums[ends + 1] - sums[starts],
+        episode_returns=_sums(rewards, starts, ends + 1),
         observation_rule="achieved_goal+observation" if antmaze else "box",
         first_success=antmaze,
         max_action=1.0,
-        state_dim=arrays["observations"].shape[1],
-        action_dim=arrays["actions"].shape[1],
+        state_dim=state_dim,
+        action_dim=action_dim,
         episode_lengths=ends + 1 - starts,
         num_truncations=int((timeouts & ~terminals).sum()),
         note="D4RL file: its data were made in -v2 environments, the evaluation environment is today's",
     )
-    rows = np.flatnonzero(keep)
-    data = FlatData(
-        states=arrays["observations"][keep],
-        actions=arrays["actions"][keep],
-        rewards=arrays["rewards"][keep],
-        next_states=next_states[keep],
-        masks=1.0 - terminals[keep].astype(np.float32),
-        info=info,
-    )
-    check_transitions(name, lambda row: f"row {rows[row]}", data)
+    arrays = {key: spool.array(key) for key in FIELDS}
+    data = FlatData(**arrays, info=info, mappings=tuple(spool.mappings))
+    check_transitions(name, lambda row: f"row {np.flatnonzero(keep)[row]}", data)
     return data
 
 
-_WANTED = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
+def _sums(rewards: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """Of the rewards from each start up to its stop, in float64."""
+    sums = np.zeros(len(rewards) + 1)
+    np.cumsum(rewards, dtype=np.float64, out=sums[1:])
+    return sums[stops] - sums[starts]
 
 
-def _array(name: str, key: str, stored: np.ndarray) -> np.ndarray:
-    """float32 [N, ...] of what was stored, flags and rewards as [N]."""
+_MATRICES = ("observations", "actions", "next_observations")
+_COLUMNS = ("rewards", "terminals", "timeouts")
+
+
+def _checked(name: str, key: str, stored: Any) -> Any:
+    if stored.ndim != 2 or stored.shape[1] == 0:
+        raise DatasetError(f"dataset {name}: its {key} have the shape {stored.shape} where [N, size] is needed")
+    return stored
+
+
+def _rows(stored: Any, first: int, last: int) -> np.ndarray:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return stored[first:last].astype(np.float32, copy=False)
+
+
+def _column(name: str, key: str, stored: np.ndarray) -> np.ndarray:
+    """float32 [N] of rewards, bool [N] of flags."""
     with np.errstate(over="ignore", invalid="ignore"):
         array = stored.astype(np.float32, copy=False)
-    if key in ("rewards", "terminals", "timeouts"):
-        if array.size != len(array) if array.ndim else True:
-            raise DatasetError(f"dataset {name}: its {key} have the shape {array.shape} where [N] is needed")
-        if key != "rewards" and not np.isin(array, (0.0, 1.0)).all():
-            raise DatasetError(f"dataset {name}: its {key} hold other values than 0 and 1: repair the file")
-        return array.reshape(-1)
-    if array.ndim != 2 or array.shape[1] == 0:
-        raise DatasetError(f"dataset {name}: its {key} have the shape {array.shape} where [N, size] is needed")
-    return array
+    if array.size != len(array) if array.ndim else True:
+        raise DatasetError(f"dataset {name}: its {key} have the shape {array.shape} where [N] is needed")
+    if key != "rewards" and not np.isin(array, (0.0, 1.0)).all():
+        raise DatasetError(f"dataset {name}: its {key} hold other values than 0 and 1: repair the file")
+    return array.reshape(-1) if key == "rewards" else array.reshape(-1).astype(bool)
 
 
-def _timeouts(arrays: dict[str, np.ndarray], terminals: np.ndarray, task: D4RLTask | None, name: str) -> np.ndarray:
-    if "timeouts" in arrays:
-        return arrays["timeouts"].astype(bool)
+def _timeouts(
+    stored: dict[str, Any],
+    told: np.ndarray | None,
+    terminals: np.ndarray,
+    task: D4RLTask | None,
+    name: str,
+) -> np.ndarray:
+    if told is not None:
+        return told
     timeouts = np.zeros(len(terminals), bool)
     if task is not None:
         bounds = np.concatenate([[-1], np.flatnonzero(terminals), [len(terminals) - 1]])
         for before, last in itertools.pairwise(bounds):
             timeouts[before + task.max_episode_steps : last + 1 : task.max_episode_steps] = True
-    elif "next_observations" in arrays:  # where the next row is another state, an episode ended
-        breaks = (arrays["next_observations"][:-1] != arrays["observations"][1:]).any(axis=1)
-        timeouts[:-1] = breaks & ~terminals[:-1]
+    elif "next_observations" in stored:  # where the next row is another state, an episode ended
+        for block in row_blocks(len(terminals) - 1, stored["observations"].shape[1]):
+            found = _rows(stored["next_observations"], block.start, block.stop)
+            expected = _rows(stored["observations"], block.start + 1, block.stop + 1)
+            timeouts[block] = (found != expected).any(axis=1) & ~terminals[block]
     else:
         raise DatasetError(
             f"dataset {name} has neither `timeouts` nor `next_observations` and its file name tells no D4RL task, so "

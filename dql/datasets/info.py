@@ -4,16 +4,20 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dql.shown import shown
 
+if TYPE_CHECKING:
+    from dql.datasets.mapped import Mapping
+
 ACTION_TOLERANCE = 1e-5  # relative; what lies outside by less is rounding, and is clipped
+BLOCK = 1 << 22  # numbers that are looked at in one go, where an array may be larger than the memory
 FIELDS = ("states", "actions", "rewards", "next_states", "masks")  # of FlatData, TransitionDataset and Batch
 
 
@@ -180,6 +184,12 @@ def is_antmaze(dataset_id: str, env_id: str | None) -> bool:
     return any(re.search(word("ant[-_]?maze"), name.lower()) for name in (dataset_id, env_id or ""))
 
 
+def row_blocks(count: int, width: int) -> Iterator[slice]:
+    """All of `count` rows of `width` numbers, a part at a time."""
+    step = max(1, BLOCK // max(width, 1))
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
 @dataclass
 class FlatData:
     """Transitions as float32 arrays [N, ...], as they are cached."""
@@ -190,6 +200,8 @@ class FlatData:
     next_states: np.ndarray
     masks: np.ndarray
     info: DatasetInfo
+    mappings: "tuple[Mapping, ...]" = ()
+    """Of the files that the arrays lie in, where it is not the memory."""
 
 
 def check_transitions(name: str, label: Callable[[int], str], data: FlatData) -> None:
@@ -200,26 +212,34 @@ def check_transitions(name: str, label: Callable[[int], str], data: FlatData) ->
     Raises:
         DatasetError: NaN or infinity, or an action outside the action space.
     """
+    width = data.states.shape[1]
     for what in ("states", "actions", "rewards", "next_states"):
-        array = getattr(data, what)
-        finite = np.isfinite(array)
-        if what == "next_states" and not finite.all():
-            array[~finite & (data.masks == 0)[:, None]] = 0.0
+        for rows in row_blocks(len(data.masks), width):
+            array = getattr(data, what)[rows]
             finite = np.isfinite(array)
-        if not finite.all():
-            row = int(np.argwhere(~finite)[0, 0])
-            raise DatasetError(
-                f"dataset {name}, {label(row)}: {what} hold NaN or infinity (in float32): remove or repair that episode"
-            )
+            if what == "next_states" and not finite.all():
+                array[~finite & (data.masks[rows] == 0)[:, None]] = 0.0
+                finite = np.isfinite(array)
+            if not finite.all():
+                row = rows.start + int(np.argwhere(~finite)[0, 0])
+                raise DatasetError(
+                    f"dataset {name}, {label(row)}: {what} hold NaN or infinity (in float32): remove or repair that "
+                    "episode"
+                )
     bound = data.info.max_action
-    size = np.abs(data.actions)
-    if size.max(initial=0.0) > bound * (1 + ACTION_TOLERANCE):
-        row = int(size.max(axis=1).argmax())
+    row, largest = 0, np.float32(0)
+    for rows in row_blocks(len(data.masks), width):
+        size = np.abs(data.actions[rows])
+        if (most := size.max(initial=0.0)) > largest:
+            row, largest = rows.start + int(size.max(axis=1).argmax()), most
+    if largest > bound * (1 + ACTION_TOLERANCE):
         raise DatasetError(
-            f"dataset {name}, {label(row)}: an action of size {size[row].max():.6g} lies outside the action space "
+            f"dataset {name}, {label(row)}: an action of size {largest:.6g} lies outside the action space "
             f"[-{bound:g}, {bound:g}]: rescale or clip the actions to it"
         )
-    np.clip(data.actions, -bound, bound, out=data.actions)
+    if largest > bound:
+        for rows in row_blocks(len(data.masks), width):
+            np.clip(data.actions[rows], -bound, bound, out=data.actions[rows])
 
 
 def broken_file(name: str, path: Path, error: Exception, remedy: str) -> DatasetError:

@@ -9,12 +9,13 @@ A goal environment's `desired_goal` is part of the state where it is not the sam
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from dql.datasets.info import (
+    FIELDS,
     DatasetError,
     DatasetInfo,
     DatasetNotFoundError,
@@ -34,6 +35,7 @@ from dql.datasets.sources import (
     whole_number,
 )
 from dql.datasets.spaces import action_bound, goal_columns, read_space
+from dql.datasets.spool import Spool
 from dql.datasets.stored import address, member, open_file, read_array, rows_of
 from dql.recorded_env import missing_wrappers, reward_wrappers
 
@@ -54,6 +56,21 @@ class _Reading:
     bound: float
     antmaze: bool
     limit: int | None  # of an episode's steps, where a shorter truncated one was cut by the end of the recording
+    goal: slice | None  # its columns, where the goal may be left out
+
+
+@dataclass
+class _Found:
+    """What was found in the episodes that are kept; their transitions are in the spool, states of the widest rule."""
+
+    numbers: list[int] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    returns: list[float] = field(default_factory=list)
+    complete: list[bool] = field(default_factory=list)
+    truncated: list[bool] = field(default_factory=list)
+    goal: np.ndarray | None = None  # of the first row
+    goal_varies: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,8 +87,12 @@ class _Episode:
         return bool(self.terminations[-1] or self.truncations[-1]) and not self.cut
 
 
-def read_minari(source: Source) -> FlatData:
+def read_minari(source: Source, spool: Spool) -> FlatData:
     """Reads every episode of a Minari dataset once; one h5py file, only the arrays that are used.
+
+    Args:
+        source: the dataset.
+        spool: an empty one, whose rows become the arrays: no more than an episode of them is elsewhere.
 
     Raises:
         DatasetError: see the module `dql.data`.
@@ -90,23 +111,23 @@ def read_minari(source: Source) -> FlatData:
 
     wide = WITH_GOAL.get(rule, rule)
     limit = _time_limit(metadata) if name.startswith("dql/") else None
-    reading = _Reading(name, observation_space, action_space, wide, bound, antmaze, limit)
-    numbers, episodes, dropped = _read_episodes(source, metadata, reading)
-    observations, note = [e.observations for e in episodes], [CUT_NOTE] if antmaze else []
+    columns = goal_columns(observation_space, wide) if wide != rule else None
+    reading = _Reading(name, observation_space, action_space, wide, bound, antmaze, limit, columns)
+    found = _read_episodes(source, metadata, reading, spool)
+    note = [CUT_NOTE] if antmaze else []
     dropped_goal = None
-    if wide != rule:
-        columns = goal_columns(observation_space, wide)
-        goal = observations[0][0, columns]
-        varies = any((o[:, columns] != goal).any() for o in observations)
-        if varies and not antmaze:
+    if columns is not None:
+        goal = found.goal
+        assert goal is not None  # of an episode at least
+        if found.goal_varies and not antmaze:
             rule = wide
         else:
             if not antmaze and np.isfinite(goal).all():  # else nothing that could be compared with
                 layout = observation_layout(observation_space, wide)
                 dropped_goal = {"at": columns.start, "values": goal.tolist(), "rule": wide, "layout": layout}
-            kept = np.setdiff1d(np.arange(observations[0].shape[1]), np.arange(columns.start, columns.stop))
-            observations = [o[:, kept] for o in observations]
-            note += [GOAL_NOTE] if varies else []
+            for key in ("states", "next_states"):
+                spool.change(key, lambda rows: np.delete(rows, np.r_[columns], axis=1))
+            note += [GOAL_NOTE] if found.goal_varies else []
     if changed := reward_wrappers(metadata.get("env_spec")):  # the one that was recorded in
         note.append(
             f"its rewards were changed by {' and '.join(changed)}; evaluations score the environment's own reward"
@@ -116,13 +137,13 @@ def read_minari(source: Source) -> FlatData:
             f"it was recorded through {' and '.join(missing)[:200]}, which its environment for evaluations lacks: "
             "there a policy sees or does something else than in the data"
         )
-    if dropped:
+    if dropped := found.dropped:
         told = ", ".join(map(str, dropped[:MOST_EPISODES_NAMED]))
         more = f" and {len(dropped) - MOST_EPISODES_NAMED} more" if len(dropped) > MOST_EPISODES_NAMED else ""
         note.append(f"left out for what they lack or hold: episodes {told}{more}")
-    lengths = np.array([len(e.rewards) for e in episodes])
+    arrays = {key: spool.array(key) for key in FIELDS}
+    lengths, complete = np.array(found.lengths), np.array(found.complete)
     ends = np.cumsum(lengths)
-    complete = np.array([e.complete for e in episodes])
     # A cut episode's return is 0 or 1, whatever the uncut task's reference scores are.
     ref_min, ref_max = (0.0, 1.0) if antmaze else reference_scores(metadata)
     info = DatasetInfo(
@@ -130,29 +151,21 @@ def read_minari(source: Source) -> FlatData:
         env_spec=spec,
         ref_min_score=ref_min,
         ref_max_score=ref_max,
-        num_episodes=len(episodes),
-        episode_returns=np.array([e.rewards.sum(dtype=np.float64) for e in episodes])[complete],
+        num_episodes=len(lengths),
+        episode_returns=np.array(found.returns)[complete],
         observation_rule=rule,
         max_action=bound,
-        state_dim=observations[0].shape[1],
-        action_dim=episodes[0].actions.shape[1],
+        state_dim=arrays["states"].shape[1],
+        action_dim=arrays["actions"].shape[1],
         episode_lengths=lengths[complete],
-        num_truncations=sum(bool(e.truncations[-1] and not e.terminations[-1]) for e in episodes),
+        num_truncations=sum(found.truncated),
         note="; ".join(note),
         observation_layout=observation_layout(observation_space, rule),
         first_success=antmaze,
         dropped_goal=dropped_goal,
     )
-    with np.errstate(over="ignore", invalid="ignore"):
-        data = FlatData(
-            states=np.concatenate([o[:-1] for o in observations]),
-            actions=np.concatenate([e.actions for e in episodes]).astype(np.float32, copy=False),
-            rewards=np.concatenate([e.rewards for e in episodes]).astype(np.float32, copy=False),
-            next_states=np.concatenate([o[1:] for o in observations]),
-            masks=1.0 - np.concatenate([e.terminations for e in episodes]).astype(np.float32),
-            info=info,
-        )
-    check_transitions(name, lambda row: f"episode {numbers[int(np.searchsorted(ends, row, side='right'))]}", data)
+    data = FlatData(**arrays, info=info, mappings=tuple(spool.mappings))
+    check_transitions(name, lambda row: f"episode {found.numbers[int(np.searchsorted(ends, row, side='right'))]}", data)
     return data
 
 
@@ -172,17 +185,12 @@ def _time_limit(metadata: Mapping[str, Any]) -> int | None:
     return limit if isinstance(limit, int) else None
 
 
-def _read_episodes(
-    source: Source, metadata: Mapping[str, Any], reading: _Reading
-) -> tuple[list[int], list[_Episode], list[int]]:
-    """(numbers of the episodes, the episodes, numbers of those left out)."""
+def _read_episodes(source: Source, metadata: Mapping[str, Any], reading: _Reading, spool: Spool) -> _Found:
     name = source.name
     count = whole_number(metadata, "total_episodes", source)
     if count == 0:
         raise DatasetError(f"dataset {name} is empty (0 episodes): {again(source)}")
-    numbers: list[int] = []
-    episodes: list[_Episode] = []
-    dropped: list[int] = []
+    found = _Found()
     unreadable = (OSError, RuntimeError) if source.drop_broken else ()  # else they are the file's
     seen: dict[Any, int] = {}
     with _stored(source, metadata) as (stored, held):
@@ -203,13 +211,33 @@ def _read_episodes(
                     raise _broken_episode(source, i, error) from error
                 if isinstance(error, RecursionError) or (isinstance(error, OSError) and error.errno is not None):
                     raise  # the disk's or the network's fault, and not the episode's
-                dropped.append(i)
+                found.dropped.append(i)
             else:
-                numbers.append(i)
-                episodes.append(episode)
-    if not episodes:
+                _add(episode, i, reading, found, spool)
+    if not found.numbers:
         raise DatasetError(f"dataset {name}: none of its {count:,} episodes can be used: {again(source)}")
-    return numbers, episodes, dropped
+    return found
+
+
+def _add(episode: _Episode, number: int, reading: _Reading, found: _Found, spool: Spool) -> None:
+    o = episode.observations
+    with np.errstate(over="ignore", invalid="ignore"):
+        spool.add(
+            states=o[:-1],
+            actions=episode.actions.astype(np.float32, copy=False),
+            rewards=episode.rewards.astype(np.float32, copy=False),
+            next_states=o[1:],
+            masks=1.0 - episode.terminations.astype(np.float32),
+        )
+    found.numbers.append(number)
+    found.lengths.append(len(episode.rewards))
+    found.returns.append(episode.rewards.sum(dtype=np.float64))
+    found.complete.append(episode.complete)
+    found.truncated.append(bool(episode.truncations[-1] and not episode.terminations[-1]))
+    if reading.goal is not None:
+        if found.goal is None:
+            found.goal = o[0, reading.goal].copy()
+        found.goal_varies = found.goal_varies or bool((o[:, reading.goal] != found.goal).any())
 
 
 @contextlib.contextmanager

@@ -76,7 +76,12 @@ def read_array(group: Any, key: str) -> np.ndarray:
         ValueError: a group, values that are no real numbers, values stored outside of the file, or a size that the file
             does not hold; KeyError: there is none.
     """
-    return _checked(member(group, key), key)[()]
+    return stored_array(group, key)[()]
+
+
+def stored_array(group: Any, key: str) -> Any:
+    """The same unread, to be read a part at a time."""
+    return _checked(member(group, key), key)
 
 
 def _checked(stored: Any, key: str) -> Any:
