@@ -25,7 +25,7 @@ CONFIG |= {"grad_norm": 2.0, "ema_start": 10, "ema_every": 2}  # some gradients 
 UPDATES = 100
 INTERPRETED = 14  # Triton's interpreter takes 0.4 s for one; the averaged actor has moved twice by then
 YARDSTICK = TOLERANCES["float32 yardstick"]
-MARGIN = 4  # times plain float32's error, as in tests/backends; of what that and YARDSTICK allow, 0.39 was needed
+MARGIN = 4  # times plain float32's error, as in tests/math; of what that and YARDSTICK allow 0.39 was needed
 
 
 @cache
