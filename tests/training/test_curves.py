@@ -1,7 +1,9 @@
 """Training curves: the first updates of a small problem are the same on every backend, to rounding.
 
 Rounding grows along a training, so it has no fixed bound here: beside float64, from the same start and with the same
-batches and noise, a backend may be off as far as a few times plain float32 torch is, up to the same update.
+batches and noise, a backend may be off as far as a few times plain float32 torch is, up to the same update. On tensors
+of the CPU, where kernels of a GPU are interpreted or emulated: what a GPU's own sines and cosines do to the noise has
+not been measured against this.
 """
 
 from functools import cache
@@ -11,10 +13,8 @@ import pytest
 import torch
 from support.backends import NAMES
 from support.cases import TOLERANCES, Tolerance, assert_close
-from support.gpu_agents import DEVICE
 
 import dql
-from dql.backend.registry import of_gpus
 from dql.data import FIELDS, TransitionDataset
 from dql.datasets.info import DatasetInfo
 
@@ -25,7 +25,7 @@ CONFIG |= {"grad_norm": 2.0, "ema_start": 10, "ema_every": 2}  # some gradients 
 UPDATES = 100
 INTERPRETED = 14  # Triton's interpreter takes 0.4 s for one; the averaged actor has moved twice by then
 YARDSTICK = TOLERANCES["float32 yardstick"]
-MARGIN = 4  # times plain float32's error, as in tests/backends; of what that and YARDSTICK allow, 0.39 was needed
+MARGIN = 4  # times plain float32's error, as in tests/math; of what that and YARDSTICK allow 0.39 was needed
 
 
 @cache
@@ -49,16 +49,16 @@ def dataset() -> TransitionDataset:
 def train(backend: str, updates: int, dtype: torch.dtype = torch.float32, **changes) -> dict[str, Tensor]:
     """Every metric [updates] and, after all updates, every parameter, in float64."""
     config = dql.Config(**CONFIG | changes, backend=backend)
-    agent = dql.DiffusionQL(S, A, config, dtype=dtype, device=DEVICE if backend in of_gpus() else "cpu")
+    agent = dql.DiffusionQL(S, A, config, dtype=dtype, device="cpu")
     curves: dict[str, list[Tensor]] = {}
     for step in range(updates):
         batch = dataset().sample(B, CONFIG["seed"], step)
-        given = dql.Batch(*(getattr(batch, name).to(agent.policy.denoiser.flat) for name in FIELDS))
+        given = dql.Batch(*(getattr(batch, name).to(dtype) for name in FIELDS))
         for name, value in agent.update(given).items():
-            curves.setdefault(name, []).append(value.detach().double().cpu())
+            curves.setdefault(name, []).append(value.double())
     networks = {f"{n}.{k}": p for n, module in agent.modules().items() for k, p in module.named_parameters()}
     return {name: torch.stack(values) for name, values in curves.items()} | {
-        name: p.detach().double().cpu() for name, p in networks.items()
+        name: p.detach().double() for name, p in networks.items()
     }
 
 
@@ -90,7 +90,7 @@ def check(got: dict[str, Tensor], updates: int, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", NAMES)
 def test_curves_are_the_same(backend, runs_here):
-    updates = INTERPRETED if runs_here(backend) == "triton" and DEVICE == "cpu" else UPDATES
+    updates = INTERPRETED if runs_here(backend, on_cpu=True) == "triton" else UPDATES
     check(train(backend, updates), updates, backend)
 
 
