@@ -13,7 +13,7 @@ from support.runs import quietly
 
 import dql
 import dql.data
-import dql.loop
+import dql.session
 import dql.train
 from dql.agents import td3_bc
 from dql.checkpoint import load_tensors
@@ -51,7 +51,7 @@ def assert_same_run(a, b):
 @pytest.fixture
 def staged(monkeypatch):
     """As a GPU has it: the loop stages its batches."""
-    monkeypatch.setattr(dql.loop, "batches_on", lambda data, device: Staging(data, device, steps=4))
+    monkeypatch.setattr(dql.session, "batches_on", lambda data, device: Staging(data, device, steps=4))
 
 
 def test_on_disk(run_config, tmp_path):
@@ -66,7 +66,7 @@ def test_on_disk(run_config, tmp_path):
 def test_staged(run_config, tmp_path, monkeypatch):
     other = replace(run_config, run_dir=tmp_path / "other", data_on="disk")
     quietly(train, run_config)
-    monkeypatch.setattr(dql.loop, "batches_on", lambda data, device: Staging(data, device, steps=4))
+    monkeypatch.setattr(dql.session, "batches_on", lambda data, device: Staging(data, device, steps=4))
     quietly(train, other)
     assert_same_run(run_config, other)
 
