@@ -50,7 +50,9 @@ void check_cloning(const ChainJob& job) {
 Grid grid_of(const ChainJob& job, bool backward) {
     const int kinds = (job.K > 0 ? 1 : 0) + job.cloning.planes();
     const int64_t tiles = kinds * (whole_tiles(job.R, job.tiling) / job.tiling.rows());
-    const int64_t clusters = std::max<int64_t>(1, job.max_clusters / job.networks);
+    // a critic that is left out leaves its place at once
+    const int side_by_side = job.only_at != nullptr || job.only > 0 ? 1 : job.networks;
+    const int64_t clusters = std::max<int64_t>(1, job.max_clusters / side_by_side);
     Grid grid;
     grid.x = std::min(tiles, clusters) * job.tiling.cluster;
     grid.y = job.networks;

@@ -7,6 +7,8 @@
 // exchanges L times, and an exchange is one trip: a store carries its own notice (device.h, send16), and nobody waits
 // for anything but the data.
 //
+// A batch may be cloned beside a chain (host.h, Cloning): its tiles are behind the chain's and have one step, number K.
+//
 //     forward     x -> h_1 -> ... -> h_L -> eps -> x             narrow in: x, narrow out: eps
 //     backward    d_eps -> d_z_L -> ... -> d_z_1 -> d_x          narrow in: d_eps, narrow out: d_x
 //
@@ -321,8 +323,8 @@ private:
         }
     }
 
-    // In the last turn of a backward chain nobody asks for the gradient of x_T, the noise, nor for that of a cloned row's
-    // x; of a critic the caller may.
+    // In the last turn of a backward chain nobody asks for the gradient of x_T, the noise, nor for that of a cloned
+    // row's x; of a critic the caller may.
     DQL_DEVICE bool sums_wanted() const { return !BACKWARD || (critic ? a.d_actions != nullptr : k > 0 && k < a.K); }
 
     DQL_DEVICE void step(Stream& stream) {

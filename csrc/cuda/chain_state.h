@@ -178,6 +178,7 @@ protected:
             a.errors[row0 / M] = sum;
             before = static_cast<float>(count_in(a.counter));
         }
+        sync_warp();  // what this lane sees, the others see
         DQL_UNROLL
         for (int mask = 1; mask < 32; mask *= 2) before += shuffle_xor(before, mask);
         if (before + 1 != static_cast<float>(tiles)) return;

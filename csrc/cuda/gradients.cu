@@ -378,7 +378,8 @@ void gradients(const GradientJob& job, Stream stream) {
     launch("the products of gradients", device::products_kernel, grid, a, stream);
     if (job.d_flat == nullptr) return;
     const int T = job.cloning.planes() > 0 ? job.cloning.T : job.K, tables = (job.K > 0 ? 1 : 0) + job.cloning.planes();
-    device::FinishArguments f = {net, job.first_network, job.networks, s.HP, T, tables, job.parts, a.image, job.workspace};
+    device::FinishArguments f = {net,    job.first_network, job.networks, s.HP, T,
+                                 tables, job.parts,         a.image,      job.workspace};
     f.flat = job.flat, f.embedding = job.embedding, f.d_flat = job.d_flat;
     f.add_blocks = (net.size + THREADS - 1) / THREADS;
     f.column_blocks = net.D > 0 ? (net.H + device::TIME_COLUMNS - 1) / device::TIME_COLUMNS : 0;

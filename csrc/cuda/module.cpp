@@ -251,10 +251,10 @@ DQL_CUDA_FUNCTION(gradient_workspace) {
 DQL_CUDA_FUNCTION(fields) {
     return guarded([&] {
         Reader args(items, count, 0, "fields");
-        return Py_BuildValue("{s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s}", "prologue", cuda::PrologueCall::NAMES, "chain",
-                             cuda::ChainCall::NAMES, "gradients", cuda::GradientCall::NAMES, "cloning",
-                             cuda::CloningCall::NAMES, "choose",
-                             cuda::ChooseCall::NAMES, "noise", cuda::NoiseCall::NAMES, "begin", cuda::BeginCall::NAMES, "critic_loss",
+        return Py_BuildValue("{s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s}", "prologue", cuda::PrologueCall::NAMES,
+                             "chain", cuda::ChainCall::NAMES, "gradients", cuda::GradientCall::NAMES, "cloning",
+                             cuda::CloningCall::NAMES, "choose", cuda::ChooseCall::NAMES, "noise",
+                             cuda::NoiseCall::NAMES, "begin", cuda::BeginCall::NAMES, "critic_loss",
                              cuda::CriticLossCall::NAMES, "q_loss", cuda::QLossCall::NAMES, "adam",
                              cuda::AdamCall::NAMES);
     });

@@ -221,7 +221,8 @@ struct SavedPlaces {
 // and likewise one more plane.
 struct BackwardPlaces {
     int64_t d_z, d_out, end;
-    DQL_PLAIN BackwardPlaces(const Mlp& net, const Tiling& tiling, int networks_run, int64_t RP, int K, int cloned = 0) {
+    DQL_PLAIN BackwardPlaces(const Mlp& net, const Tiling& tiling, int networks_run, int64_t RP, int K,
+                             int cloned = 0) {
         const Slices s(net, tiling);
         const int64_t planes = K + cloned;
         d_z = 0;

@@ -116,7 +116,8 @@ DQL_KERNEL(THREADS, 1) q_loss_kernel(DQL_ARGUMENT cuda::QLossJob job) {
 
 // ---- Adam, arXiv 1412.6980 as torch.optim.Adam has it: the gradient's norm, then everything else in one pass ----
 
-constexpr float NEW1 = 0.1f, NEW2 = 0.001f, BETA2 = 0.999f, EPSILON = 1e-8f;  // NEW: 1 - beta, which float32 would round
+constexpr float NEW1 = 0.1f, NEW2 = 0.001f;  // 1 - beta, as float32 would not have it
+constexpr float BETA2 = 0.999f, EPSILON = 1e-8f;
 constexpr float LOG_BETA1 = -0.105360516f, LOG_BETA2 = -0.00100050033f;
 
 // The block's share of the squares, and once the count of steps, which nobody else touches meanwhile.

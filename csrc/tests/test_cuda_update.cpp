@@ -1,5 +1,5 @@
-// The kernels of an update beside chains and critics, run by the emulator, against plain loops in float64. Whatever they
-// write is NaN before.
+// The kernels of an update beside chains and critics, run by the emulator, against plain loops in float64. Whatever
+// they write is NaN before.
 #include <algorithm>
 #include <vector>
 
@@ -55,7 +55,8 @@ void critics_loss(int64_t B, int N) {
     std::vector<float> masks(B), d_q(2 * B, NOT_A_NUMBER), metrics(3, NOT_A_NUMBER);
     for (int64_t b = 0; b < B; ++b) masks[b] = b % 3 > 0;
     const auto run = [&] {
-        cuda::critic_loss({q_target.data(), rewards.data(), masks.data(), q.data(), 0.9f, B, N, d_q.data(), metrics.data()},
+        cuda::critic_loss({q_target.data(), rewards.data(), masks.data(), q.data(), 0.9f, B, N, d_q.data(),
+                           metrics.data()},
                           nullptr);
     };
     run();
@@ -113,8 +114,8 @@ void q_losses() {
 
 // Steps of Adam in float64, beside float32's own.
 void adam(int64_t count, float max_norm, float weight, bool in_memory) {
-    std::vector<float> flat = random_floats(count), average = random_floats(count), first(count), second(count), step(1),
-                       sums(cuda::MOST_SUMS, NOT_A_NUMBER), norm(1, NOT_A_NUMBER);
+    std::vector<float> flat = random_floats(count), average = random_floats(count), first(count), second(count),
+                       step(1), sums(cuda::MOST_SUMS, NOT_A_NUMBER), norm(1, NOT_A_NUMBER);
     std::vector<double> flat_d(flat.begin(), flat.end()), average_d(average.begin(), average.end()), m(count), v(count);
     for (int n = 1; n <= 3; ++n) {
         std::vector<float> gradient = random_floats(count, 3);

@@ -46,6 +46,29 @@ def test_the_same_bits(kernels, case):
             assert torch.equal(part, full) if need else part is None
 
 
+@pytest.mark.parametrize("only", [1, 2])
+def test_of_one_critic_alone(kernels, only):
+    """Whose d_q alone is not zero: the gradient of the actions is that of both, by number or by flags on the device."""
+    run = Run(kernels, Case(B=37, S=11, A=3, H=16))
+    run.d_q[2 - only] = 0
+    want = run.backward(False, False, True)[2]
+    flags = torch.zeros(4, device=DEVICE)
+    flags[1 + only] = 1
+    for which in (only, flags[2:]):
+        with poisoned():
+            got = run.runner.backward(
+                run.flat, run.saved, run.states, run.actions, run.d_q, False, False, True, only=which
+            )
+        assert got[:2] == (None, None) and torch.equal(got[2], want)
+
+
+def test_into_memory_that_is_given(kernels):
+    run = Run(kernels, Case(B=37, S=11, A=3, H=16))
+    want, into = run.backward(True, False, False)[0], torch.full_like(run.flat, torch.nan)
+    got = run.runner.backward(run.flat, run.saved, run.states, run.actions, run.d_q, True, False, False, into=into)
+    assert got[0] is into and torch.equal(into, want)
+
+
 @pytest.mark.parametrize("which", [(0,), (1,)])
 def test_one_network_is_half_of_both(kernels, which):
     case = Case(B=37, S=11, A=3, N=3, H=16)
