@@ -71,7 +71,8 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PLUGINS = {"pytest-xdist": "xdist", "pytest-timeout": "pytest_timeout", "pytest-benchmark": "pytest_benchmark"}
 NOT_REACHED = "no time was left"
 RAISED = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit)\b")
-TIER = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
+OF_UPDATES = ("backends/test_actor.py", "backends/test_update_ops.py", "training/test_fused_update.py")
+TIER = [*sorted((ROOT / "tests" / "gpu").glob("test_*.py")), *(ROOT / "tests" / name for name in OF_UPDATES)]
 DATASET = "dql/hopper/medium-expert-v0"
 
 
