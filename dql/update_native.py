@@ -29,12 +29,15 @@ def runs_natively(agent: Cloner, backend: Backend) -> bool:
     """Whether the backend is "cpp" and nothing of the agent is frozen: autograd would leave that alone."""
     if not isinstance(backend, CppBackend):
         return False
-    modules = agent.modules()
-    for module in modules.values():
+    modules, trained = agent.modules(), agent.trained()
+    for name, module in modules.items():
         if unfit(module) is not None:
             return False
-        module.check_intact()
-    return all(p.requires_grad for name in agent.trained() for p in modules[name].parameters())
+        if name not in trained:
+            module.check_intact()
+        elif not all(p.requires_grad for p in module.flat_parameters()):
+            return False
+    return True
 
 
 def clone(agent: Cloner, batch: Batch, seeds: UpdateSeeds, backend: Backend) -> dict[str, Tensor]:

@@ -171,8 +171,8 @@ void check(const LearnCall& call) {
             throw std::invalid_argument("learn: a row beyond the end of the data");
 }
 
-// Who has run which updates of several agents. A thread takes the free agent that has the most left, for one update at a
-// time: whatever the numbers of agents, updates and threads are, no order would end sooner.
+// Who has run which updates of several agents. A thread takes the free agent that has the most left, for one update at
+// a time: whatever the numbers of agents, updates and threads are, no order would end sooner.
 class Queue {
 public:
     explicit Queue(std::vector<LearnCall>& calls) : calls_(calls), done_(calls.size(), 0), busy_(calls.size(), false) {}

@@ -1,7 +1,10 @@
 // learn() (engine.h) against the engine's functions called one by one, bit for bit, in every variant: any number of
 // agents and threads, and what its queue does when an agent fails or the pool is taken. Under ThreadSanitizer too.
 //
-// Every buffer is a heap block of exactly the size that the interface names.
+// Every buffer is a heap block of exactly the size that the interface names. Needs a POSIX system for fork.
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <memory>
 #include <stdexcept>
@@ -10,6 +13,12 @@
 #include "check.h"
 #include "networks.h"
 #include "../cpu/pool.h"
+
+#if defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define __SANITIZE_THREAD__ 1  // what g++ defines
+#endif
+#endif
 
 namespace {
 
@@ -171,9 +180,9 @@ struct Agent {
             out += 4;
         }
         const std::shared_ptr<Packed> packed = actor.packed(FORWARD | BACKWARD);
-        const double bc = bc_gradient(*actor.network, *packed, *actor.network->time_table(*packed, loss), loss, s.data(),
-                                      a.data(), B, seed.bc_t, seed.bc_noise, true,
-                                      {actor.gradient.data(), false, nullptr}, 1);
+        const std::shared_ptr<const Buffer> time_table = actor.network->time_table(*packed, loss);
+        const double bc = bc_gradient(*actor.network, *packed, *time_table, loss, s.data(), a.data(), B, seed.bc_t,
+                                      seed.bc_noise, true, {actor.gradient.data(), false, nullptr}, 1);
         if (!learns_q) {
             out[0] = bc, out[1] = actor.stepped(scale);
             return;
@@ -342,9 +351,40 @@ void several_callers() {
     for (std::thread& caller : callers) caller.join();
 }
 
+#if !defined(__SANITIZE_THREAD__)
+
+// A child has the networks that its parent's threads were packing, and no lock of theirs.
+void a_fork_while_others_pack() {
+    std::mt19937 generator(1);
+    const Net net({64, 8, 512, 4, 1, 1, 1, MISH, 16}, false, generator);
+    Network network(net.spec);
+    std::atomic<bool> stop{false};
+    std::thread packer([&] {
+        for (int64_t version = 1; !stop; ++version) network.packed(net.flat.data(), version, FORWARD | BACKWARD);
+    });
+    for (int i = 0; i < 20; ++i) {
+        const pid_t child = fork();
+        if (child == 0) {
+            alarm(10);  // ends it
+            network.packed(net.flat.data(), 0, FORWARD);
+            _exit(0);
+        }
+        int status = 0;
+        CHECK(child > 0 && waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0);
+        if (check::failures > 0) break;
+    }
+    stop = true;
+    packer.join();
+}
+
+#endif
+
 }  // namespace
 
 int main() {
+#if !defined(__SANITIZE_THREAD__)
+    RUN(a_fork_while_others_pack);  // first: no thread of another test's is there
+#endif
     RUN(as_one_by_one);
     RUN(strange_numbers_of_threads);
     RUN(a_batch_as_it_is);

@@ -136,6 +136,16 @@ def test_weights_that_are_written_between_blocks_are_seen(pendulum, runs_here):
                 agent.critic.flat[3] = 0.5
 
 
+@pytest.mark.parametrize("candidates", [2**27, 2**62])
+def test_more_candidates_than_a_call_takes(candidates, pendulum, runs_here):
+    """24 times 2^62 is 0 in 64 bits."""
+    runs_here("cpp")
+    config = Config(hidden_dim=16, num_hidden=2, batch_size=24, max_action=2.0, backend="cpp", max_q_backup=True)
+    several = dql.Ensemble.of(3, 1, replace(config, backup_candidates=candidates), seeds=(0, 1))
+    with pytest.raises(ValueError, match="more rows than a call takes"):
+        several.advance([load_dataset(pendulum)] * 2, [1, 1])
+
+
 def test_the_parameters_are_one_tensor():
     several = dql.Ensemble.of(5, 2, Config(hidden_dim=16), seeds=(1, 2, 3))
     for name in several[0].modules():
