@@ -470,3 +470,5 @@ def test_the_command(dql, pendulum, tmp_path):
     done = dql("train", "--resume", str(tmp_path / "r" / "seed0"), str(tmp_path / "r" / "seed1"), "--num-updates", "5")
     assert done.code == 0, done.err
     assert RunDir(tmp_path / "r" / "seed1").steps() == [3, 5]
+    done = dql("train", "--resume", str(tmp_path / "r" / "seed0"), "--resume", str(tmp_path / "r" / "seed1"))
+    assert "after one --resume" in done.refused()
