@@ -229,6 +229,8 @@ def train(arguments: list[str]) -> int:
     console.quiet = not is_first()
     if args.resume:
         _only(("--resume", *_RESUMABLE), arguments)
+        if sum(argument.split("=", 1)[0] == "--resume" for argument in arguments) > 1:
+            raise ValueError("--resume is given twice, and the last alone would count; name runs after one --resume")
         given = {name: value for flag, name in _RESUMABLE.items() if (value := _value_of(flag, arguments)) is not None}
         values = vars(args) | {"num_updates": args.agent.num_updates}
         results = training.resume_seeds(args.resume, **{name: values[name] for name in given}, console=console)

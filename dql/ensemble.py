@@ -25,8 +25,13 @@ Tensor = torch.Tensor
 Block = tuple[list[str], Tensor]
 """Of some updates one after the other: the names of their metrics, and their values, float64 [n, m]."""
 
-_OWN_UPDATES = (DiffusionBC.update, DiffusionQL.update)
-_OWN_PATHS = (update_native.clone, update_native.learn)
+# The methods that a block stands for: an agent with others is updated by calls of them, one by one.
+_DONE_NATIVELY: dict[str, tuple[Any, ...]] = {
+    "update": (DiffusionBC.update, DiffusionQL.update),
+    "update_natively": (update_native.clone, update_native.learn),
+    "lr_scale": (Agent.lr_scale,),
+    "ema_weight": (DiffusionBC.ema_weight, DiffusionQL.ema_weight),
+}
 _ROW = 16  # floats: a row of parameters begins on a cache line of its own
 
 
@@ -111,9 +116,19 @@ class Ensemble:
     def parameters(self, network: str) -> Tensor:
         """The parameters of all agents' networks of that name (`Agent.modules`), [M, P]: the memory they are in.
 
-        Who writes into it writes what the agents read. Valid until an agent is moved or cast.
+        Who writes into it writes what the agents read.
+
+        Raises:
+            RuntimeError: an agent was moved, cast or put into another ensemble, and its parameters are elsewhere.
         """
-        return self._parameters[network]
+        memory = self._parameters[network]
+        for i, (agent, row) in enumerate(zip(self.agents, memory, strict=True)):
+            if agent.modules()[network].flat.data_ptr() != row.data_ptr():
+                raise RuntimeError(
+                    f"the {network} of agent {i} is not in this ensemble's memory any more: the agent was moved, cast "
+                    "or put into another ensemble; make a new one, dql.Ensemble(agents)"
+                )
+        return memory
 
     def update(self, batches: Batch | Sequence[Batch]) -> dict[str, Tensor]:
         """One update of each agent.
@@ -203,10 +218,8 @@ class Ensemble:
         memory = torch.zeros(len(modules), stride, dtype=flat.dtype, device=flat.device)
         for i, module in enumerate(modules):
             memory[i, :size] = module.buffer
-            # a tensor of its own and no view, for each network's version is counted apart
-            row = torch.empty(0, dtype=flat.dtype, device=flat.device)
-            row.set_(memory.untyped_storage(), i * stride, (size,), (1,))
-            module.move_into(row)
+            # no view: each network's version is counted apart, and who saves or sends one agent does not all
+            module.move_into(torch.from_dlpack(memory[i, :size]))
         return memory[:, :size]
 
 
@@ -230,12 +243,10 @@ def _kind(agent: Agent) -> dict[str, Any]:
 
 def takes_blocks(agent: Agent, data: Source) -> bool:
     """Whether nothing but the native path would be run by as many calls of `agent.update`."""
-    own = getattr(agent.update, "__func__", None)
     return (
         isinstance(agent, DiffusionBC)
         and isinstance(data, TransitionDataset)
-        and own in _OWN_UPDATES
-        and type(agent).update_natively in _OWN_PATHS
+        and all(getattr(getattr(agent, name), "__func__", None) in own for name, own in _DONE_NATIVELY.items())
         and update_native.takes_blocks(agent, data)
     )
 

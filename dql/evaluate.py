@@ -197,7 +197,7 @@ def evaluate(
     except StopIteration as ended:
         return ended.value
     finally:
-        rollout.close()
+        _staying(rollout.close)
 
 
 def evaluate_all(
@@ -236,7 +236,7 @@ def evaluate_all(
         }
         with contextlib.ExitStack() as closing:
             for rollout in rollouts.values():
-                closing.callback(rollout.close)
+                closing.callback(_closed, rollout)
             pool = closing.enter_context(ThreadPoolExecutor(workers)) if workers > 1 and len(rollouts) > 1 else None
             steps: dict[int, Callable[[], Any]] = {i: functools.partial(next, r) for i, r in rollouts.items()}
             while steps:
@@ -249,13 +249,22 @@ def evaluate_all(
                     except EvaluationStopped:
                         raise
                     except Exception as error:
-                        found[i] = error
+                        found[i] = _closed(rollouts[i]) or error
                     else:
                         acts[i] = functools.partial(_acted, actors[i], states, act_seed)
                         if pool is not None:
                             acts[i] = pool.submit(acts[i]).result
                 steps = {i: _sender(rollouts[i], act) for i, act in acts.items()}
     return [found[i] for i in range(len(actors))]
+
+
+def _closed(rollout: "Rollout") -> Exception | None:
+    """Closes a rollout's environments; gives what one of them raised in that, which `evaluate` would raise."""
+    try:
+        _staying(rollout.close)
+    except Exception as error:
+        return error
+    return None
 
 
 def _sender(rollout: "Rollout", act: Callable[[], np.ndarray]) -> Callable[[], Any]:

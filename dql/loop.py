@@ -189,11 +189,17 @@ class Loop:
         self.batches: Source = data
         self.rate, self.means, self.logged = 0.0, dict[str, float](), False
         self._last_log = (self.state.seconds, agent.step)
+        self._left = False
 
     @property
     def ended(self) -> bool:
         """Whether all updates are done."""
         return self.agent.step >= self.config.agent.num_updates
+
+    @property
+    def complete(self) -> bool:
+        """Whether it has ended and owes nothing but its policy."""
+        return self.ended and not self.state.evaluation_owed
 
     def begin(self) -> None:
         """What a run writes before its first update, or a resumed one because what ended it came between a checkpoint
@@ -241,14 +247,17 @@ class Loop:
         if state.evaluation_owed or self.ended or step % run.checkpoint_every == 0:
             self._save()
 
-    def end(self, stopped: bool) -> None:
-        """A checkpoint where a run was stopped; the policy of one that has ended.
+    def end(self) -> None:
+        """The policy of a run that is complete; a checkpoint where it was stopped. Nothing the second time.
 
         Raises: as `write`.
         """
-        if stopped and self.saved_step != self.agent.step:
+        if self._left:
+            return
+        self._left = True
+        if self.saved_step != self.agent.step:
             self._save()
-        if not stopped and self.config.agent.algorithm in DIFFUSION:
+        if self.complete and self.config.agent.algorithm in DIFFUSION:
             self.agent.save_policy(self.folder.policy_path)
 
     def result(self, stopped_by: str | None) -> RunResult:
@@ -357,7 +366,7 @@ class Following(Loop):
     def _tidy(self) -> None:
         pass
 
-    def end(self, stopped: bool) -> None:
+    def end(self) -> None:
         pass
 
     def evaluated(self, result: Evaluation | Exception | None) -> None:

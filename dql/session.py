@@ -119,7 +119,7 @@ class Session:
                     self._show(show)
                 apart += self._evaluate()  # `seconds` are those of updates
         for loop in self._whole():
-            self._guard(loop, lambda loop=loop: loop.end(self.stop is not None))  # type: ignore[misc]
+            self._guard(loop, loop.end)
         if self.failed:
             reasons = "; ".join(f"{loop.folder.path}: {error}" for loop, error in self.failed.items())
             raise SeedsFailedError(
@@ -180,7 +180,8 @@ class Session:
         return list(metrics), torch.stack(values)
 
     def _evaluate(self) -> float:
-        """The evaluations that checkpoints owe; they stay owed if a signal ends them. Returns the seconds it took."""
+        """The evaluations that checkpoints owe; they stay owed if a signal ends them. Runs that are complete with them
+        end here: the others may take hours more. Returns the seconds it took."""
         began = time.perf_counter()
         owing = [loop for loop in self._whole() if loop.state.evaluation_owed and self.stop is None]
         results: dict[Loop, Evaluation | Exception | None] = {loop: None for loop in owing if not loop.evaluates}
@@ -192,6 +193,9 @@ class Session:
         for loop, result in results.items():
             if not isinstance(result, Exception) or self.stop is None:
                 self._guard(loop, lambda loop=loop, result=result: loop.evaluated(result))  # type: ignore[misc]
+        for loop in self._whole():
+            if loop.complete:
+                self._guard(loop, loop.end)
         return time.perf_counter() - began
 
     def _roll_out(self, loops: list[Loop]) -> dict[Loop, Evaluation | Exception | None]:

@@ -319,7 +319,8 @@ def _resume(
     folders, env = [RunDir(path) for path in paths], changes["env"]
     all_written = [folder.read_config() for folder in folders]
     runs = [_changed(RunConfig.from_dict(written["run"]), changes) for written in all_written]
-    _check_alike(folders, runs, all_written)
+    if len({folder.path.resolve() for folder in folders}) != len(folders):
+        raise RunError("a run folder is named twice; name each once")
     with contextlib.ExitStack() as held:
         shard = held.enter_context(sharded(runs))
         writes = shard is None or shard.rank == 0
@@ -327,6 +328,7 @@ def _resume(
             if writes:
                 held.enter_context(_locked(folder))
             runs[i] = _with_length(runs[i], folder, num_updates)
+        _check_alike(folders, runs, all_written)
         device = _device_of(runs[0]) if shard is None else shard.device
         threads, each = runs[0].threads or torch.get_num_threads(), all_written[0]["threads"]
         held.enter_context(torch_threads(each))  # sums over rows depend on how threads split them
@@ -381,8 +383,6 @@ def _changed(run: RunConfig, changes: dict[str, Any]) -> RunConfig:
 
 def _check_alike(folders: list[RunDir], runs: list[RunConfig], written: list[dict[str, Any]]) -> None:
     """Raises RunError unless the runs differ in their seeds and folders alone."""
-    if len({folder.path.resolve() for folder in folders}) != len(folders):
-        raise RunError("a run folder is named twice; name each once")
     first = runs[0]
     for folder, run, own in zip(folders, runs, written, strict=True):
         same = replace(run.with_agent(seed=first.agent.seed), run_dir=first.run_dir)

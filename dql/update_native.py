@@ -18,7 +18,7 @@ from dql.data import Batch, TransitionDataset
 from dql.draws import UpdateSeeds
 from dql.kernels.cpp import binding
 from dql.learner import Cloner, Learner, draws_of, move_averages
-from dql.networks import Denoiser, TwinCritic
+from dql.networks import Denoiser
 from dql.policy import DiffusionPolicy
 from dql.sampler import backend_for
 
@@ -29,17 +29,20 @@ def runs_natively(agent: Cloner, backend: Backend) -> bool:
     """Whether the backend is "cpp" and nothing of the agent is frozen: autograd would leave that alone."""
     if not isinstance(backend, CppBackend):
         return False
-    modules = agent.modules()
-    for module in modules.values():
+    modules, trained = agent.modules(), agent.trained()
+    for name, module in modules.items():
         if unfit(module) is not None:
             return False
-        module.check_intact()
-    return all(p.requires_grad for name in agent.trained() for p in modules[name].parameters())
+        if name not in trained:
+            module.check_intact()
+        elif not all(p.requires_grad for p in module.flat_parameters()):
+            return False
+    return True
 
 
 def clone(agent: Cloner, batch: Batch, seeds: UpdateSeeds, backend: Backend) -> dict[str, Tensor]:
     """`update.clone`."""
-    return _whole(agent, batch, seeds)
+    return _whole(agent, batch, seeds, _CLONED)
 
 
 def learn(agent: Learner, batch: Batch, seeds: UpdateSeeds, backend: Backend) -> dict[str, Tensor]:
@@ -50,7 +53,7 @@ def learn(agent: Learner, batch: Batch, seeds: UpdateSeeds, backend: Backend) ->
         actor = update_actor(agent, batch, draws_of(agent, seeds, len(batch.states)), backend)
         move_averages(agent, binding.lerp, agent.ema_weight(agent.step))
         return _scalars(metrics) | actor
-    return _whole(agent, batch, seeds)
+    return _whole(agent, batch, seeds, _LEARNT)
 
 
 def advance(
@@ -77,7 +80,8 @@ def advance(
     for agent, own, n in zip(agents, data, counts, strict=True):
         rows = own.rows(agent.config.batch_size, agent.config.seed, agent.step)[:n]
         own.fetch(rows.reshape(-1))
-        job = _updates(agent, _columns(own), rows, _seeds(agent.config.seed, agent.step, len(rows)))
+        seeds = _seeds(agent.config.seed, agent.step, len(rows))
+        job = _updates(agent, _columns(own), rows, seeds, names(agent))
         if times is not None:
             times.append(torch.zeros(len(rows), len(binding.PHASES) + 1, dtype=torch.int64, device="cpu"))
             job = replace(job, times=times[-1])
@@ -105,7 +109,7 @@ def takes_blocks(agent: Cloner, data: TransitionDataset) -> bool:
 
 def names(agent: Cloner) -> tuple[str, ...]:
     """What the metrics of an update are called, in order."""
-    return _LEARNT if "critic" in agent.modules() else _CLONED
+    return _LEARNT if type(agent).update_natively is learn else _CLONED
 
 
 _CLONED = ("actor/bc_loss", "actor/grad_norm")
@@ -121,11 +125,11 @@ _LEARNT = (
 )
 
 
-def _whole(agent: Cloner, batch: Batch, seeds: UpdateSeeds) -> dict[str, Tensor]:
-    """An update in one native call."""
+def _whole(agent: Cloner, batch: Batch, seeds: UpdateSeeds, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """An update in one native call; `names` are those of its metrics, and so of what it does."""
     bits = torch.from_numpy(np.array([astuple(seeds)], np.uint64).view(np.int64))
-    (found,) = binding.learn([_updates(agent, _columns(batch), None, bits)], torch.get_num_threads())
-    return dict(zip(names(agent), found[0].float().unbind(), strict=True))
+    (found,) = binding.learn([_updates(agent, _columns(batch), None, bits, names)], torch.get_num_threads())
+    return dict(zip(names, found[0].float().unbind(), strict=True))
 
 
 def _seeds(seed: int, first: int, n: int) -> Tensor:
@@ -138,7 +142,9 @@ def _columns(data: Batch | TransitionDataset) -> tuple[Tensor, Tensor, Tensor, T
     return data.states, data.actions, data.rewards, data.next_states, data.masks
 
 
-def _updates(agent: Cloner, data: tuple[Tensor, ...], rows: Tensor | None, seeds: Tensor) -> binding.Updates:
+def _updates(
+    agent: Cloner, data: tuple[Tensor, ...], rows: Tensor | None, seeds: Tensor, names: tuple[str, ...]
+) -> binding.Updates:
     policy, steps = agent.policy, range(agent.step, agent.step + len(seeds))
     actor = binding.Weights(network(policy.denoiser), policy.denoiser.buffer)
     return binding.Updates(
@@ -147,7 +153,7 @@ def _updates(agent: Cloner, data: tuple[Tensor, ...], rows: Tensor | None, seeds
         _loss_table(policy),
         policy.predict_epsilon,
         policy.max_action,
-        _critics(agent) if isinstance(getattr(agent, "critic", None), TwinCritic) else None,  # type: ignore[arg-type]
+        _critics(agent) if names is _LEARNT else None,  # type: ignore[arg-type]
         data,  # type: ignore[arg-type]
         rows,
         seeds,

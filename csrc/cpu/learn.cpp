@@ -171,8 +171,8 @@ void check(const LearnCall& call) {
             throw std::invalid_argument("learn: a row beyond the end of the data");
 }
 
-// Who has run which updates of several agents. A thread takes the free agent that is furthest behind for one update at a
-// time: whatever the numbers of agents and of threads are, all have work until the last update.
+// Who has run which updates of several agents. A thread takes the free agent that has the most left, for one update at
+// a time: whatever the numbers of agents, updates and threads are, no order would end sooner.
 class Queue {
 public:
     explicit Queue(std::vector<LearnCall>& calls) : calls_(calls), done_(calls.size(), 0), busy_(calls.size(), false) {}
@@ -202,10 +202,10 @@ private:
             ++done_[static_cast<size_t>(mine)];
         }
         if (error_) return -1;
-        int64_t best = -1;
+        int64_t best = -1, most = 0;
         for (size_t m = 0; m < calls_.size(); ++m)
-            if (!busy_[m] && done_[m] < calls_[m].n && (best < 0 || done_[m] < done_[static_cast<size_t>(best)]))
-                best = static_cast<int64_t>(m);
+            if (const int64_t left = calls_[m].n - done_[m]; !busy_[m] && left > most)
+                best = static_cast<int64_t>(m), most = left;
         if (best >= 0) busy_[static_cast<size_t>(best)] = true;
         return best;
     }

@@ -398,6 +398,8 @@ Optimizer optimizer(Arguments& args) {
     return adam;
 }
 
+constexpr int64_t MOST_ROWS = int64_t{1} << 30;  // kernels/limits.py
+
 // What `learn` is told of one agent, a tuple in the order of `methods` below
 LearnCall learn_call(PyObject* tuple) {
     const Py_ssize_t size = PyTuple_Size(tuple);
@@ -445,6 +447,7 @@ LearnCall learn_call(PyObject* tuple) {
     call.n = args.count();
     if (call.B < 1 || agent.candidates < 1 || (!call.rows && (call.n != 1 || call.data.size != call.B)))
         throw std::invalid_argument("learn: the rows are missing");
+    if (call.B > MOST_ROWS / agent.candidates) throw std::invalid_argument("learn: more rows than a call takes");
     call.seeds = reinterpret_cast<const UpdateSeeds*>(args.pointer());
     call.lr_scale = reinterpret_cast<const double*>(args.pointer());
     call.ema_weight = reinterpret_cast<const double*>(args.pointer());

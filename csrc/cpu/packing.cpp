@@ -1,11 +1,26 @@
 // A network's weights, packed once for each version of its parameters, and what its timesteps add to the first layer.
 #include <algorithm>
 #include <cstring>
+#include <new>
+#include <shared_mutex>
 #include <stdexcept>
+
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
 
 #include "time_mlp.h"
 
 namespace dql {
+
+// Shared by all who pack, and held alone by a thread that forks: a child is not to inherit a network's lock from a
+// thread that it does not have, nor weights that are half packed.
+static std::shared_mutex packing;
+#if !defined(_WIN32)
+[[maybe_unused]] static const int registered = pthread_atfork([] { packing.lock(); }, [] { packing.unlock(); }, [] {
+    new (&packing) std::shared_mutex;  // others may have waited for it
+});
+#endif
 
 // The n-th of the scattered elements of a tensor: an even stride would stay in a few columns.
 static int64_t scattered(int64_t n, int64_t size) {
@@ -93,6 +108,7 @@ void Network::allocate(Packed& packed, int parts) const {
 }
 
 std::shared_ptr<Packed> Network::packed(const float* flat, int64_t version, int parts) {
+    const std::shared_lock<std::shared_mutex> no_fork(packing);
     const std::lock_guard<std::mutex> lock(mutex_);
     bool same = current_ && flat == flat_ && version == version_;
     for (size_t i = 0; same && i < probed_.size(); ++i)
@@ -126,6 +142,7 @@ std::shared_ptr<Packed> Network::packed(const float* flat, int64_t version, int 
 
 std::shared_ptr<const Buffer> Network::time_table(Packed& packed, const Table& table) const {
     if (table.D != spec_.D) throw std::invalid_argument("the table was made for another size of time embedding");
+    const std::shared_lock<std::shared_mutex> no_fork(packing);
     const std::lock_guard<std::mutex> lock(mutex_);
     for (const Packed::TimeTable& known : packed.tables)
         if (known.id == table.id) return known.floats;

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds and runs the C++ tests, every csrc/tests/test_*.cpp, under the sanitizers: AddressSanitizer and
-# UndefinedBehaviorSanitizer together, and the pool's under ThreadSanitizer too. Fails on the first finding.
+# UndefinedBehaviorSanitizer together, and what is about threads (threaded) under ThreadSanitizer too, with the generic
+# variant alone. Fails on the first finding.
 #
 #   csrc/tests/run.sh          all of them
 #   csrc/tests/run.sh pool     only test_pool.cpp
@@ -18,6 +19,8 @@ die() {
     echo "csrc/tests/run.sh: $*" >&2
     exit 1
 }
+
+threaded=" test_pool test_learn "
 
 tests=()
 for source in csrc/tests/test_*.cpp; do
@@ -59,19 +62,24 @@ add_variant avx512bf16 avx512_bf16 avx512f avx512bw avx512dq avx512vl avx2 fma
 
 # with setup.py's flags for floating point
 common="-std=c++17 -O1 -g -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra"
-common+=" -fno-omit-frame-pointer -fno-sanitize-recover=all -pthread -Icsrc$have"
-asan="$common -fsanitize=address,undefined"
+common+=" -fno-omit-frame-pointer -fno-sanitize-recover=all -pthread -Icsrc"
+asan="$common$have -fsanitize=address,undefined"
 tsan="$common -fsanitize=thread"
 asan_objects=()
+tsan_objects=()
 : > "$build/commands"
 compile() { # source, object, flags
     echo "$CXX $3 -c $1 -o $build/$2.o" >> "$build/commands"
 }
 
 needs_kernels=0
+threads_need_kernels=0
 for name in "${tests[@]}"; do
     compile "csrc/tests/$name.cpp" "$name" "$asan"
     [[ $name == test_pool ]] || needs_kernels=1
+    [[ $threaded == *" $name "* ]] || continue
+    compile "csrc/tests/$name.cpp" "thread_$name" "$tsan"
+    [[ $name == test_pool ]] || threads_need_kernels=1
 done
 if [[ $needs_kernels -eq 1 && -f csrc/cpu/variant.cpp ]]; then
     # g++ 12 warns of its own intrinsics when it instruments them
@@ -87,6 +95,10 @@ if [[ $needs_kernels -eq 1 && -f csrc/cpu/variant.cpp ]]; then
         asan_objects+=("$build/$variant.o")
     done
 fi
+if [[ $threads_need_kernels -eq 1 ]]; then
+    compile csrc/cpu/variant.cpp thread_generic "$tsan -fno-exceptions -DDQL_VARIANT=generic"
+    tsan_objects+=("$build/thread_generic.o")
+fi
 for source in csrc/cpu/*.cpp; do
     name="$(basename "$source" .cpp)"
     [[ $name == variant ]] && continue # it is compiled above
@@ -94,11 +106,10 @@ for source in csrc/cpu/*.cpp; do
     [[ $name == pool || $needs_kernels -eq 1 ]] || continue
     compile "$source" "$name" "$asan"
     asan_objects+=("$build/$name.o")
+    [[ $name == pool || $threads_need_kernels -eq 1 ]] || continue
+    compile "$source" "thread_$name" "$tsan"
+    [[ $name == pool ]] || tsan_objects+=("$build/thread_$name.o")
 done
-if [[ " ${tests[*]} " == *" test_pool "* ]]; then
-    compile csrc/cpu/pool.cpp thread_pool "$tsan"
-    compile csrc/tests/test_pool.cpp thread_test_pool "$tsan"
-fi
 
 echo "$("$CXX" --version | head -n 1); variants here: ${variants[*]}"
 xargs -P "$jobs" -I '{}' sh -c '{}' < "$build/commands" || die "the compiler failed"
@@ -123,8 +134,10 @@ for name in "${tests[@]}"; do
     fi
     "$CXX" -fsanitize=address,undefined -pthread "$build/$name.o" "${objects[@]}" -o "$build/$name"
     check "$name" address,undefined env ASAN_OPTIONS="$options" timeout 300 "$build/$name"
-    if [[ $name == test_pool ]]; then
-        "$CXX" -fsanitize=thread -pthread "$build/thread_$name.o" "$build/thread_pool.o" -o "$build/thread_$name"
+    if [[ $threaded == *" $name "* ]]; then
+        objects=("$build/thread_pool.o")
+        [[ $name == test_pool ]] || objects+=("${tsan_objects[@]}")
+        "$CXX" -fsanitize=thread -pthread "$build/thread_$name.o" "${objects[@]}" -o "$build/thread_$name"
         check "$name" thread timeout 300 "${fixed_addresses[@]}" "$build/thread_$name"
     fi
 done

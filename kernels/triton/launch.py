@@ -13,6 +13,7 @@ bit patterns, casts truncate) and it knows no PTX, so there operands of bf16 and
 hand: the constant EMULATE.
 """
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,6 +29,7 @@ from .tiles import is_forced
 Tensor = torch.Tensor
 INTERPRETED: bool = triton_internals.interpreted()
 Grid = tuple[int, int, int]
+_interpreter = threading.Lock()  # it exchanges functions of `triton.language` while it runs a kernel
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ class Kernel:
                 or None for a null pointer.
         """
         if INTERPRETED:
-            self.function[grid](*arguments, **dict(self.constants), num_warps=self.num_warps)
+            with _interpreter:
+                self.function[grid](*arguments, **dict(self.constants), num_warps=self.num_warps)
             return
         device = triton_internals.current_device()
         loaded = self._loaded.get(device)

@@ -11,7 +11,7 @@ from dql.config import Config
 
 def test_each_is_as_alone(backend):
     config = Config(hidden_dim=16, num_hidden=2, T=2, ema_start=0, ema_every=2, backend=backend, batch_size=8)
-    several = dql.Ensemble.of(3, 1, config, seeds=(0, 1))
+    several = dql.Ensemble.of(3, 1, config, seeds=(0, 1), threads=2)
     alone = [make_agent(3, 1, replace(config, seed=seed)) for seed in (0, 1)]
     for step in range(2):
         batches = [some_batch(8, 3, 1, 10 * step + i) for i in (0, 1)]

@@ -1,13 +1,15 @@
 """Several seeds in one process: each run is, to the bit, the one that its seed alone would be."""
 
 import copy
+import pickle
+import shutil
 import signal
 import subprocess
 from dataclasses import replace
 
 import pytest
 import torch
-from support.runs import assert_same_agent, brief_run, quietly
+from support.runs import Pendulum, assert_same_agent, brief_run, quietly
 
 import dql
 from dql import update_native
@@ -17,7 +19,7 @@ from dql.config import Config
 from dql.data import load_dataset
 from dql.evaluate import EvaluationStopped, evaluate, evaluate_all
 from dql.rundir import RunDir, RunError, read_rows
-from dql.session import SeedsFailedError
+from dql.session import SeedsFailedError, Session
 from dql.train import resume, resume_seeds, seed_run_dir, train, train_seeds
 
 SEEDS = (0, 3, 2**63)
@@ -134,6 +136,16 @@ def test_weights_that_are_written_between_blocks_are_seen(pendulum, runs_here):
                 agent.critic.flat[3] = 0.5
 
 
+@pytest.mark.parametrize("candidates", [2**27, 2**62])
+def test_more_candidates_than_a_call_takes(candidates, pendulum, runs_here):
+    """24 times 2^62 is 0 in 64 bits."""
+    runs_here("cpp")
+    config = Config(hidden_dim=16, num_hidden=2, batch_size=24, max_action=2.0, backend="cpp", max_q_backup=True)
+    several = dql.Ensemble.of(3, 1, replace(config, backup_candidates=candidates), seeds=(0, 1))
+    with pytest.raises(ValueError, match="more rows than a call takes"):
+        several.advance([load_dataset(pendulum)] * 2, [1, 1])
+
+
 def test_the_parameters_are_one_tensor():
     several = dql.Ensemble.of(5, 2, Config(hidden_dim=16), seeds=(1, 2, 3))
     for name in several[0].modules():
@@ -150,6 +162,59 @@ def test_the_parameters_are_one_tensor():
     for i in range(3):
         assert torch.equal(actions[i], several[i].act(states[i], seed=7 + i))
     assert several.act(states.numpy()).shape == (3, 4, 2)
+
+
+def test_an_agent_takes_none_of_the_others_along():
+    config = Config(hidden_dim=32)
+    several = dql.Ensemble.of(5, 2, config, seeds=range(8))
+    several.update(some_batch(4, 5, 2, 0))
+    alone = make_agent(5, 2, config)
+    alone.update(some_batch(4, 5, 2, 0))
+    assert len(pickle.dumps(several[0])) < 1.1 * len(pickle.dumps(alone))
+    other = copy.deepcopy(several[0])
+    other.update(some_batch(4, 5, 2, 1))
+    alone.update(some_batch(4, 5, 2, 1))
+    assert_same_agent(other, alone)
+    assert torch.equal(several.parameters("actor")[0], several[0].policy.denoiser.flat)
+
+
+def test_parameters_that_are_elsewhere_are_not_shown():
+    several = dql.Ensemble.of(5, 2, Config(hidden_dim=16), seeds=(1, 2, 3))
+    others = dql.Ensemble(several[1:2])
+    assert torch.equal(others.parameters("critic")[0], several[1].critic.flat)
+    with pytest.raises(RuntimeError, match="the critic of agent 1 is not in this ensemble's memory"):
+        several.parameters("critic")
+    others[0].critic.share_memory()
+    with pytest.raises(RuntimeError, match="of agent 0"):
+        others.parameters("critic")
+    assert others.parameters("actor").shape[0] == 1
+
+
+def test_what_a_subclass_changes_is_done_in_blocks_too(pendulum, runs_here):
+    runs_here("cpp")
+
+    class Halving(dql.DiffusionQL):
+        def lr_scale(self, step=None):
+            return 0.5**self.step
+
+    class Averaging(dql.DiffusionQL):
+        def ema_weight(self, step):
+            return 0.1 * self.step
+
+    class WithCritic(dql.DiffusionBC):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.critic = dql.TwinCritic(3, 1, 16, 2)  # for the caller's own use
+
+    data = load_dataset(pendulum)
+    for kind in (Halving, Averaging, WithCritic):
+        config = Config(hidden_dim=16, num_hidden=2, batch_size=8, max_action=2.0, backend="cpp").of(kind.algorithm)
+        several, alone = dql.Ensemble([kind(3, 1, config)]), kind(3, 1, config)
+        ((_, values),) = several.advance([data], [5])
+        assert len(values) == 5
+        for _ in range(5):
+            alone.update(data.sample(8, 0, alone.step))
+        assert_same_agent(several[0], alone)
 
 
 @pytest.mark.parametrize(
@@ -206,6 +271,56 @@ def test_an_evaluation_that_fails_is_that_seeds(pendulum):
         evaluate_all(agents, [info] * 2, seeds=(5, 6), stop=lambda: True, **limits)
 
 
+@pytest.mark.parametrize("error", [ValueError("stuck"), SystemExit(0), StopIteration()])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_environment_that_closes_badly_is_that_seeds(error, workers, pendulum, monkeypatch):
+    def close(self):
+        if self.time < 3:  # its actor failed
+            closed.append(self)
+            raise error
+
+    class Broken:
+        def act(self, states, *, seed=None):
+            raise ValueError("no action")
+
+    monkeypatch.setattr(Pendulum, "close", close)
+    info = load_dataset(pendulum).info.with_env("Limited-v0", typed=True)
+    agents, limits = [make_agent(3, 1, Config(hidden_dim=16, seed=s)) for s in (0, 1)], {"episodes": 2}
+    closed = []
+    found = evaluate_all([agents[0], Broken(), agents[1]], [info] * 3, seeds=(5, 6, 7), workers=workers, **limits)
+    assert len(closed) == 2
+    with pytest.raises((ValueError, RuntimeError)) as alone:
+        evaluate(Broken(), info, seed=6, **limits)
+    assert repr(found[1]) == repr(alone.value)
+    for result, agent, seed in ((found[0], agents[0], 5), (found[2], agents[1], 7)):
+        assert (result.returns == evaluate(agent, info, seed=seed, **limits).returns).all()
+
+
+@pytest.mark.parametrize("error", [ValueError("stuck"), SystemExit(0)])
+def test_a_signal_in_environments_that_close_badly(error, pendulum, tmp_path, monkeypatch):
+    run = brief_run(pendulum, tmp_path / "runs")
+    whole = replace(run, run_dir=tmp_path / "whole")
+    quietly(train_seeds, whole, (0, 1))
+
+    def interrupt(time, observation, reward):
+        if time == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return observation, reward, False
+
+    def close(self):
+        if self.time < 5:
+            raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pendulum, "do", interrupt)
+        patch.setattr(Pendulum, "close", close)
+        results, _ = quietly(train_seeds, run, (0, 1))
+    assert [(result.step, result.stopped_by) for result in results] == [(10, "SIGTERM")] * 2
+    quietly(resume_seeds, [result.path for result in results])
+    for seed in (0, 1):
+        assert_same_run(run.run_dir / f"seed{seed}", whole.run_dir / f"seed{seed}")
+
+
 def test_more_environments_than_stand_side_by_side(pendulum, monkeypatch):
     monkeypatch.setattr("dql.evaluate.MOST", 4)
     info, agents = load_dataset(pendulum).info, [make_agent(3, 1, Config(hidden_dim=16, seed=s)) for s in range(3)]
@@ -233,6 +348,43 @@ def test_runs_that_differ_do_not_go_on_together(pendulum, tmp_path):
         quietly(resume_seeds, [run.run_dir / "seed0", other.run_dir])
     with pytest.raises(RunError, match="named twice"):
         quietly(resume_seeds, [run.run_dir / "seed0", run.run_dir / "seed0"])
+
+
+def test_runs_of_different_lengths_go_on_to_one(pendulum, tmp_path):
+    """A kill may come between the new lengths in their config.json files, too."""
+    run = replace(brief_run(pendulum, tmp_path / "runs"), eval_every=0)
+    results, _ = quietly(train_seeds, run, (0, 1))
+    both = [result.path for result in results]
+    quietly(resume, both[0], num_updates=45)
+    with pytest.raises(RunError, match="differ in num_updates"):
+        quietly(resume_seeds, both)
+    quietly(resume_seeds, both, num_updates=50)
+    for seed, path in enumerate(both):
+        alone = replace(run.with_agent(seed=seed, num_updates=50), run_dir=tmp_path / f"alone{seed}")
+        quietly(train, alone)
+        assert_same_agent(load(path), load(alone.run_dir))
+
+
+def test_a_run_that_ends_before_the_others_is_whole(pendulum, tmp_path, monkeypatch):
+    run = replace(brief_run(pendulum, tmp_path / "runs"), eval_every=0)
+    results, _ = quietly(train_seeds, run, (0, 1))
+    for result in results:
+        (result.path / "policy.safetensors").unlink()
+    for step in (30, 40):
+        shutil.rmtree(RunDir(results[1].path).checkpoint_path(step))
+    saw, original = [], Session._advance
+
+    def stopping(self, counts):
+        saw.append((results[0].path / "policy.safetensors").exists())
+        signal.raise_signal(signal.SIGTERM)
+        return original(self, counts)
+
+    monkeypatch.setattr(Session, "_advance", stopping)
+    again, _ = quietly(resume_seeds, [result.path for result in results])
+    assert [result.stopped_by for result in again] == ["SIGTERM"] * 2
+    assert again[0].step == 40 > again[1].step
+    assert saw == [True]
+    assert not (results[1].path / "policy.safetensors").exists()
 
 
 def test_torchs_threads_are_put_back(pendulum, tmp_path):
@@ -278,8 +430,6 @@ def test_a_signal_stops_all_and_they_go_on(pendulum, tmp_path, monkeypatch):
     run = replace(brief_run(pendulum, tmp_path / "runs"), eval_every=0)
     whole = replace(run, run_dir=tmp_path / "whole")
     quietly(train_seeds, whole, (0, 1))
-    from dql.session import Session
-
     original = Session._advance
 
     def stopping(self, counts):
@@ -320,3 +470,5 @@ def test_the_command(dql, pendulum, tmp_path):
     done = dql("train", "--resume", str(tmp_path / "r" / "seed0"), str(tmp_path / "r" / "seed1"), "--num-updates", "5")
     assert done.code == 0, done.err
     assert RunDir(tmp_path / "r" / "seed1").steps() == [3, 5]
+    done = dql("train", "--resume", str(tmp_path / "r" / "seed0"), "--resume", str(tmp_path / "r" / "seed1"))
+    assert "after one --resume" in done.refused()
