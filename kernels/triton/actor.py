@@ -99,7 +99,7 @@ def _actor_bwd(
     operands: "*op",
     steps: "*fp32",
     d_actions: "*fp32 any",  # [B, A]; never read without a chain's gradient
-    d_floats: "*fp32",  # written: d_eps [T + 1, RP, AP] | d_z of the first layer, of the chain and of the loss [2, RP, HP]
+    d_floats: "*fp32",  # written: d_eps [T + 1, RP, AP] | d_z of the first layer, of chain and loss [2, RP, HP]
     d_operands: "*op",  # written: d_z [L, T + 1, RP, HP]
     max_action: "fp32",
     weight: "fp32",  # 2 / (B A)
@@ -164,10 +164,14 @@ class ActorRunner:
         precision: str,
     ) -> None:
         T, self.device = table.size(0), table.device
-        check_memory(self.device, table=(table, 8 * T), embedding=(embedding, T * spec.time_dim))
-        check_memory(self.device, q_sample=(q_sample, 2 * T))
-        self.spec, self.embedding, self.q_sample, self.precision = spec, embedding, q_sample, precision
-        self.T, self.max_action, self.predict_epsilon = T, max_action, predict_epsilon
+        check_memory(
+            self.device,
+            table=(table, 8 * T),
+            embedding=(embedding, T * spec.time_dim),
+            q_sample=(q_sample, 2 * T),
+        )
+        self.spec, self.table, self.embedding, self.q_sample = spec, table, embedding, q_sample
+        self.max_action, self.predict_epsilon, self.precision = max_action, predict_epsilon, precision
         self.steps = torch.cat([table, torch.tensor([_NO_STEP], device="cpu").to(table)])
         self.sizes = packed_sizes(spec)
         self.arch, self.processors = architecture(self.device), multiprocessors(self.device)
@@ -183,7 +187,7 @@ class ActorRunner:
         t: Tensor,
         bc_seed: int | Tensor,
         seed: int | Tensor | None,
-    ) -> tuple[Tensor | None, Tensor, ActorSaved]:
+    ) -> tuple[Tensor, Tensor, ActorSaved]:
         """Runs the chain, and the prediction.
 
         Args:
@@ -196,12 +200,12 @@ class ActorRunner:
             seed: of the chain's noise, likewise; None: there is no chain.
 
         Returns:
-            (sampled actions [B, A] or None, the loss [1], what `backward` needs).
+            (sampled actions [B, A], or [0, A] without a chain; the loss [1]; what `backward` needs).
 
         Raises:
             ValueError: a tensor that is not as the kernels take it; more rows than their numbers of 32 bits count.
         """
-        (B, S), A, T, s = states.shape, self.spec.action_dim, self.T, self.sizes
+        B, A, T, s = states.size(0), self.spec.action_dim, self.table.size(0), self.sizes
         if (limit := too_many(B, T)) is not None:
             raise ValueError(f"backend 'triton': {limit}")
         check_memory(
@@ -210,10 +214,8 @@ class ActorRunner:
             states=(states, B * self.spec.state_dim),
             actions=(actions, B * A),
         )
-        if t.dtype is not torch.int64 or t.numel() != B or t.device != self.device or not t.is_contiguous():
-            raise ValueError(
-                f"t must be {B} int64 numbers in one piece on {self.device}, got {t.dtype} {list(t.shape)}"
-            )
+        if t.shape != (B,) or t.dtype is not torch.int64 or t.device != self.device or not t.is_contiguous():
+            raise ValueError(f"t must be int64 [{B}] in one piece on {self.device}, got {t.dtype} {list(t.shape)}")
         kernel = fitting(
             actor_fwd_kernel(self.spec, self.precision, self._tile("saving", B), self.predict_epsilon), self.device
         )
@@ -223,11 +225,11 @@ class ActorRunner:
         n_operands = 2 * s.operands + 2 * s.L * (T + 1) * RP * s.HP
         floats = torch.empty(n_floats, dtype=torch.float32, device=self.device)
         operands = torch.empty(n_operands, dtype=self.operand, device=self.device)
-        sampled = torch.empty(B, A, dtype=torch.float32, device=self.device)
+        of_chain = seed is not None
+        sampled = torch.empty(B if of_chain else 0, A, dtype=torch.float32, device=self.device)
         loss = torch.empty(16 + tiles, dtype=torch.float32, device=self.device)  # the loss, and the tiles' parts of it
         counter = torch.empty(1, dtype=torch.int32, device=self.device)
         self._prologue.launch(flat, self.embedding, T, states, floats, operands, counter=counter)
-        of_chain = seed is not None
         at, number, in_memory = seed_arguments(0 if seed is None else seed, self.device)
         bc_at, bc_number, bc_in_memory = seed_arguments(bc_seed, self.device)
         kernel.launch(
@@ -235,9 +237,11 @@ class ActorRunner:
             floats, operands, self.steps, actions, t, self.q_sample, at, bc_at, sampled, loss[16:], counter, loss,
             number, bc_number, self.max_action, 1 / (B * A), B, T, in_memory, bc_in_memory, int(not of_chain),
         )  # fmt: skip
-        return sampled if of_chain else None, loss[:1], ActorSaved(floats, operands, RP, t, of_chain)
+        return sampled, loss[:1], ActorSaved(floats, operands, RP, t, of_chain)
 
-    def backward(self, flat: Tensor, saved: ActorSaved, states: Tensor, d_sampled: Tensor | None) -> Tensor:
+    def backward(
+        self, flat: Tensor, saved: ActorSaved, states: Tensor, d_sampled: Tensor | None, into: Tensor | None = None
+    ) -> Tensor:
         """The gradient of the loss, plus that of the chain; the same arguments give the same bits.
 
         Args:
@@ -245,6 +249,7 @@ class ActorRunner:
             saved: what `forward` returned; it may be used again.
             states: [B, S], contiguous, as they were.
             d_sampled: of the sampled actions [B, A], contiguous; None: nothing comes from the chain.
+            into: where the gradient is written [P], contiguous; None: new memory.
 
         Returns:
             d_flat [P], zero where no parameter lies.
@@ -252,7 +257,7 @@ class ActorRunner:
         Raises:
             ValueError: a tensor that is not as the kernels take it; a gradient of a chain that was not run.
         """
-        B, A, T, s, RP = states.size(0), self.spec.action_dim, self.T, self.sizes, saved.rows
+        B, A, T, s, RP = states.size(0), self.spec.action_dim, self.table.size(0), self.sizes, saved.rows
         if d_sampled is not None and not saved.of_chain:
             raise ValueError("there is a gradient of sampled actions, and none were sampled; give forward a seed")
         check_memory(
@@ -260,6 +265,7 @@ class ActorRunner:
             flat=(flat, self.spec.layout.size),
             states=(states, B * self.spec.state_dim),
             d_sampled=(d_sampled, B * A),
+            into=(into, self.spec.layout.size),
         )
         tile = self._tile("backward", B)
         while RP % tile.rows:
@@ -275,7 +281,7 @@ class ActorRunner:
         )  # fmt: skip
         d_flat, _ = self._gradients.compute(
             flat, self.embedding, states, saved.floats, saved.operands, d_floats, d_operands, RP, B, True, False,
-            saved.t, of_chain,
+            saved.t, of_chain, into,
         )  # fmt: skip
         assert d_flat is not None
         return d_flat

@@ -68,6 +68,10 @@ def _critic(arch: int, spec: CriticSpec, precision: str, title: str) -> Iterator
             label = f"{precision} {title} R{tile.rows}"
             if kind == "backward":
                 yield f"critic_bwd {label}", twin_critic.critic_bwd_kernel(spec, precision, tile, True, True)
+                yield (
+                    f"critic_bwd {label} only",
+                    twin_critic.critic_bwd_kernel(spec, precision, tile, True, False, True),
+                )
             else:
                 saving = kind == "saving"
                 yield (

@@ -107,11 +107,9 @@ def rows_forward(
         at_time = time_table + (K - 1 - own_t)[:, None] * HP + column[None, :]  # row k is of timestep K - 1 - k
         action = tl.load(data + cell, predicting, 0.0)
         keep, add = tl.load(q_sample + 2 * own_t)[:, None], tl.load(q_sample + 2 * own_t + 1)[:, None]
-        target = tl.where(predicting, x if OF_NOISE else action, 0.0)
         x = tl.where(predicting, keep * action + add * x, x)
-        if HOLD:
-            if of_loss != 0:
-                of_state += tl.load(at_time)
+        if HOLD and of_loss != 0:
+            of_state += tl.load(at_time)
     x0_previous = tl.zeros((ROWS, AP), tl.float32)
     turn = 0
     hidden = activations
@@ -119,9 +117,8 @@ def rows_forward(
         step = steps + k * 8
         if not HOLD:
             of_state = tl.load(at_state)
-            if LOSS:
-                if of_loss != 0:
-                    of_state += tl.load(at_time)
+            if LOSS and of_loss != 0:
+                of_state += tl.load(at_time)
         if LOSS:  # whose rows have theirs
             z = tl.load(time_table + k * HP + column, k < K, 0.0)[None, :] + of_state
         else:
@@ -161,8 +158,9 @@ def rows_forward(
             eps = narrow_product_from(hidden, w_out, HP, 1, ROWS, HP, AP, CHUNK, STAGES, PRECISION, BF16, EMULATE)
         eps += b_out
         raw = tl.load(step) * x - tl.load(step + 1) * eps
-        if LOSS:
-            raw -= target  # of a chain's row it is 0
+        if LOSS and of_loss != 0:  # the target is made anew: kept, it would take a chain's registers
+            target = normals(seed, row, 0, 0, AP) if OF_NOISE else tl.load(data + cell, live, 0.0)
+            raw = tl.where(live, raw - target, 0.0)
         x0 = tl.where(raw > max_action, max_action, tl.where(raw < -max_action, -max_action, raw))
         if SAVE:
             tl.store(raws + k * RP * AP + corner, raw)
@@ -177,7 +175,7 @@ def rows_forward(
             x += tl.load(step + 5) * drawn
         x0_previous = x0
     if LOSS:
-        tl.store(errors + tile, tl.sum(tl.sum(tl.where(live, x * x, 0.0), axis=1), axis=0), of_loss != 0)
+        tl.store(errors + tile, tl.sum(tl.sum(x * x, axis=1), axis=0), of_loss != 0)
         live &= of_loss == 0
         tl.store(raws + planes * RP * AP + corner, x, tl.full((ROWS, AP), 0, tl.int32) + of_loss == 0)
     elif SAVE:
@@ -274,7 +272,7 @@ def rows_backward(
         d_x0_carried = tl.load(step + 4) * d_x
         d_eps = -tl.load(step + 1) * d_raw
         if LOSS:
-            d_eps = tl.where(of_loss != 0, tl.where(live, weight * raw, 0.0), d_eps)
+            d_eps = tl.where(of_loss != 0, weight * raw, d_eps)
         tl.store(d_floats + k * RP * AP + corner, d_eps)
         if AP * HP < NARROW:
             d_h = dot(edge_operand(d_eps, EDGE, EMULATE), w_back, None, EDGE, EMULATE)  # [ROWS, HP]

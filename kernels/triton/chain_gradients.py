@@ -359,11 +359,12 @@ class ChainGradients:
         need_states: bool,
         t: Tensor | None = None,
         of_chain: bool = True,
+        into: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """(d_flat [P], d_states [B, S]), None where not needed, from the buffers that `reverse_diffusion` describes.
 
         With the noise-prediction loss its rows' timesteps t [B] are wanted, and whether a chain has a gradient, too;
-        d_states is not to be had.
+        d_states is not to be had. d_flat is `into`, or new.
         """
         (B, S), (K, _), s = states.shape, embedding.shape, self.sizes
         side = min(_SIDE, s.HP)
@@ -385,7 +386,7 @@ class ChainGradients:
             )  # fmt: skip
         if not need_parameters:
             return None, d_states
-        d_flat = torch.empty(P, dtype=torch.float32, device=self.device)
+        d_flat = torch.empty(P, dtype=torch.float32, device=self.device) if into is None else into
         blocks = cdiv(P, _BLOCK) + s.HP // min(_COLUMNS, s.HP) + 1
         self.finish.launch((blocks, 1, 1), flat, self.owners, embedding, images, d_flat, K, parts)
         return d_flat, d_states

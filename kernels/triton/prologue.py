@@ -138,7 +138,7 @@ def _prologue(
 
 
 class Prologue:
-    """The prologue of one network: its kernel, prepared for a precision, with or without transposed weights, and with or
+    """The prologue of one network: its kernel, prepared for a precision, with or without transposed weights, with or
     without a counter that it sets to 0 for the kernel after it."""
 
     def __init__(

@@ -132,7 +132,7 @@ def _squares(
 @triton.jit
 def _adam(
     flat: "*fp32",  # [P], changed
-    gradient: "*fp32",  # [P]
+    gradient: "*fp32",  # [P], changed if it is clipped
     exp_avg: "*fp32",  # [P], changed
     exp_avg_sq: "*fp32",  # [P], changed
     average: "*fp32",  # with AVERAGE: [P], changed
@@ -160,6 +160,7 @@ def _adam(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = i < P
     g = tl.load(gradient + i, there, 0.0) * clip
+    tl.store(gradient + i, g, i < tl.where(clip != 1.0, P, 0))
     m = tl.load(exp_avg + i, there, 0.0)
     v = tl.load(exp_avg_sq + i, there, 0.0)
     m = _BETA_1 * m + (1.0 - _BETA_1) * g
@@ -233,7 +234,7 @@ def adam(
 
     Args:
         flat: parameters [P], changed.
-        gradient: [P], which stays unclipped.
+        gradient: [P], left as it was clipped.
         exp_avg: [P], changed.
         exp_avg_sq: [P], changed.
         step: float32, of one number on the device: steps done, changed.
