@@ -221,7 +221,7 @@ class ActorRunner:
         )
         tiles = cdiv(B, kernel.tile.rows)
         RP = tiles * kernel.tile.rows
-        n_floats = s.floats + (T + B) * s.HP + (2 * T + 3) * RP * s.AP
+        n_floats = s.floats + (T + B + RP) * s.HP + (2 * T + 5) * RP * s.AP
         n_operands = 2 * s.operands + 2 * s.L * (T + 1) * RP * s.HP
         floats = torch.empty(n_floats, dtype=torch.float32, device=self.device)
         operands = torch.empty(n_operands, dtype=self.operand, device=self.device)

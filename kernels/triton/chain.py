@@ -18,7 +18,8 @@ What a kernel is handed lies in two buffers, made by `chain_runner.ChainPlan` fo
 
 A launch of `actor` has rows of the noise-prediction loss too, of one step each, in programs of their own. What is saved
 of a step k has a plane of RP rows; what is saved of them is one plane more, number K (planes = K + LOSS, in x,
-activations and slopes), and what they have instead of a_k x - b_k eps is how far the prediction is off.
+a_k x - b_k eps, activations and slopes). Behind the floats lie how far the predictions are off [RP, AP], their targets
+[RP, AP], and the part of their first layer that states and times make [RP, HP].
 
 In tf32 and bf16 the operands of every product are rounded, once each. x lies in memory as the operand that it is there,
 as do activations and d_z; slopes, which are none, have the operands' dtype alone. In registers x, d_z and d_eps go on
@@ -86,8 +87,9 @@ def rows_forward(
     activations = weights + (L - 1) * HP * HP * (2 if SAVE else 1)
     slopes = activations + L * planes * RP * HP
 
-    at_state = state_part + (tl.minimum(row, R - 1) // N)[:, None] * HP + column[None, :]  # [ROWS, HP]
-    if HOLD:
+    of_row = (tl.minimum(row, R - 1) // N)[:, None] * HP + column[None, :]  # [ROWS, HP]
+    at_state = state_part + of_row
+    if HOLD and not LOSS:
         of_state = tl.load(at_state)
     if AP * HP < NARROW:
         w_action = tl.load(w_x + column[None, :] * AP + dim[:, None])  # [AP, HP]
@@ -102,14 +104,20 @@ def rows_forward(
     begin, end = 0, K
     if LOSS:
         begin, end = of_loss * K, K + of_loss
-        predicting = live & (of_loss != 0)
-        own_t = tl.load(t + row, (row < R) & (of_loss != 0), 0)  # [ROWS]
-        at_time = time_table + (K - 1 - own_t)[:, None] * HP + column[None, :]  # row k is of timestep K - 1 - k
-        action = tl.load(data + cell, predicting, 0.0)
-        keep, add = tl.load(q_sample + 2 * own_t)[:, None], tl.load(q_sample + 2 * own_t + 1)[:, None]
-        x = tl.where(predicting, keep * action + add * x, x)
-        if HOLD and of_loss != 0:
-            of_state += tl.load(at_time)
+        # In registers these would be kept by a chain's programs too.
+        targets = raws + (planes + 2) * RP * AP
+        own_part = targets + RP * AP
+        if of_loss != 0:
+            action = tl.load(data + cell, live, 0.0)
+            tl.store(targets + corner, x if OF_NOISE else action)
+            own_t = tl.load(t + tl.minimum(row, R - 1))  # [ROWS]
+            x = tl.load(q_sample + 2 * own_t)[:, None] * action + tl.load(q_sample + 2 * own_t + 1)[:, None] * x
+            at_time = time_table + (K - 1 - own_t)[:, None] * HP + column[None, :]  # row k is of timestep K - 1 - k
+            tl.store(own_part + row[:, None] * HP + column[None, :], tl.load(at_state) + tl.load(at_time))
+            tl.debug_barrier()
+        at_state = tl.where(of_loss != 0, own_part, state_part) + of_row
+        if HOLD:
+            of_state = tl.load(at_state)
     x0_previous = tl.zeros((ROWS, AP), tl.float32)
     turn = 0
     hidden = activations
@@ -117,8 +125,6 @@ def rows_forward(
         step = steps + k * 8
         if not HOLD:
             of_state = tl.load(at_state)
-            if LOSS and of_loss != 0:
-                of_state += tl.load(at_time)
         if LOSS:  # whose rows have theirs
             z = tl.load(time_table + k * HP + column, k < K, 0.0)[None, :] + of_state
         else:
@@ -158,15 +164,15 @@ def rows_forward(
             eps = narrow_product_from(hidden, w_out, HP, 1, ROWS, HP, AP, CHUNK, STAGES, PRECISION, BF16, EMULATE)
         eps += b_out
         raw = tl.load(step) * x - tl.load(step + 1) * eps
-        if LOSS and of_loss != 0:  # the target is made anew: kept, it would take a chain's registers
-            target = normals(seed, row, 0, 0, AP) if OF_NOISE else tl.load(data + cell, live, 0.0)
-            raw = tl.where(live, raw - target, 0.0)
         x0 = tl.where(raw > max_action, max_action, tl.where(raw < -max_action, -max_action, raw))
-        if SAVE:
+        if LOSS:  # no prediction is clamped
+            predicted = tl.full((ROWS, AP), 0, tl.int32) + of_loss != 0
+            tl.store(raws + k * RP * AP + corner, tl.where(predicted, 0.0, raw))
+        elif SAVE:
             tl.store(raws + k * RP * AP + corner, raw)
         x = tl.load(step + 2) * x0 + tl.load(step + 3) * x + tl.load(step + 4) * x0_previous
         if LOSS:
-            x = tl.where(of_loss != 0, raw, x)
+            x = tl.where(predicted, raw - tl.load(targets + corner, predicted, 0.0), x)
         if k + 1 < K:  # no noise in the last step: the posterior variance is 0 there
             if NOISE:
                 drawn = tl.load(noise + (k + 1) * plane + cell, live, 0.0)
@@ -175,9 +181,10 @@ def rows_forward(
             x += tl.load(step + 5) * drawn
         x0_previous = x0
     if LOSS:
+        x = tl.where(live, x, 0.0)
         tl.store(errors + tile, tl.sum(tl.sum(x * x, axis=1), axis=0), of_loss != 0)
         live &= of_loss == 0
-        tl.store(raws + planes * RP * AP + corner, x, tl.full((ROWS, AP), 0, tl.int32) + of_loss == 0)
+        tl.store(raws + (planes + of_loss) * RP * AP + corner, x)
     elif SAVE:
         tl.store(raws + planes * RP * AP + corner, x)
     tl.store(actions + cell, tl.where(x > max_action, max_action, tl.where(x < -max_action, -max_action, x)), live)
@@ -254,25 +261,28 @@ def rows_backward(
             w_back = edge_operand(w_back, EDGE, EMULATE)
 
     sums = d_floats + planes * RP * AP + (tile * ROWS) * HP + place
-    count, top, acting = K, K - 1, live
+    begin, end, acting = 0, K, live
     if LOSS:
-        count, top, acting = K + of_loss * (1 - K), K - 1 + of_loss, live & (of_loss == 0)
+        begin, end, acting = -of_loss, K * (1 - of_loss), live & (of_loss == 0)  # number K is before the chain's last
         sums += of_loss * RP * HP
     last = tl.load(raws + planes * RP * AP + corner)
     d_x = tl.load(d_actions + row[:, None] * A + dim[None, :], acting, 0.0)  # [ROWS, AP]
     d_x = tl.where(tl.abs(last) <= max_action, d_x, 0.0)
     d_x0_carried = tl.zeros((ROWS, AP), tl.float32)  # from the next step's cp * x0_prev
+    if LOSS:  # of which a prediction makes its d_eps: its b is -1
+        predicted = tl.full((ROWS, AP), 0, tl.int32) + of_loss != 0
+        d_x0_carried = weight * tl.load(raws + (planes + 1) * RP * AP + corner, predicted, 0.0)
     if HOLD:
         d_state_part = tl.zeros((ROWS, HP), tl.float32)
-    for back in range(count):
-        k = top - back
+    elif LOSS:
+        tl.store(sums, tl.zeros((ROWS, HP), tl.float32))
+    for back in range(begin, end):
+        k = planes - LOSS - 1 - back
         step = steps + k * 8
         raw = tl.load(raws + k * RP * AP + corner)
         d_raw = tl.where(tl.abs(raw) <= max_action, tl.load(step + 2) * d_x + d_x0_carried, 0.0)
         d_x0_carried = tl.load(step + 4) * d_x
         d_eps = -tl.load(step + 1) * d_raw
-        if LOSS:
-            d_eps = tl.where(of_loss != 0, weight * raw, d_eps)
         tl.store(d_floats + k * RP * AP + corner, d_eps)
         if AP * HP < NARROW:
             d_h = dot(edge_operand(d_eps, EDGE, EMULATE), w_back, None, EDGE, EMULATE)  # [ROWS, HP]
@@ -293,7 +303,9 @@ def rows_backward(
                               HP, 1, ROWS, HP, HP, CHUNK, STAGES, PRECISION, False, False, EMULATE)  # fmt: skip
         if HOLD:
             d_state_part += d_z
-        else:  # in memory: the barriers above order this after the store of the step before
+        elif LOSS:  # in memory: the barriers above order this after the store of the step before
+            tl.store(sums, tl.load(sums) + d_z)
+        else:
             tl.store(sums, tl.load(sums, mask=tl.full((ROWS, HP), 0, tl.int32) + back > 0, other=0.0) + d_z)
         # In the last turn nobody needs it; Triton 3.6 and 3.7 cannot compile this under a condition.
         d_x = tl.load(step + 3) * d_x + tl.load(step) * d_raw
