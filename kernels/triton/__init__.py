@@ -1,5 +1,5 @@
 """The kernels in Triton: the whole chain in one launch (chain.py), its gradient in three, critics likewise; what an
-update has beside (actor.py, update.py).
+update has beside (actor.py, update.py, begin.py).
 
 Triton itself is imported when the first of them is made.
 """
@@ -7,6 +7,7 @@ Triton itself is imported when the first of them is made.
 import importlib.util
 import os
 import shutil
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from . import internals
 
 if TYPE_CHECKING:
     from .actor import ActorRunner
+    from .begin import Beginning
     from .critic import CriticRunner
     from .runner import ChainRunner
 
@@ -86,6 +88,13 @@ def actor_runner(
     from .actor import ActorRunner
 
     return ActorRunner(spec, table, embedding, q_sample, max_action, predict_epsilon, precision)
+
+
+def beginning(batch: Sequence[Tensor], t: Tensor, seeds: Tensor, scalars: Tensor, T: int) -> "Beginning":
+    """What gathers a batch and draws what an update has of its own, into this memory."""
+    from .begin import Beginning
+
+    return Beginning(batch, t, seeds, scalars, T)
 
 
 def critic_loss(

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from ..layout import CriticSpec, DenoiserSpec
-from . import actor, chain_gradients, critic_gradients, prologue, update
+from . import actor, begin, chain_gradients, critic_gradients, prologue, update
 from . import chain as reverse_diffusion
 from . import critic as twin_critic
 from . import noise as triton_noise
@@ -44,6 +44,7 @@ def every_kernel(arch: int) -> Iterator[tuple[str, Kernel]]:
     for candidates in (50, 1024):
         block = twin_critic.choose_block(candidates)
         yield f"choose N{candidates}", twin_critic.choose_kernel(6, block)
+    yield "begin S17 A6", begin.begin_kernel(17, 6)
     yield "critic_loss", update.critic_loss_kernel()
     yield "q_loss", update.q_loss_kernel()
     yield "squares", update.squares_kernel()

@@ -255,7 +255,7 @@ def rows_backward(
     raws = w_out + AP * HP + (K + B.to(tl.int64)) * HP + planes * RP * AP
     turned = operands + (L - 1) * HP * HP
     slopes = turned + (L - 1) * HP * HP + L * planes * RP * HP
-    if AP * HP < NARROW:
+    if AP * HP < NARROW and (HOLD or not LOSS):
         w_back = tl.load(w_out + dim[:, None] * HP + column[None, :])  # [AP, HP]
         if BF16:  # otherwise packed as an operand
             w_back = edge_operand(w_back, EDGE, EMULATE)
@@ -285,6 +285,10 @@ def rows_backward(
         d_eps = -tl.load(step + 1) * d_raw
         tl.store(d_floats + k * RP * AP + corner, d_eps)
         if AP * HP < NARROW:
+            if LOSS and not HOLD:  # kept, it is what is too much for the registers of sm_120
+                w_back = tl.load(w_out + dim[:, None] * HP + column[None, :])
+                if BF16:
+                    w_back = edge_operand(w_back, EDGE, EMULATE)
             d_h = dot(edge_operand(d_eps, EDGE, EMULATE), w_back, None, EDGE, EMULATE)  # [ROWS, HP]
         else:
             tl.debug_barrier()

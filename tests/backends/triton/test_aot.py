@@ -56,7 +56,7 @@ FITTING = aot.Report(
 def compiled(arch: int) -> dict[str, dict]:
     """`dql kernels --json` for one architecture: label -> row."""
     published = f"* {_PRECISIONS[arch]} H256"
-    of_update = f"{published} counting,{published} loss,critic_loss,q_loss,squares,adam*"
+    of_update = f"{published} counting,{published} loss,begin*,critic_loss,q_loss,squares,adam*"
     only = os.environ.get("DQL_KERNELS", f"{published},{published} R*,{of_update},choose*,critic_finish")
     done = command("--arch", f"sm_{arch}", "--only", only, "--json", timeout=1200)
     assert done.stdout, done.stderr
