@@ -173,5 +173,12 @@ def _bits(seed: int) -> int:
 @lru_cache(maxsize=64)
 def begin_kernel(state_dim: int, action_dim: int) -> Kernel:
     """The kernel for rows of these sizes."""
-    widths = {"OF_STATES": min(64, rounded(state_dim)), "OF_ACTIONS": rounded(action_dim)}
-    return Kernel.of(_begin, num_warps=4, S=state_dim, A=action_dim, **widths, ROWS=_ROWS)
+    return Kernel.of(
+        _begin,
+        num_warps=4,
+        S=state_dim,
+        A=action_dim,
+        OF_STATES=min(64, rounded(state_dim)),
+        OF_ACTIONS=rounded(action_dim),
+        ROWS=_ROWS,
+    )
