@@ -10,10 +10,12 @@ from support.cases import TOLERANCES, Case, assert_all_close, clear_of_kinks, ma
 from support.checks import check_rms
 from support.gpu_agents import CONFIG, A, S, make_batch
 from support.rounded_chain import left_alone, rounded_losses, roundings
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import dql
 from dql import noise
 from dql.backend.base import timestep_embedding
+from dql.backend.registry import registry
 from dql.kernels import triton as kernels
 from dql.networks import TwinCritic
 from dql.sampler import run_chain
@@ -21,8 +23,7 @@ from dql.sampler import run_chain
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed: pip install triton (Linux only)", allow_module_level=True)
 
-from support.triton_tiles import launches
-
+from dql.kernels.triton.launch import Kernel
 from dql.kernels.triton.tiles import Tile, forced
 
 Tensor = torch.Tensor
@@ -159,10 +160,46 @@ QL = BC | {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("cls", "counted"), [(dql.DiffusionQL, QL), (dql.DiffusionBC, BC)])
-def test_launches_of_an_update(cls, counted, monkeypatch):
-    """23 of DiffusionQL, 7 of DiffusionBC."""
-    agent = cls(S, A, dql.Config(**CONFIG, backend="triton"))
-    seen = launches(monkeypatch)
-    agent.update(make_batch(0))
-    assert Counter(kernel.name for kernel, _ in seen) == counted
+FREE = {"empty", "empty_like", "new_empty", "view", "slice", "unbind", "select", "detach"}  # launch nothing
+
+
+class _Counted(TorchDispatchMode):
+    """Counts our launches, and those of torch's operators that reach a device."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.launches: Counter[str] = Counter()
+        self.operators: Counter[str] = Counter()
+        launch = Kernel.launch
+
+        def recorded(kernel: Kernel, *arguments: object) -> None:
+            self.launches[kernel.name] += 1
+            with _disable_current_modes():  # the interpreter's
+                launch(kernel, *arguments)
+
+        monkeypatch.setattr(Kernel, "launch", recorded)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if (name := func.overloadpacket.__name__) not in FREE:
+            self.operators[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("cls", "launches", "operators"), [(dql.DiffusionQL, QL, {"add": 1}), (dql.DiffusionBC, BC, {})]
+)
+def test_launches_of_an_update(cls, launches, operators, monkeypatch):
+    """23 of DiffusionQL, 7 of DiffusionBC, and one operator of torch; once the optimizers have their memory."""
+    agent, batch = cls(S, A, dql.Config(**CONFIG, backend="triton")), make_batch(0)
+    agent.update(batch)
+    draws, backend = agent.draws(len(batch.states)), registry()["triton"]
+    with _Counted(monkeypatch) as seen:
+        agent.compute(batch, draws, backend)
+    assert (seen.launches, seen.operators) == (launches, operators)
+    beginning = kernels.beginning(
+        [torch.empty_like(tensor) for tensor in vars(batch).values()], draws.t, torch.zeros(6).long(), torch.zeros(4), 3
+    )
+    seen.launches.clear()
+    with seen:
+        beginning.run(list(vars(batch).values()), None, (1, 2, 3, 4, 5), 1.0, 0.0)
+    assert (seen.launches, seen.operators) == ({"begin": 1}, operators)
