@@ -17,7 +17,6 @@ from dql import noise
 from dql.backend.base import timestep_embedding
 from dql.backend.registry import registry
 from dql.kernels import triton as kernels
-from dql.networks import TwinCritic
 from dql.sampler import run_chain
 
 if importlib.util.find_spec("triton") is None:
@@ -136,21 +135,6 @@ def test_the_gradient_of_a_chain_is_zero_where_no_parameter_lies(H):
     for view in denoiser.layout.views(gaps).values():
         view.zero_()
     assert not gaps.any()
-
-
-def test_one_critic_alone():
-    """Its actions' gradient has the bits that both have together, where the other one's is zero."""
-    critic = TwinCritic(3, 2, 24, 2)
-    runner = kernels.critic_runner(critic.spec, "fp32", torch.device("cpu"))
-    states, actions = torch.randn(37, 3), torch.randn(37, 2)
-    _, saved = runner.forward(critic.buffer, states, actions, 1, (0, 1), True)
-    for number in (1, 2):
-        picked = torch.tensor([2.0 - number, number - 1.0])
-        d_q = torch.randn(2, 37) * picked[:, None]
-        arguments = (critic.buffer, saved, states, actions, d_q, False, False, True)
-        want = runner.backward(*arguments)[2]
-        for only in (number, picked):
-            assert torch.equal(runner.backward(*arguments, only=only)[2], want)
 
 
 BC = dict.fromkeys(("prologue", "actor_fwd", "actor_bwd", "chain_products", "chain_finish", "squares", "adam"), 1)
