@@ -172,7 +172,8 @@ class ActorRunner:
         )
         self.spec, self.table, self.embedding, self.q_sample = spec, table, embedding, q_sample
         self.max_action, self.predict_epsilon, self.precision = max_action, predict_epsilon, precision
-        self.steps = torch.cat([table, torch.tensor([_NO_STEP], device="cpu").to(table)])
+        # Made on the CPU: the copy waits until it is in, whatever stream reads it.
+        self.steps = torch.cat([table.cpu(), torch.tensor([_NO_STEP], device="cpu")]).to(self.device)
         self.sizes = packed_sizes(spec)
         self.arch, self.processors = architecture(self.device), multiprocessors(self.device)
         self._prologue = Prologue(spec, precision, True, self.device, count=True)
