@@ -39,7 +39,7 @@ _NO_STEP = (0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)  # a x - b eps is the predi
 def _actor_fwd(
     floats: "*fp32",  # see reverse_diffusion
     operands: "*op",
-    steps: "*fp32",  # [T + 1, 8], the last row that of a prediction
+    steps: "*fp32",  # [K + 1, 8], the last row that of a prediction
     data: "*fp32 any",  # [B, A]
     t: "*i64 any",  # [B]
     q_sample: "*fp32 any",  # [T, 2]: sqrt(abar_t), sqrt(1 - abar_t)
@@ -54,6 +54,7 @@ def _actor_fwd(
     max_action: "fp32",
     share: "fp32",  # 1 / (B A)
     B: "i32",
+    K: "i32",  # T, or 0 without a chain
     T: "i32",
     seed_in_memory: "i32",
     loss_seed_in_memory: "i32",
@@ -79,7 +80,7 @@ def _actor_fwd(
     of_chain = tl.load(seed_at, seed_in_memory != 0, seed)
     seed = tl.where(of_loss != 0, tl.load(loss_seed_at, loss_seed_in_memory != 0, loss_seed), of_chain)
     rows_forward(
-        floats, operands, steps, None, data, t, q_sample, actions, errors, seed, max_action, of_loss, B, B, 1, T,
+        floats, operands, steps, None, data, t, q_sample, actions, errors, seed, max_action, of_loss, B, B, 1, K, T,
         A, AP, HP, L, KIND, ROWS, CHUNK, STAGES, GROUPS, HOLD, PRECISION, EDGE, False, True, 1, OF_NOISE, BF16, EMULATE,
     )  # fmt: skip
     if of_loss != 0:
@@ -99,11 +100,12 @@ def _actor_bwd(
     operands: "*op",
     steps: "*fp32",
     d_actions: "*fp32 any",  # [B, A]; never read without a chain's gradient
-    d_floats: "*fp32",  # written: d_eps [T + 1, RP, AP] | d_z of the first layer, of chain and loss [2, RP, HP]
-    d_operands: "*op",  # written: d_z [L, T + 1, RP, HP]
+    d_floats: "*fp32",  # written: d_eps [K + 1, RP, AP] | d_z of the first layer, of chain and loss [2, RP, HP]
+    d_operands: "*op",  # written: d_z [L, K + 1, RP, HP]
     max_action: "fp32",
     weight: "fp32",  # 2 / (B A)
     B: "i32",
+    K: "i32",
     T: "i32",
     first: "i32",  # 0, or 1 without a chain's gradient
     A: tl.constexpr,
@@ -121,7 +123,8 @@ def _actor_bwd(
     EMULATE: tl.constexpr,
 ):
     rows_backward(
-        floats, operands, steps, d_actions, d_floats, d_operands, max_action, weight, tl.program_id(1) + first, B, B, T,
+        floats, operands, steps, d_actions, d_floats, d_operands, max_action, weight, tl.program_id(1) + first, B, B,
+        K, T,
         A, AP, HP, L, ROWS, CHUNK, STAGES, GROUPS, HOLD, PRECISION, EDGE, 1, BF16, EMULATE,
     )  # fmt: skip
 
@@ -134,7 +137,7 @@ class ActorSaved:
     operands: Tensor
     rows: int  # RP
     t: Tensor
-    of_chain: bool
+    steps: int  # K
 
 
 class ActorRunner:
@@ -222,23 +225,23 @@ class ActorRunner:
         )
         tiles = cdiv(B, kernel.tile.rows)
         RP = tiles * kernel.tile.rows
-        n_floats = s.floats + (T + B + RP) * s.HP + (2 * T + 5) * RP * s.AP
-        n_operands = 2 * s.operands + 2 * s.L * (T + 1) * RP * s.HP
+        K = 0 if seed is None else T
+        n_floats = s.floats + (T + B + RP) * s.HP + (2 * K + 5) * RP * s.AP
+        n_operands = 2 * s.operands + 2 * s.L * (K + 1) * RP * s.HP
         floats = torch.empty(n_floats, dtype=torch.float32, device=self.device)
         operands = torch.empty(n_operands, dtype=self.operand, device=self.device)
-        of_chain = seed is not None
-        sampled = torch.empty(B if of_chain else 0, A, dtype=torch.float32, device=self.device)
+        sampled = torch.empty(B if K else 0, A, dtype=torch.float32, device=self.device)
         loss = torch.empty(16 + tiles, dtype=torch.float32, device=self.device)  # the loss, and the tiles' parts of it
         counter = torch.empty(1, dtype=torch.int32, device=self.device)
         self._prologue.launch(flat, self.embedding, T, states, floats, operands, counter=counter)
         at, number, in_memory = seed_arguments(0 if seed is None else seed, self.device)
         bc_at, bc_number, bc_in_memory = seed_arguments(bc_seed, self.device)
         kernel.launch(
-            (tiles, 1 + of_chain, 1),
-            floats, operands, self.steps, actions, t, self.q_sample, at, bc_at, sampled, loss[16:], counter, loss,
-            number, bc_number, self.max_action, 1 / (B * A), B, T, in_memory, bc_in_memory, int(not of_chain),
+            (tiles, 1 + (K > 0), 1),
+            floats, operands, self.steps[T - K :], actions, t, self.q_sample, at, bc_at, sampled, loss[16:], counter,
+            loss, number, bc_number, self.max_action, 1 / (B * A), B, K, T, in_memory, bc_in_memory, int(K == 0),
         )  # fmt: skip
-        return sampled, loss[:1], ActorSaved(floats, operands, RP, t, of_chain)
+        return sampled, loss[:1], ActorSaved(floats, operands, RP, t, K)
 
     def backward(
         self, flat: Tensor, saved: ActorSaved, states: Tensor, d_sampled: Tensor | None, into: Tensor | None = None
@@ -259,7 +262,8 @@ class ActorRunner:
             ValueError: a tensor that is not as the kernels take it; a gradient of a chain that was not run.
         """
         B, A, T, s, RP = states.size(0), self.spec.action_dim, self.table.size(0), self.sizes, saved.rows
-        if d_sampled is not None and not saved.of_chain:
+        K = saved.steps
+        if d_sampled is not None and K == 0:
             raise ValueError("there is a gradient of sampled actions, and none were sampled; give forward a seed")
         check_memory(
             self.device,
@@ -271,18 +275,18 @@ class ActorRunner:
         tile = self._tile("backward", B)
         while RP % tile.rows:
             tile = replace(tile, rows=tile.rows // 2)
-        d_floats = torch.empty((T + 1) * RP * s.AP + 2 * RP * s.HP, dtype=torch.float32, device=self.device)
-        d_operands = torch.empty(s.L * (T + 1) * RP * s.HP, dtype=self.operand, device=self.device)
+        d_floats = torch.empty((K + 1) * RP * s.AP + 2 * RP * s.HP, dtype=torch.float32, device=self.device)
+        d_operands = torch.empty(s.L * (K + 1) * RP * s.HP, dtype=self.operand, device=self.device)
         kernel = fitting(actor_bwd_kernel(self.spec, self.precision, tile), self.device)
         of_chain = d_sampled is not None
         kernel.launch(
             (RP // kernel.tile.rows, 1 + of_chain, 1),
-            saved.floats, saved.operands, self.steps, d_sampled if of_chain else d_floats, d_floats, d_operands,
-            self.max_action, 2 / (B * A), B, T, int(not of_chain),
+            saved.floats, saved.operands, self.steps[T - K :], d_sampled if of_chain else d_floats, d_floats,
+            d_operands, self.max_action, 2 / (B * A), B, K, T, int(not of_chain),
         )  # fmt: skip
         d_flat, _ = self._gradients.compute(
             flat, self.embedding, states, saved.floats, saved.operands, d_floats, d_operands, RP, B, True, False,
-            saved.t, of_chain, into,
+            saved.t, K, of_chain, into,
         )  # fmt: skip
         assert d_flat is not None
         return d_flat

@@ -19,7 +19,8 @@ What a kernel is handed lies in two buffers, made by `chain_runner.ChainPlan` fo
 A launch of `actor` has rows of the noise-prediction loss too, of one step each, in programs of their own. What is saved
 of a step k has a plane of RP rows; what is saved of them is one plane more, number K (planes = K + LOSS, in x,
 a_k x - b_k eps, activations and slopes). Behind the floats lie how far the predictions are off [RP, AP], their targets
-[RP, AP], and the part of their first layer that states and times make [RP, HP].
+[RP, AP], and the part of their first layer that states and times make [RP, HP]. The time table has all T timesteps; K
+is T, or 0 where there is no chain.
 
 In tf32 and bf16 the operands of every product are rounded, once each. x lies in memory as the operand that it is there,
 as do activations and d_z; slopes, which are none, have the operands' dtype alone. In registers x, d_z and d_eps go on
@@ -49,7 +50,7 @@ NARROW = tl.constexpr(8192)  # AP * HP from which on the first layer's weight do
 
 @triton.jit
 def rows_forward(
-    floats, operands, steps, noise, data, t, q_sample, actions, errors, seed, max_action, of_loss, R, B, N, K,
+    floats, operands, steps, noise, data, t, q_sample, actions, errors, seed, max_action, of_loss, R, B, N, K, times,
     A: tl.constexpr, AP: tl.constexpr, HP: tl.constexpr, L: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr,
     CHUNK: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr, HOLD: tl.constexpr, PRECISION: tl.constexpr,
     EDGE: tl.constexpr, NOISE: tl.constexpr, SAVE: tl.constexpr, LOSS: tl.constexpr, OF_NOISE: tl.constexpr,
@@ -62,6 +63,7 @@ def rows_forward(
 
     data, t, q_sample: [R, A], [R], [T, 2].
     errors: [tiles], written if of_loss: the sum of squares of what the predictions are off.
+    times: rows of the time table.
     """
     tile = tl.program_id(0).to(tl.int64)
     tiles = tl.num_programs(0).to(tl.int64)
@@ -79,7 +81,7 @@ def rows_forward(
     w_x = output_bias + AP
     w_out = w_x + HP * AP
     time_table = w_out + AP * HP
-    state_part = time_table + K * HP
+    state_part = time_table + times * HP
     xs = state_part + B.to(tl.int64) * HP
     planes = K + LOSS
     raws = xs + planes * RP * AP
@@ -112,7 +114,7 @@ def rows_forward(
             tl.store(targets + corner, x if OF_NOISE else action)
             own_t = tl.load(t + tl.minimum(row, R - 1))  # [ROWS]
             x = tl.load(q_sample + 2 * own_t)[:, None] * action + tl.load(q_sample + 2 * own_t + 1)[:, None] * x
-            at_time = time_table + (K - 1 - own_t)[:, None] * HP + column[None, :]  # row k is of timestep K - 1 - k
+            at_time = time_table + (times - 1 - own_t)[:, None] * HP + column[None, :]  # row k: timestep T - 1 - k
             tl.store(own_part + row[:, None] * HP + column[None, :], tl.load(at_state) + tl.load(at_time))
             tl.debug_barrier()
         at_state = tl.where(of_loss != 0, own_part, state_part) + of_row
@@ -224,14 +226,14 @@ def _chain_fwd(
 ):
     seed = tl.load(seed_at, seed_in_memory != 0, seed)
     rows_forward(
-        floats, operands, steps, noise, None, None, None, actions, None, seed, max_action, 0, R, B, N, K,
+        floats, operands, steps, noise, None, None, None, actions, None, seed, max_action, 0, R, B, N, K, K,
         A, AP, HP, L, KIND, ROWS, CHUNK, STAGES, GROUPS, HOLD, PRECISION, EDGE, NOISE, SAVE, 0, True, BF16, EMULATE,
     )  # fmt: skip
 
 
 @triton.jit
 def rows_backward(
-    floats, operands, steps, d_actions, d_floats, d_operands, max_action, weight, of_loss, R, B, K,
+    floats, operands, steps, d_actions, d_floats, d_operands, max_action, weight, of_loss, R, B, K, times,
     A: tl.constexpr, AP: tl.constexpr, HP: tl.constexpr, L: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
     STAGES: tl.constexpr, GROUPS: tl.constexpr, HOLD: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr,
     LOSS: tl.constexpr, BF16: tl.constexpr, EMULATE: tl.constexpr,
@@ -252,7 +254,7 @@ def rows_backward(
     w_x = floats + L * HP - HP + AP
     w_out = w_x + HP * AP
     planes = K + LOSS
-    raws = w_out + AP * HP + (K + B.to(tl.int64)) * HP + planes * RP * AP
+    raws = w_out + AP * HP + (times + B.to(tl.int64)) * HP + planes * RP * AP
     turned = operands + (L - 1) * HP * HP
     slopes = turned + (L - 1) * HP * HP + L * planes * RP * HP
     if AP * HP < NARROW and (HOLD or not LOSS):
@@ -350,7 +352,7 @@ def _chain_bwd(
     EMULATE: tl.constexpr,
 ):
     rows_backward(
-        floats, operands, steps, d_actions, d_floats, d_operands, max_action, 0.0, 0, R, B, K,
+        floats, operands, steps, d_actions, d_floats, d_operands, max_action, 0.0, 0, R, B, K, K,
         A, AP, HP, L, ROWS, CHUNK, STAGES, GROUPS, HOLD, PRECISION, EDGE, 0, BF16, EMULATE,
     )  # fmt: skip
 

@@ -123,6 +123,7 @@ def _chain_products(
     B: "i32",
     N: "i32",
     K: "i32",
+    times: "i32",  # rows of the time table: K, or with LOSS more, if there is no chain
     of_chain: "i32",  # with LOSS: 1, or 0 if those rows alone have a gradient
     P: tl.constexpr,
     S: tl.constexpr,
@@ -154,10 +155,10 @@ def _chain_products(
 ):
     pid = tl.program_id(0)
     B64, KRP = B.to(tl.int64), (K + LOSS) * RP
-    xs = floats + FLOATS + (K + B64) * HP
+    xs = floats + FLOATS + (times + B64) * HP
     activations = operands + 2 * (L - 1) * HP * HP
     d_state_part = d_floats + KRP * AP
-    image = images + tl.program_id(1).to(tl.int64) * (P + K * HP)
+    image = images + tl.program_id(1).to(tl.int64) * (P + times * HP)
     T: tl.constexpr = HP // SIDE
     HIDDEN: tl.constexpr = (L - 1) * T * T if PARAMETERS else 0
     OTHER: tl.constexpr = T if PARAMETERS else 0
@@ -194,7 +195,7 @@ def _chain_products(
             H, S, N, HP, S, S, STRIDE, True, False, True, True, SIDE, SS, CHUNK, 1, EDGE, EMULATE,
             d_state_part, of_chain * R, LOSS,
         )  # fmt: skip
-    elif pid < HIDDEN + 2 * OTHER + WITH_STATES + OTHER * K:
+    elif pid < HIDDEN + 2 * OTHER + WITH_STATES + OTHER * times:
         if PARAMETERS:
             tile = pid - HIDDEN - 2 * OTHER - WITH_STATES
             k, column = tile // T, tile % T * SIDE + tl.arange(0, SIDE)
@@ -208,12 +209,12 @@ def _chain_products(
                 d_z = tl.load(d_operands + (k * RP + r)[:, None] * HP + column[None, :], there[:, None], 0.0)
                 sums += tl.sum(d_z.to(tl.float32), axis=0)
                 if LOSS:  # those of this step's timestep
-                    there = (r < last) & (tl.load(t + r, (r < last) & (r < R), -1) == K - 1 - k)
+                    there = (r < last) & (tl.load(t + r, (r < last) & (r < R), -1) == times - 1 - k)
                     d_z = tl.load(d_operands + (K * RP + r)[:, None] * HP + column[None, :], there[:, None], 0.0)
                     sums += tl.sum(d_z.to(tl.float32), axis=0)
             tl.store(image + P + k * HP + column, sums)
     elif tl.program_id(1) == 0:
-        tile = pid - HIDDEN - 2 * OTHER - WITH_STATES - OTHER * K
+        tile = pid - HIDDEN - 2 * OTHER - WITH_STATES - OTHER * times
         SLICES: tl.constexpr = (S + SS - 1) // SS
         state_gradient(d_state_part, flat + W_STATE, d_states, tile // SLICES, tile % SLICES * SS, B, N, S, H, HP,
                        STRIDE, STATES, SS, SIDE, EDGE, EMULATE)  # fmt: skip
@@ -358,37 +359,39 @@ class ChainGradients:
         need_parameters: bool,
         need_states: bool,
         t: Tensor | None = None,
+        steps: int | None = None,
         of_chain: bool = True,
         into: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """(d_flat [P], d_states [B, S]), None where not needed, from the buffers that `reverse_diffusion` describes.
 
-        With the noise-prediction loss its rows' timesteps t [B] are wanted, and whether a chain has a gradient, too;
-        d_states is not to be had. d_flat is `into`, or new.
+        With the noise-prediction loss its rows' timesteps t [B] are wanted, how many steps the chain has, which may be
+        none, and whether it has a gradient; d_states is not to be had. d_flat is `into`, or new.
         """
-        (B, S), (K, _), s = states.shape, embedding.shape, self.sizes
+        (B, S), (times, _), s = states.shape, embedding.shape, self.sizes
+        K = times if steps is None else steps
         side = min(_SIDE, s.HP)
         T = s.HP // side
-        P, size = self.spec.layout.size, self.spec.layout.size + K * s.HP
+        P, size = self.spec.layout.size, self.spec.layout.size + times * s.HP
         d_states = torch.empty_like(states) if need_states else None
         programs = cdiv(B, _STATES) * cdiv(S, _state_side(S)) if need_states else 0
         parts, images = 1, d_floats  # never read where no parameter's gradient is asked for
         if need_parameters:
             squares = (s.L - 1) * T * T
-            programs += squares + 2 * T + T * cdiv(S, _state_side(S)) + T * K
+            programs += squares + 2 * T + T * cdiv(S, _state_side(S)) + T * times
             parts = max(1, min(cdiv(2 * self.processors, squares), (K + self.loss) * RP // (4 * _CHUNK), _MAX_PARTS))
             images = torch.empty(parts * size, dtype=torch.float32, device=self.device)
         if programs:
             self.products[need_parameters].launch(
                 (programs, parts, 1),
                 flat, states, floats, operands, d_floats, d_operands, t, images,
-                d_floats if d_states is None else d_states, R, RP, B, R // B, K, int(of_chain),
+                d_floats if d_states is None else d_states, R, RP, B, R // B, K, times, int(of_chain),
             )  # fmt: skip
         if not need_parameters:
             return None, d_states
         d_flat = torch.empty(P, dtype=torch.float32, device=self.device) if into is None else into
         blocks = cdiv(P, _BLOCK) + s.HP // min(_COLUMNS, s.HP) + 1
-        self.finish.launch((blocks, 1, 1), flat, self.owners, embedding, images, d_flat, K, parts)
+        self.finish.launch((blocks, 1, 1), flat, self.owners, embedding, images, d_flat, times, parts)
         return d_flat, d_states
 
 
