@@ -306,7 +306,8 @@ def actor_fwd_kernel(spec: DenoiserSpec, precision: str, tile: Tile, of_noise: b
         return None if less is None else actor_fwd_kernel(spec, precision, less, of_noise)
 
     kind = ACTIVATIONS.index(spec.activation)
-    return kernel_of_rows(_actor_fwd, spec, precision, tile, smaller, KIND=kind, OF_NOISE=of_noise, BLOCK=256)
+    most = 255 if tile.warps < 8 else None  # told so, ptxas spills of 8 warps on sm_100 where it otherwise does not
+    return kernel_of_rows(_actor_fwd, spec, precision, tile, smaller, most, KIND=kind, OF_NOISE=of_noise, BLOCK=256)
 
 
 @lru_cache(maxsize=256)

@@ -396,6 +396,7 @@ def kernel_of_rows(
     precision: str,
     tile: Tile,
     smaller: Callable[[], Kernel | None],
+    max_registers: int | None = None,
     **constants: Any,
 ) -> Kernel:
     """A kernel around `rows_forward` or `rows_backward`, with what both are told."""
@@ -404,6 +405,7 @@ def kernel_of_rows(
         function,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        max_registers=max_registers,
         tile=tile,
         smaller=smaller,
         A=spec.action_dim,
