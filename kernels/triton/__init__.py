@@ -1,4 +1,5 @@
-"""The kernels in Triton: the whole chain in one launch (chain.py), its gradient in three, critics likewise.
+"""The kernels in Triton: the whole chain in one launch (chain.py), its gradient in three, critics likewise; what an
+update has beside (actor.py, update.py, begin.py).
 
 Triton itself is imported when the first of them is made.
 """
@@ -6,6 +7,7 @@ Triton itself is imported when the first of them is made.
 import importlib.util
 import os
 import shutil
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,8 @@ from ..layout import CriticSpec, DenoiserSpec
 from . import internals
 
 if TYPE_CHECKING:
+    from .actor import ActorRunner
+    from .begin import Beginning
     from .critic import CriticRunner
     from .runner import ChainRunner
 
@@ -69,6 +73,61 @@ def critic_runner(spec: CriticSpec, precision: str, device: torch.device) -> "Cr
     from .critic import CriticRunner
 
     return CriticRunner(spec, precision, device)
+
+
+def actor_runner(
+    spec: DenoiserSpec,
+    table: Tensor,
+    embedding: Tensor,
+    q_sample: Tensor,
+    max_action: float,
+    predict_epsilon: bool,
+    precision: str,
+) -> "ActorRunner":
+    """What runs an actor's updates: see `actor.ActorRunner`."""
+    from .actor import ActorRunner
+
+    return ActorRunner(spec, table, embedding, q_sample, max_action, predict_epsilon, precision)
+
+
+def beginning(batch: Sequence[Tensor], t: Tensor, seeds: Tensor, scalars: Tensor, T: int) -> "Beginning":
+    """What gathers a batch and draws what an update has of its own, into this memory."""
+    from .begin import Beginning
+
+    return Beginning(batch, t, seeds, scalars, T)
+
+
+def critic_loss(
+    q_target: Tensor, rewards: Tensor, masks: Tensor, q: Tensor, discount: float, candidates: int
+) -> tuple[Tensor, Tensor]:
+    """(d_q [2, B], metrics [3]): see `update.critic_loss`."""
+    from . import update
+
+    return update.critic_loss(q_target, rewards, masks, q, discount, candidates)
+
+
+def q_loss(q: Tensor, maximised: int | Tensor, eta: float) -> tuple[Tensor, Tensor]:
+    """(d_q [2, B], the loss [1]): see `update.q_loss`."""
+    from . import update
+
+    return update.q_loss(q, maximised, eta)
+
+
+def adam(
+    flat: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    lr: float,
+    lr_scale: float | Tensor,
+    max_norm: float,
+    average: tuple[Tensor, float | Tensor] | None = None,
+) -> Tensor:
+    """The gradient's norm [1]: see `update.adam`."""
+    from . import update
+
+    return update.adam(flat, gradient, exp_avg, exp_avg_sq, step, lr, lr_scale, max_norm, average)
 
 
 def choose(q: Tensor, actions: Tensor, candidates: int, draw_seed: int | Tensor) -> Tensor:

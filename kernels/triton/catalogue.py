@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 from ..layout import CriticSpec, DenoiserSpec
+from . import actor, begin, chain_gradients, critic_gradients, prologue, update
 from . import chain as reverse_diffusion
-from . import chain_gradients, critic_gradients, prologue
 from . import critic as twin_critic
 from . import noise as triton_noise
 from .launch import Kernel
@@ -28,10 +28,15 @@ def every_kernel(arch: int) -> Iterator[tuple[str, Kernel]]:
     for title, spec in SPECS.items():
         for precision in ("fp32", "tf32", "bf16"):
             yield f"prologue {precision} {title}", prologue.prologue_kernel(spec, precision)
+            yield f"prologue {precision} {title} counting", prologue.prologue_kernel(spec, precision, True)
             for rows in ROWS:
                 yield from _chain(arch, spec, precision, rows, title)
             yield f"chain_products {precision} {title}", chain_gradients.products_kernel(spec, precision, True)
             yield f"chain_products {precision} {title} states", chain_gradients.products_kernel(spec, precision, False)
+            yield (
+                f"chain_products {precision} {title} loss",
+                chain_gradients.products_kernel(spec, precision, True, True),
+            )
             yield f"chain_finish {precision} {title}", chain_gradients.finish_kernel(spec, precision)
             yield from _critic(arch, critic_spec(spec), precision, title)
     yield "noise A6", triton_noise.noise_kernel(6)
@@ -39,6 +44,12 @@ def every_kernel(arch: int) -> Iterator[tuple[str, Kernel]]:
     for candidates in (50, 1024):
         block = twin_critic.choose_block(candidates)
         yield f"choose N{candidates}", twin_critic.choose_kernel(6, block)
+    yield "begin S17 A6", begin.begin_kernel(17, 6)
+    yield "critic_loss", update.critic_loss_kernel()
+    yield "q_loss", update.q_loss_kernel()
+    yield "squares", update.squares_kernel()
+    yield "adam", update.adam_kernel(False)
+    yield "adam average", update.adam_kernel(True)
 
 
 def critic_spec(spec: DenoiserSpec) -> CriticSpec:
@@ -58,6 +69,10 @@ def _critic(arch: int, spec: CriticSpec, precision: str, title: str) -> Iterator
             label = f"{precision} {title} R{tile.rows}"
             if kind == "backward":
                 yield f"critic_bwd {label}", twin_critic.critic_bwd_kernel(spec, precision, tile, True, True)
+                yield (
+                    f"critic_bwd {label} only",
+                    twin_critic.critic_bwd_kernel(spec, precision, tile, True, False, True),
+                )
             else:
                 saving = kind == "saving"
                 yield (
@@ -75,7 +90,10 @@ def _chain(arch: int, spec: DenoiserSpec, precision: str, rows: int, title: str)
         label = f"{precision} {title} R{tile.rows}"
         if kind == "backward":
             yield f"chain_bwd {label}", reverse_diffusion.chain_bwd_kernel(spec, precision, tile)
+            yield f"actor_bwd {label}", actor.actor_bwd_kernel(spec, precision, tile)
         else:
+            if kind == "saving":
+                yield f"actor_fwd {label}", actor.actor_fwd_kernel(spec, precision, tile, True)
             kernel = reverse_diffusion.chain_fwd_kernel(spec, precision, tile, False, kind == "saving")
             yield f"chain_fwd {label}{' saving' if kind == 'saving' else ''}", kernel
 

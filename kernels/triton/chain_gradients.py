@@ -38,6 +38,7 @@ def outer_product(
     LDD: tl.constexpr, LDX: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr, WIDE: tl.constexpr,
     BIAS: tl.constexpr, SHARED: tl.constexpr, EXACT: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr,
     CHUNK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+    more=None, last_of_more=0, MORE: tl.constexpr = False,
 ):  # fmt: skip
     """out[i, j] = sum over rows r of first .. last - 1 of d[r, i] x[r, j], for the tile of i and j at m and n.
 
@@ -45,6 +46,7 @@ def outer_product(
     bias: pointer; with BIAS, bias[i] = the sum of d[r, i].
     M, N: elements with i < M, j < N alone are written.
     SHARED: x has one row for N_CANDIDATES rows of d, and is no operand yet.  EXACT: nor is d.
+    MORE: a row of d below last_of_more is the sum of that and the same row of `more`.
     WIDE: operands are widened to float32 first.
     """
     i, j = m + tl.arange(0, TM), n + tl.arange(0, TN)
@@ -54,6 +56,8 @@ def outer_product(
         r = start + tl.arange(0, CHUNK)
         there = (r < last)[:, None]
         d_tile = tl.load(d + r[:, None] * LDD + i[None, :], there, 0.0)  # [CHUNK, TM]
+        if MORE:
+            d_tile += tl.load(more + r[:, None] * LDD + i[None, :], there & (r < last_of_more)[:, None], 0.0)
         if SHARED:
             x_tile = tl.load(x + (r // N_CANDIDATES)[:, None] * LDX + j[None, :], there & (j < COLUMNS)[None, :], 0.0)
         else:
@@ -111,6 +115,7 @@ def _chain_products(
     operands: "*op",
     d_floats: "*fp32",
     d_operands: "*op",
+    t: "*i64 any",  # with LOSS: [R], the timesteps of the rows of the noise-prediction loss
     images: "*fp32",  # [parts, P + K * HP], written
     d_states: "*fp32",  # [B, S], written
     R: "i32",
@@ -118,6 +123,8 @@ def _chain_products(
     B: "i32",
     N: "i32",
     K: "i32",
+    times: "i32",  # rows of the time table: K, or with LOSS more, if there is no chain
+    of_chain: "i32",  # with LOSS: 1, or 0 if those rows alone have a gradient
     P: tl.constexpr,
     S: tl.constexpr,
     A: tl.constexpr,
@@ -142,20 +149,26 @@ def _chain_products(
     EDGE: tl.constexpr,
     STATES: tl.constexpr,
     PARAMETERS: tl.constexpr,
+    LOSS: tl.constexpr,  # there is one more plane of rows, see reverse_diffusion
     BF16: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    B64, KRP = B.to(tl.int64), K * RP
-    xs = floats + FLOATS + (K + B64) * HP
+    B64, KRP = B.to(tl.int64), (K + LOSS) * RP
+    xs = floats + FLOATS + (times + B64) * HP
     activations = operands + 2 * (L - 1) * HP * HP
     d_state_part = d_floats + KRP * AP
-    image = images + tl.program_id(1).to(tl.int64) * (P + K * HP)
+    image = images + tl.program_id(1).to(tl.int64) * (P + times * HP)
     T: tl.constexpr = HP // SIDE
     HIDDEN: tl.constexpr = (L - 1) * T * T if PARAMETERS else 0
     OTHER: tl.constexpr = T if PARAMETERS else 0
     WITH_STATES: tl.constexpr = T * ((S + SS - 1) // SS) if PARAMETERS else 0
-    first, last = row_range(KRP, CHUNK)
+    if LOSS:
+        skipped = (1 - of_chain) * K * RP
+        first, last = row_range(KRP - skipped, CHUNK)
+        first, last = first + skipped, last + skipped
+    else:
+        first, last = row_range(KRP, CHUNK)
     if pid < HIDDEN:
         layer, tile = pid // (T * T), pid % (T * T)
         outer_product(
@@ -178,10 +191,11 @@ def _chain_products(
         tile = pid - HIDDEN - 2 * OTHER
         first, last = row_range(R.to(tl.int64), CHUNK)
         outer_product(
-            d_state_part, states, image + W_STATE, image, first, last, tile % T * SIDE, tile // T * SS, H, S, N,
-            HP, S, S, STRIDE, True, False, True, True, SIDE, SS, CHUNK, 1, EDGE, EMULATE,
+            d_state_part + LOSS * RP * HP, states, image + W_STATE, image, first, last, tile % T * SIDE, tile // T * SS,
+            H, S, N, HP, S, S, STRIDE, True, False, True, True, SIDE, SS, CHUNK, 1, EDGE, EMULATE,
+            d_state_part, of_chain * R, LOSS,
         )  # fmt: skip
-    elif pid < HIDDEN + 2 * OTHER + WITH_STATES + OTHER * K:
+    elif pid < HIDDEN + 2 * OTHER + WITH_STATES + OTHER * times:
         if PARAMETERS:
             tile = pid - HIDDEN - 2 * OTHER - WITH_STATES
             k, column = tile // T, tile % T * SIDE + tl.arange(0, SIDE)
@@ -189,11 +203,18 @@ def _chain_products(
             sums = tl.zeros((SIDE,), tl.float32)
             for start in range(first, last, CHUNK):
                 r = start + tl.arange(0, CHUNK)
-                d_z = tl.load(d_operands + (k * RP + r)[:, None] * HP + column[None, :], (r < last)[:, None], 0.0)
+                there = r < last
+                if LOSS:
+                    there &= of_chain != 0
+                d_z = tl.load(d_operands + (k * RP + r)[:, None] * HP + column[None, :], there[:, None], 0.0)
                 sums += tl.sum(d_z.to(tl.float32), axis=0)
+                if LOSS:  # those of this step's timestep
+                    there = (r < last) & (tl.load(t + r, (r < last) & (r < R), -1) == times - 1 - k)
+                    d_z = tl.load(d_operands + (K * RP + r)[:, None] * HP + column[None, :], there[:, None], 0.0)
+                    sums += tl.sum(d_z.to(tl.float32), axis=0)
             tl.store(image + P + k * HP + column, sums)
     elif tl.program_id(1) == 0:
-        tile = pid - HIDDEN - 2 * OTHER - WITH_STATES - OTHER * K
+        tile = pid - HIDDEN - 2 * OTHER - WITH_STATES - OTHER * times
         SLICES: tl.constexpr = (S + SS - 1) // SS
         state_gradient(d_state_part, flat + W_STATE, d_states, tile // SLICES, tile % SLICES * SS, B, N, S, H, HP,
                        STRIDE, STATES, SS, SIDE, EDGE, EMULATE)  # fmt: skip
@@ -220,6 +241,7 @@ def _time_features(e, flat, W_1: tl.constexpr, B_1: tl.constexpr, W_3: tl.conste
 @triton.jit
 def _chain_finish(
     flat: "*fp32",  # [P]
+    owners: "*i8",  # [P]: who writes an element of d_flat: see `_owners`
     embedding: "*fp32",  # [K, D]
     images: "*fp32",  # [parts, P + K * HP]
     d_flat: "*fp32",  # [P], written
@@ -235,9 +257,6 @@ def _chain_finish(
     B_1: tl.constexpr,
     W_3: tl.constexpr,
     B_3: tl.constexpr,
-    TIME_END: tl.constexpr,  # the time MLP lies before it
-    END: tl.constexpr,  # and nothing from here on; between other slots there are no gaps
-    W_0: tl.constexpr,
     W_TIME: tl.constexpr,
     STRIDE: tl.constexpr,
     BIAS: tl.constexpr,
@@ -256,15 +275,11 @@ def _chain_finish(
     d_in, t_in = d < D, t < 2 * D
     if pid < BLOCKS:
         i = pid * BLOCK + tl.arange(0, BLOCK)
-        # What the other programs write: the time MLP, the first layer's time columns and its bias.
-        in_first = (i >= W_0) & (i < W_0 + H * STRIDE)
-        of_time = (i < TIME_END) | ((i >= BIAS) & (i < BIAS + H))
-        of_time |= in_first & ((i - W_0) % STRIDE >= W_TIME - W_0) & ((i - W_0) % STRIDE < W_TIME - W_0 + D)
-        mine = (i < END) & (of_time == 0)
+        owner = tl.load(owners + i, i < P, -1)
         total = tl.zeros((BLOCK,), tl.float32)
         for part in range(parts):
-            total += tl.load(images + part * size + i, mine, 0.0)
-        tl.store(d_flat + i, total, mine)
+            total += tl.load(images + part * size + i, owner > 0, 0.0)
+        tl.store(d_flat + i, total, owner >= 0)
     elif pid < BLOCKS + T:  # bias and time columns of the first layer, SIDE of its units
         column = (pid - BLOCKS) * SIDE + tl.arange(0, SIDE)
         d_bias = tl.zeros((SIDE,), tl.float32)
@@ -317,14 +332,17 @@ def _chain_finish(
 
 
 class ChainGradients:
-    """The gradients of chains of one denoiser on one device in one precision; it holds no parameters."""
+    """The gradients of chains of one denoiser on one device in one precision, or with `loss` those of its
+    noise-prediction loss with or without a chain's; it holds no parameters."""
 
-    def __init__(self, spec: DenoiserSpec, precision: str, device: torch.device) -> None:
-        self.spec, self.sizes, self.device = spec, packed_sizes(spec), device
+    def __init__(self, spec: DenoiserSpec, precision: str, device: torch.device, loss: bool = False) -> None:
+        self.spec, self.sizes, self.device, self.loss = spec, packed_sizes(spec), device, loss
         self.products = {
-            with_parameters: products_kernel(spec, precision, with_parameters) for with_parameters in (False, True)
+            with_parameters: products_kernel(spec, precision, with_parameters, loss)
+            for with_parameters in (False, True)
         }
         self.finish = finish_kernel(spec, precision)
+        self.owners = _owners(spec).to(device)
         self.processors = multiprocessors(device)
 
     def compute(
@@ -340,31 +358,40 @@ class ChainGradients:
         R: int,
         need_parameters: bool,
         need_states: bool,
+        t: Tensor | None = None,
+        steps: int | None = None,
+        of_chain: bool = True,
+        into: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(d_flat [P], d_states [B, S]), None where not needed, from the buffers that `reverse_diffusion` describes."""
-        (B, S), (K, _), s = states.shape, embedding.shape, self.sizes
+        """(d_flat [P], d_states [B, S]), None where not needed, from the buffers that `reverse_diffusion` describes.
+
+        With the noise-prediction loss its rows' timesteps t [B] are wanted, how many steps the chain has, which may be
+        none, and whether it has a gradient; d_states is not to be had. d_flat is `into`, or new.
+        """
+        (B, S), (times, _), s = states.shape, embedding.shape, self.sizes
+        K = times if steps is None else steps
         side = min(_SIDE, s.HP)
         T = s.HP // side
-        P, size = self.spec.layout.size, self.spec.layout.size + K * s.HP
+        P, size = self.spec.layout.size, self.spec.layout.size + times * s.HP
         d_states = torch.empty_like(states) if need_states else None
         programs = cdiv(B, _STATES) * cdiv(S, _state_side(S)) if need_states else 0
         parts, images = 1, d_floats  # never read where no parameter's gradient is asked for
         if need_parameters:
             squares = (s.L - 1) * T * T
-            programs += squares + 2 * T + T * cdiv(S, _state_side(S)) + T * K
-            parts = max(1, min(cdiv(2 * self.processors, squares), K * RP // (4 * _CHUNK), _MAX_PARTS))
+            programs += squares + 2 * T + T * cdiv(S, _state_side(S)) + T * times
+            parts = max(1, min(cdiv(2 * self.processors, squares), (K + self.loss) * RP // (4 * _CHUNK), _MAX_PARTS))
             images = torch.empty(parts * size, dtype=torch.float32, device=self.device)
         if programs:
             self.products[need_parameters].launch(
                 (programs, parts, 1),
-                flat, states, floats, operands, d_floats, d_operands, images,
-                d_floats if d_states is None else d_states, R, RP, B, R // B, K,
+                flat, states, floats, operands, d_floats, d_operands, t, images,
+                d_floats if d_states is None else d_states, R, RP, B, R // B, K, times, int(of_chain),
             )  # fmt: skip
         if not need_parameters:
             return None, d_states
-        d_flat = torch.zeros(P, dtype=torch.float32, device=self.device)  # where no parameter lies nobody writes
+        d_flat = torch.empty(P, dtype=torch.float32, device=self.device) if into is None else into
         blocks = cdiv(P, _BLOCK) + s.HP // min(_COLUMNS, s.HP) + 1
-        self.finish.launch((blocks, 1, 1), flat, embedding, images, d_flat, K, parts)
+        self.finish.launch((blocks, 1, 1), flat, self.owners, embedding, images, d_flat, times, parts)
         return d_flat, d_states
 
 
@@ -376,9 +403,20 @@ def _state_side(S: int) -> int:
     return min(_SIDE, rounded(S))
 
 
+def _owners(spec: DenoiserSpec) -> Tensor:
+    """int8 [P]: 1 where images are added, 0 where no parameter lies and d_flat is 0, -1 for what `_chain_finish` writes
+    in other programs: the time MLP, the first layer's time columns and its bias."""
+    owners = torch.zeros(spec.layout.size, dtype=torch.int8, device="cpu")
+    for name, view in spec.layout.views(owners).items():
+        view.fill_(-1 if name.startswith("time_mlp") or name == "mid_layer.0.bias" else 1)
+        if name == "mid_layer.0.weight":
+            view[:, spec.action_dim : spec.action_dim + spec.time_dim] = -1
+    return owners
+
+
 @lru_cache(maxsize=256)
-def products_kernel(spec: DenoiserSpec, precision: str, with_parameters: bool) -> Kernel:
-    """The kernel of all products."""
+def products_kernel(spec: DenoiserSpec, precision: str, with_parameters: bool, loss: bool = False) -> Kernel:
+    """The kernel of all products, with or without the rows of a noise-prediction loss."""
     slots, s, first = {slot.name: slot.offset for slot in spec.layout.slots}, packed_sizes(spec), first_layer(spec)
     after = slots["mid_layer.4.weight"] if spec.num_hidden > 2 else slots["mid_layer.2.weight"]
     return Kernel.of(
@@ -409,6 +447,7 @@ def products_kernel(spec: DenoiserSpec, precision: str, with_parameters: bool) -
         EDGE=edge_precision(precision),
         STATES=_STATES,
         PARAMETERS=with_parameters,
+        LOSS=int(loss),
         BF16=precision == "bf16",
         EMULATE=INTERPRETED,
     )
@@ -423,7 +462,6 @@ def finish_kernel(spec: DenoiserSpec, precision: str) -> Kernel:
         first_layer(spec),
         spec.time_dim,
     )
-    last = spec.layout.slots[-1]
     return Kernel.of(
         _chain_finish,
         num_warps=8,
@@ -438,9 +476,6 @@ def finish_kernel(spec: DenoiserSpec, precision: str) -> Kernel:
         B_1=slots["time_mlp.1.bias"],
         W_3=slots["time_mlp.3.weight"],
         B_3=slots["time_mlp.3.bias"],
-        TIME_END=slots["mid_layer.0.weight"],
-        END=last.offset + last.size,
-        W_0=slots["mid_layer.0.weight"],
         W_TIME=first.states - D,
         STRIDE=first.stride,
         BIAS=first.bias,

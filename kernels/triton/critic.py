@@ -122,9 +122,12 @@ def _critic_bwd(
     d_q: "*fp32 any",  # [n, R]
     d_first: "*fp32",  # with PRODUCTS, written: d_z of the first layer [n, RP, HP]
     d_operands: "*op",  # written: d_z of the others [n, L - 1, RP, HP]
-    d_actions: "*fp32",  # with ACTIONS, written: [n, R, A]
+    d_actions: "*fp32",  # with ACTIONS, written: [n, R, A]; with ONLY [R, A]
+    only_at: "*fp32 any",  # with ONLY: [2], a 1 for the one that has a gradient and a 0, if only_in_memory
     FIRST: "i32",
     R: "i32",
+    only: "i32",  # otherwise: its number, 0 or 1
+    only_in_memory: "i32",
     A: tl.constexpr,
     AP: tl.constexpr,
     HP: tl.constexpr,
@@ -137,11 +140,16 @@ def _critic_bwd(
     EDGE: tl.constexpr,
     ACTIONS: tl.constexpr,
     PRODUCTS: tl.constexpr,  # the gradients of parameters or states are wanted too
+    ONLY: tl.constexpr,  # of both, which were run, one has a gradient
     BF16: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
     tile = tl.program_id(0).to(tl.int64)
     nth, n = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    out = nth
+    if ONLY:
+        given = tl.load(only_at + 1, only_in_memory != 0, 0.0)
+        nth, n = tl.where(only_in_memory != 0, (given != 0.0).to(tl.int64), only.to(tl.int64)), 2
     network = FIRST + nth
     RP = tl.num_programs(0).to(tl.int64) * ROWS
     row = tile * ROWS + tl.arange(0, ROWS)  # [ROWS]
@@ -172,7 +180,7 @@ def _critic_bwd(
         d_z = rounded_operand(d_z, False, EDGE, EMULATE)
         d_x = narrow_product(d_z, w_x, 1, AP, ROWS, HP, AP, GROUPS, EDGE, False, EMULATE)  # [ROWS, AP]
         live = (row < R)[:, None] & (dim < A)[None, :]
-        tl.store(d_actions + nth * R * A + row[:, None] * A + dim[None, :], d_x, live)
+        tl.store(d_actions + out * R * A + row[:, None] * A + dim[None, :], d_x, live)
 
 
 @triton.jit
@@ -318,8 +326,9 @@ class CriticRunner:
             need_parameters: compute d_flat.
             need_states: compute d_states.
             need_actions: compute d_actions.
-            only: the one critic, 1 or 2 or by a 1 in [2], whose d_q is not zero: both are computed all the same.
-            into: where d_flat is written [P]; None: new memory.
+            only: of both critics the one whose d_q is not zero, 1 or 2, or float32 [2] on the device with a 1 for it
+                and a 0. Of what is needed, actions alone are made the cheaper by it.
+            into: where d_flat is written [P], contiguous; None: new memory.
 
         Returns:
             (d_flat [P], d_states [B, S], d_actions [R, A]), None where not needed. Where no parameter lies, or one of
@@ -334,22 +343,35 @@ class CriticRunner:
             states=(states, states.size(0) * self.spec.state_dim),
             actions=(actions, R * self.spec.action_dim),
             d_q=(d_q, len(saved.which) * R),
+            only=(only if isinstance(only, Tensor) else None, 2),
+            into=(into, self.spec.layout.size),
         )
         tile, products = saved.tile, need_parameters or need_states
+        if only is not None and not products and n == 2:
+            return None, None, self._of_only(saved, d_q, only)
         d_first = torch.empty(n, RP, s.HP, dtype=torch.float32, device=self.device) if products else None
         d_operands = torch.empty(n, s.L - 1, RP, s.HP, dtype=self.operand, device=self.device)
         each_actions = torch.empty(n, R, A, dtype=torch.float32, device=self.device) if need_actions else None
         critic_bwd_kernel(self.spec, self.precision, tile, need_actions, products).launch(
             (RP // tile.rows, n, 1),
-            saved.floats, saved.operands, d_q, d_first, d_operands, each_actions, saved.which[0], R,
+            saved.floats, saved.operands, d_q, d_first, d_operands, each_actions, d_q, saved.which[0], R, 0, 0,
         )  # fmt: skip
-        d_flat, d_states, d_actions = self._gradients.compute(
+        return self._gradients.compute(
             flat, states, actions, saved.operands, d_q, d_first, d_operands, each_actions, saved.which[0], RP,
-            need_parameters, need_states,
+            need_parameters, need_states, into,
         )  # fmt: skip
-        if into is not None and d_flat is not None:
-            d_flat = into.copy_(d_flat)
-        return d_flat, d_states, d_actions
+
+    def _of_only(self, saved: CriticSaved, d_q: Tensor, only: int | Tensor) -> Tensor:
+        """d_actions [R, A] of the one critic that has a gradient, in one launch."""
+        R, s, RP, tile = d_q.size(1), self.sizes, saved.rows, saved.tile
+        at, number = (only, 0) if isinstance(only, Tensor) else (d_q, only - 1)
+        d_operands = torch.empty(2, s.L - 1, RP, s.HP, dtype=self.operand, device=self.device)
+        d_actions = torch.empty(R, self.spec.action_dim, dtype=torch.float32, device=self.device)
+        critic_bwd_kernel(self.spec, self.precision, tile, True, False, True).launch(
+            (RP // tile.rows, 1, 1),
+            saved.floats, saved.operands, d_q, None, d_operands, d_actions, at, 0, R, number, int(at is only),
+        )  # fmt: skip
+        return d_actions
 
     def _fitting(self, kind: str, rows: int) -> Kernel:
         """The kernel for the tile that is chosen for a kind of a Shape, or the next smaller one that fits."""
@@ -408,7 +430,9 @@ def critic_fwd_kernel(spec: CriticSpec, precision: str, tile: Tile, save: bool) 
 
 
 @lru_cache(maxsize=256)
-def critic_bwd_kernel(spec: CriticSpec, precision: str, tile: Tile, actions: bool, products: bool) -> Kernel:
+def critic_bwd_kernel(
+    spec: CriticSpec, precision: str, tile: Tile, actions: bool, products: bool, only: bool = False
+) -> Kernel:
     """The backward kernel for critics, a precision and a tile.
 
     Args:
@@ -417,11 +441,12 @@ def critic_bwd_kernel(spec: CriticSpec, precision: str, tile: Tile, actions: boo
         tile: how rows are laid on the GPU.
         actions: it writes the actions' gradient.
         products: it writes what the gradients of parameters and states are made of.
+        only: of both critics one has a gradient, and it alone is run.
     """
 
     def smaller() -> Kernel | None:
         less = next_smaller(tile)
-        return None if less is None else critic_bwd_kernel(spec, precision, less, actions, products)
+        return None if less is None else critic_bwd_kernel(spec, precision, less, actions, products, only)
 
     return Kernel.of(
         _critic_bwd,
@@ -434,6 +459,7 @@ def critic_bwd_kernel(spec: CriticSpec, precision: str, tile: Tile, actions: boo
         **_precisions(precision),
         ACTIONS=actions,
         PRODUCTS=products,
+        ONLY=only,
     )
 
 

@@ -197,10 +197,12 @@ class CriticGradients:
         RP: int,
         need_parameters: bool,
         need_states: bool,
+        into: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(d_flat [P], d_states [B, S], d_actions [R, A]), None where not needed, from `twin_critic`'s buffers.
 
         `each_actions` is [n, R, A], or None where d_actions is not needed; `first` is the first network that was run.
+        d_flat is `into`, or new.
         """
         (B, S), (n, R), s = states.shape, d_q.shape, self.sizes
         T = s.HP // _side(s.HP)
@@ -219,7 +221,9 @@ class CriticGradients:
                 (programs, parts, n),
                 flat, states, actions, operands, d_q, d_first, d_operands, images, each_states, first, R, RP, B, R // B,
             )  # fmt: skip
-        d_flat = torch.empty(P, dtype=torch.float32, device=self.device) if need_parameters else None
+        d_flat = None
+        if need_parameters:
+            d_flat = torch.empty(P, dtype=torch.float32, device=self.device) if into is None else into
         d_states, n_states = self._of_one(each_states, n)
         d_actions, n_actions = self._of_one(each_actions, n)
         blocks = sum(cdiv(size, _BLOCK) for size in (P, n_states, n_actions))

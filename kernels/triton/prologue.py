@@ -42,6 +42,7 @@ def _prologue(
     K: "i32",  # 0 for critics
     B: "i32",
     tell: "i32",
+    counter: "*i32",  # with COUNT: [1], set to 0
     S: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -66,6 +67,7 @@ def _prologue(
     STEPS: tl.constexpr,
     STATES: tl.constexpr,
     SLICE: tl.constexpr,  # of S at a time
+    COUNT: tl.constexpr,
     BF16: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
@@ -73,6 +75,8 @@ def _prologue(
     float_blocks, operand_blocks = tl.cdiv(n_floats, BLOCK), tl.cdiv(n_operands, BLOCK)
     step_blocks = tl.cdiv(K, STEPS)
     column = tl.arange(0, HP)
+    if COUNT:
+        tl.store(counter, 0, pid == 0)
     if pid < float_blocks:
         i = pid * BLOCK + tl.arange(0, BLOCK)
         at = tl.load(index_floats + i, i < n_floats, -1)
@@ -134,11 +138,19 @@ def _prologue(
 
 
 class Prologue:
-    """The prologue of one network: its kernel, prepared for a precision, with or without transposed weights."""
+    """The prologue of one network: its kernel, prepared for a precision, with or without transposed weights, with or
+    without a counter that it sets to 0 for the kernel after it."""
 
-    def __init__(self, spec: DenoiserSpec | CriticSpec, precision: str, transposed: bool, device: torch.device) -> None:
+    def __init__(
+        self,
+        spec: DenoiserSpec | CriticSpec,
+        precision: str,
+        transposed: bool,
+        device: torch.device,
+        count: bool = False,
+    ) -> None:
         self.index = gather_index(spec, transposed, device)
-        self.kernel = prologue_kernel(spec, precision)
+        self.kernel = prologue_kernel(spec, precision, count)
         self.networks = packed_sizes(spec).networks
         self.lengths = [len(index) for index in self.index]
         self._fixed = [fixed(index) for index in self.index]
@@ -153,11 +165,12 @@ class Prologue:
         floats: Tensor | int,
         operands: Tensor | int,
         told: Tensor | None = None,
+        counter: Tensor | None = None,
     ) -> None:
         """Fills the heads of `floats` and `operands`; these and the embedding [K, D] are tensors or addresses.
 
         Where a state holds NaN or infinity, its part is NaN throughout and `told` (int32 [1], on the device or in
-        pinned memory, or None) is set to 1.
+        pinned memory, or None) is set to 1. Of one with a counter, that is int32 [1].
         """
         B = states.size(0)
         programs = self.blocks + cdiv(K, _STEPS) + self.networks * cdiv(B, _STATES)
@@ -166,12 +179,13 @@ class Prologue:
             (programs, 1, 1),
             flat, on_floats, on_operands, embedding, states, floats, operands,
             on_floats if told is None else told, *self.lengths, K, B, int(told is not None),
+            on_floats if counter is None else counter,
         )  # fmt: skip
 
 
 @lru_cache(maxsize=256)
-def prologue_kernel(spec: DenoiserSpec | CriticSpec, precision: str) -> Kernel:
-    """The kernel for a network of these sizes."""
+def prologue_kernel(spec: DenoiserSpec | CriticSpec, precision: str, count: bool = False) -> Kernel:
+    """The kernel for a network of these sizes; with `count` it sets a counter to 0."""
     slots = {slot.name: slot.offset for slot in spec.layout.slots}
     first, s = first_layer(spec), packed_sizes(spec)
     # W_x and W_out. A critic's W_out is no operand; in bf16 a denoiser's are operands of tf32 in one pass and of bf16
@@ -211,6 +225,7 @@ def prologue_kernel(spec: DenoiserSpec | CriticSpec, precision: str) -> Kernel:
         STEPS=_STEPS,
         STATES=_STATES,
         SLICE=min(16 if precision == "fp32" else 32, rounded(spec.state_dim)),
+        COUNT=count,
         BF16=precision == "bf16",
         EMULATE=INTERPRETED,
     )

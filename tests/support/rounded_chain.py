@@ -129,6 +129,19 @@ def activation(z: Tensor, kind: str, of_slope: Round) -> Tensor:
 
 def rounded_chain(problem: Problem, rounds: dict[str, Round], distances: list[Tensor] | None = None) -> Tensor:
     """Actions, differentiable, in the shape of `problem.weights`; `distances` as `cases.plain_chain` takes it."""
+    return rounded_losses(problem, rounds, distances, None)[0]
+
+
+def rounded_losses(
+    problem: Problem,
+    rounds: dict[str, Round],
+    distances: list[Tensor] | None,
+    data: tuple[Tensor, Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """(the same actions, the noise-prediction loss of data: actions [B, A], timesteps [B] and noise [B, A], or 0).
+
+    The chain is that of all T steps, whose table of times serves the loss too.
+    """
     case, w = problem.case, dict(problem.policy.denoiser.named_parameters())
     R, D, of_d_z = case.rows, case.time_dim, rounds["d_z"]
     noise = problem.noise.reshape(case.K, R, case.A)
@@ -149,9 +162,9 @@ def rounded_chain(problem: Problem, rounds: dict[str, Round], distances: list[Te
     of_sum = rounds["d_z over steps and candidates"]
     state_part = layer(problem.states, W_state, *of_states, shared=case.N or 1, of_sum=of_sum)  # [R, H]
 
-    x, x0_previous = noise[0], torch.zeros_like(noise[0])
-    for k, (a, b, c0, cx, cp, s) in enumerate(problem.table.rows):
-        z = layer(x, W_x, "x", "W_x", "d_z", "W_x backward") + for_rows(table[k], R, of_d_z) + state_part  # [R, H]
+    def predicted(x: Tensor, of_time: Tensor) -> Tensor:
+        """The denoiser's output for x [R, A] with the time's part [R, H] of its first layer."""
+        z = layer(x, W_x, "x", "W_x", "d_z", "W_x backward") + of_time + state_part  # [R, H]
         for name in (*hidden, None):
             if distances is not None and case.activation == "relu":
                 distances.append(z.detach().abs().amin(dim=1) / RELU_MARGIN)
@@ -159,7 +172,11 @@ def rounded_chain(problem: Problem, rounds: dict[str, Round], distances: list[Te
             if name is not None:
                 z = layer(h, w[f"{name}.weight"], "h", "hidden weights", "d_z", "hidden weights backward")
                 z = z + for_rows(w[f"{name}.bias"], R, of_d_z)
-        eps = layer(h, w["final_layer.weight"], "h", "W_out", "d_eps", "W_out backward") + w["final_layer.bias"]
+        return layer(h, w["final_layer.weight"], "h", "W_out", "d_eps", "W_out backward") + w["final_layer.bias"]
+
+    x, x0_previous = noise[0], torch.zeros_like(noise[0])
+    for k, (a, b, c0, cx, cp, s) in enumerate(problem.table.rows):
+        eps = predicted(x, for_rows(table[k], R, of_d_z))
         x0 = a * x - b * eps  # [R, A]
         if distances is not None:
             distances.append((x0.detach().abs() / case.max_action - 1).abs().amin(dim=1) / CLAMP_MARGIN)
@@ -168,4 +185,9 @@ def rounded_chain(problem: Problem, rounds: dict[str, Round], distances: list[Te
         if s:
             x = x + s * noise[k + 1]
         x0_previous = x0
-    return x.clamp(-case.max_action, case.max_action).reshape(problem.weights.shape)
+    actions = x.clamp(-case.max_action, case.max_action).reshape(problem.weights.shape)
+    if data is None:
+        return actions, torch.zeros(())
+    clean, t, eps = data
+    own = predicted(problem.policy.q_sample(clean, t, eps), _RoundedGradient.apply(table[case.K - 1 - t], of_d_z))
+    return actions, (own - (eps if case.predict_epsilon else clean)).square().mean()

@@ -28,7 +28,7 @@ if importlib.util.find_spec("triton") is None:
 # There is much of it, so each takes one precision, and sm_90 the fastest and the slowest; float32 takes the most shared
 # memory, which sm_120 lacks.
 _PRECISIONS = {80: "tf32", 90: "[fb][pf][31][26]", 100: "bf16", 120: "fp32"}
-ON_TENSOR_CORES = re.compile("chain|critic_fwd|critic_bwd|product|prologue")
+ON_TENSOR_CORES = re.compile("chain|actor|critic_fwd|critic_bwd|product|prologue")
 
 FITTING = aot.Report(
     kernel="k",
@@ -56,7 +56,8 @@ FITTING = aot.Report(
 def compiled(arch: int) -> dict[str, dict]:
     """`dql kernels --json` for one architecture: label -> row."""
     published = f"* {_PRECISIONS[arch]} H256"
-    only = os.environ.get("DQL_KERNELS", f"{published},{published} R*,choose*,critic_finish")
+    of_update = f"{published} counting,{published} loss,begin*,critic_loss,q_loss,squares,adam*"
+    only = os.environ.get("DQL_KERNELS", f"{published},{published} R*,{of_update},choose*,critic_finish")
     done = command("--arch", f"sm_{arch}", "--only", only, "--json", timeout=1200)
     assert done.stdout, done.stderr
     rows = {row["label"]: row for row in json.loads(done.stdout)}

@@ -161,7 +161,10 @@ def test_numbers_of_32_bits_are_enough():
     largest = packed_sizes(DenoiserSpec(limits.MAX_STATE_DIM, limits.MAX_ACTION_DIM, limits.MAX_HIDDEN_DIM, 4, 64))
     most = {"K": limits.MAX_STEPS, "n_floats": largest.floats, "n_operands": 2 * largest.operands}
     most |= dict.fromkeys(("R", "B", "N", "parts"), limits.MAX_ROWS)
-    most |= dict.fromkeys(("FIRST", "n", "tell", "seed_in_memory"), 2)
+    most |= dict.fromkeys(("T", "times"), limits.MAX_STEPS)
+    choices = ("FIRST", "first", "n", "tell", "of_chain", "only", "maximised")
+    in_memory = ("seed", "loss_seed", "only", "maximised", "lr_scale", "weight")
+    most |= dict.fromkeys((*choices, *(f"{name}_in_memory" for name in in_memory)), 2)
     source = "".join(path.read_text() for path in Path(launch.__file__).parent.glob("*.py"))
     assert set(re.findall(r'^    (\w+): "i32"', source, re.M)) == set(most)
     assert max(most.values()) < 2**31
