@@ -18,15 +18,20 @@ static void pack_columns(const float* in, int64_t stride, int64_t columns, int64
             const int64_t ks = K - k < 16 ? K - k : 16;
             float* to = out + k * width;
             int64_t c = 0;
-            for (; c < valid; ++c) {
-                const float* row = in + (first + c) * stride + k;
-                if (ks == 16) {
-#pragma GCC unroll 16
-                    for (int i = 0; i < 16; ++i) to[i * width + c] = row[i];
-                } else {
-                    for (int64_t i = 0; i < ks; ++i) to[i * width + c] = row[i];
+            for (; c + W <= valid; c += W) {
+                const float* rows = in + (first + c) * stride + k;
+                int64_t i = 0;
+                for (; i + 4 <= ks; i += 4) {
+                    Vec quads[4];
+                    for (int j = 0; j < 4; ++j) quads[j] = load_quads(rows + j * stride + i, 4 * stride);
+                    transpose_blocks(quads);
+                    for (int j = 0; j < 4; ++j) store(to + (i + j) * width + c, quads[j]);
                 }
+                for (; i < ks; ++i)
+                    for (int j = 0; j < W; ++j) to[i * width + c + j] = rows[j * stride + i];
             }
+            for (; c < valid; ++c)
+                for (int64_t i = 0; i < ks; ++i) to[i * width + c] = in[(first + c) * stride + k + i];
             for (; c < width; ++c)
                 for (int64_t i = 0; i < ks; ++i) to[i * width + c] = 0.0f;
         }
