@@ -28,6 +28,10 @@ constexpr int units(int R) {
 constexpr int FEW_ROWS = 3;
 constexpr int FETCH_AHEAD = 8;
 
+// Many rows that are kept for a backward pass are beyond the L2 cache: where a product writes comes while it runs, a few
+// rows at a time, for more would hold up its weights. A short one (K < 32) does that for the panel so far ahead.
+constexpr int FETCH_PANELS = 2;
+
 // The operands of a product; panel strides in floats.
 struct Product {
     const float* in;
@@ -41,6 +45,8 @@ struct Product {
     const int32_t* base_row; // [R]
     float* out;
     int64_t out_panel;
+    const float* times = nullptr;  // a factor of every element, in panels as `out`, which it may be
+    const float* fetch = nullptr;  // what the caller reads or writes next, in panels as `out`; `out` is fetched, too
 };
 
 template <int R, int U>
@@ -82,8 +88,24 @@ static __attribute__((noinline)) void product_units(const Product& p, int64_t fi
         }
         at += stride;
     };
-    int64_t left = p.K;
+    const int64_t fetched_panel = first_unit / UNITS_OF_PANEL + (p.K < PANEL ? FETCH_PANELS : 0);
+    const auto fetch = [&](int64_t row, int64_t until) __attribute__((always_inline)) {
+        for (; row < until; ++row)
+            for (int64_t c = 0; c < U * UNIT; c += 16) {
+                const int64_t column = first_unit % UNITS_OF_PANEL * UNIT + c;
+                const int64_t at = (fetched_panel + column / PANEL) * p.out_panel + row * PANEL + column % PANEL;
+                __builtin_prefetch(p.out + at);
+                __builtin_prefetch(p.fetch + at);
+            }
+    };
+    int64_t left = p.K, fetched = p.fetch ? 0 : R;
+    const int64_t rows = left < PANEL ? R : (R * PANEL + left - 1) / left;  // at a time
+    if (left < PANEL) fetch(fetched, R);
     for (; left >= PANEL; left -= PANEL, in += p.in_panel) {
+        if (fetched < R) {
+            fetch(fetched, fetched + rows < R ? fetched + rows : R);
+            fetched += rows;
+        }
 #pragma GCC unroll 4
         for (int k = 0; k < PANEL; ++k) step(k);
     }
@@ -91,6 +113,11 @@ static __attribute__((noinline)) void product_units(const Product& p, int64_t fi
     for (int u = 0; u < U; ++u) {
         const int64_t panel = (first_unit + u) / UNITS_OF_PANEL, column = (first_unit + u) % UNITS_OF_PANEL * UNIT;
         float* out = p.out + panel * p.out_panel + column;
+        if (p.times) {
+            const float* times = p.times + panel * p.out_panel + column;
+            for (int r = 0; r < R; ++r)
+                for (int v = 0; v < 2; ++v) sums[r][2 * u + v] *= load(times + r * PANEL + v * W);
+        }
         for (int r = 0; r < R; ++r) {
             store(out + r * PANEL, sums[r][2 * u]);
             store(out + r * PANEL + W, sums[r][2 * u + 1]);
