@@ -153,7 +153,6 @@ static void chain_backward_tile(const ChainBackwardJob& job, int64_t first_row, 
     const int64_t PA = panels(A), panel = rows * PANEL, size = PA * panel;
     Arena arena = {scratch};
     float *d_x = arena.take(size), *carried = arena.take(size), *d_raw = arena.take(size), *through = arena.take(size);
-    float* wide = arena.take(t.P * panel);
     to_panels(job.d_actions + first_row * A, A, rows, A, d_x, panel);
     const int64_t inside_panel = (saved.rows + job.R) * PANEL;
     for (int64_t i = 0; i < size; i += W) {
@@ -176,7 +175,7 @@ static void chain_backward_tile(const ChainBackwardJob& job, int64_t first_row, 
             store(saved.d_out + i / panel * saved.rows * PANEL + i % panel + row * PANEL, -b * raw);
         }
         // the gradient of x_T itself, the noise, is nobody's
-        trunk_backward(t, rows, saved, row, k ? through : nullptr, panel, wide);
+        trunk_backward(t, rows, saved, row, k ? through : nullptr, panel);
         if (k)
             for (int64_t i = 0; i < size; i += W)
                 store(d_x + i, load(d_x + i) * cx + a * load(d_raw + i) + load(through + i));

@@ -20,13 +20,17 @@ constexpr int MAX_ROWS = REGISTERS == 32 ? 14 : 6;  // 2 R accumulators, two wei
 
 // Units at a time: enough independent sums to hide an addition's latency.
 constexpr int units(int R) {
-    return REGISTERS == 32 ? (R == 1 ? 8 : R <= 3 ? 4 : R <= 6 ? 2 : 1) : (R == 1 ? 4 : R <= 3 ? 2 : 1);
+    return REGISTERS == 32 ? (R == 1 ? 8 : R <= 3 ? 4 : R <= 6 ? 2 : 1) : (R == 1 ? 4 : R == 2 ? 2 : 1);
 }
 
-// Few rows wait for their weights: with these fetched some rows of k ahead, one row and 256 x 256 weights stream from
-// the L2 cache at 222 GB/s, where the processor's own prefetching gives 117 (AVX-512, Zen 5: 62 bytes a cycle).
+// Few rows wait for their weights. In float32 the processor's own prefetching keeps up with loops of two rows of k, but
+// not of four, strides of 2 KB; in bf16 they are fetched some rows of k ahead.
 constexpr int FEW_ROWS = 3;
 constexpr int FETCH_AHEAD = 8;
+
+// What is kept of many rows for a backward pass lies beyond the L2 cache. Where a product writes is fetched while it
+// runs, a few rows at a time, for more would hold up its weights; a short one (K < 32) fetches so many panels ahead.
+constexpr int FETCH_PANELS = 2;
 
 // The operands of a product; panel strides in floats.
 struct Product {
@@ -41,6 +45,8 @@ struct Product {
     const int32_t* base_row; // [R]
     float* out;
     int64_t out_panel;
+    const float* times = nullptr;  // a factor of every element, in panels as `out`, which it may be
+    const float* fetch = nullptr;  // what the caller reads or writes next, in panels as `out`; `out` is fetched, too
 };
 
 template <int R, int U>
@@ -69,10 +75,6 @@ static __attribute__((noinline)) void product_units(const Product& p, int64_t fi
         Vec w[2 * U];
         for (int u = 0; u < U; ++u) {
             const float* row = weight[u] + at;
-            if (R <= FEW_ROWS) {
-                __builtin_prefetch(row + FETCH_AHEAD * BLOCK);
-                if (UNIT > 16) __builtin_prefetch(row + FETCH_AHEAD * BLOCK + 16);
-            }
             w[2 * u] = load(row);
             w[2 * u + 1] = load(row + W);
         }
@@ -82,15 +84,36 @@ static __attribute__((noinline)) void product_units(const Product& p, int64_t fi
         }
         at += stride;
     };
-    int64_t left = p.K;
+    const int64_t fetched_panel = first_unit / UNITS_OF_PANEL + (p.K < PANEL ? FETCH_PANELS : 0);
+    const auto fetch = [&](int64_t row, int64_t until) __attribute__((always_inline)) {
+        for (; row < until; ++row)
+            for (int64_t c = 0; c < U * UNIT; c += 16) {
+                const int64_t column = first_unit % UNITS_OF_PANEL * UNIT + c;
+                const int64_t offset = (fetched_panel + column / PANEL) * p.out_panel + row * PANEL + column % PANEL;
+                __builtin_prefetch(p.out + offset);
+                __builtin_prefetch(p.fetch + offset);
+            }
+    };
+    int64_t left = p.K, fetched = p.fetch ? 0 : R;
+    const int64_t at_a_time = left < PANEL ? R : (R * PANEL + left - 1) / left;
+    if (left < PANEL) fetch(fetched, R);
     for (; left >= PANEL; left -= PANEL, in += p.in_panel) {
-#pragma GCC unroll 4
+        if (fetched < R) {
+            fetch(fetched, fetched + at_a_time < R ? fetched + at_a_time : R);
+            fetched += at_a_time;
+        }
+#pragma GCC unroll 2
         for (int k = 0; k < PANEL; ++k) step(k);
     }
     for (int k = 0; k < left; ++k) step(k);
     for (int u = 0; u < U; ++u) {
         const int64_t panel = (first_unit + u) / UNITS_OF_PANEL, column = (first_unit + u) % UNITS_OF_PANEL * UNIT;
         float* out = p.out + panel * p.out_panel + column;
+        if (p.times) {
+            const float* times = p.times + panel * p.out_panel + column;
+            for (int r = 0; r < R; ++r)
+                for (int v = 0; v < 2; ++v) sums[r][2 * u + v] *= load(times + r * PANEL + v * W);
+        }
         for (int r = 0; r < R; ++r) {
             store(out + r * PANEL, sums[r][2 * u]);
             store(out + r * PANEL + W, sums[r][2 * u + 1]);

@@ -8,39 +8,53 @@ namespace dql {
 namespace DQL_VARIANT {
 
 constexpr int OUTER_ROWS = 128;                  // of both panels at a time: 32 KB, the L1 cache
-constexpr int OUTER_COLUMNS = W == 16 ? 8 : 4;   // of `a` at a time, times UNIT columns of `b`, in registers
+constexpr int OUTER_COLUMNS = W == 16 ? 12 : 6;  // of `a` at a time, times UNIT columns of `b`, in registers
 
-// total[j][i] += sum over rows of a[row][j] b[row][i], for OUTER_COLUMNS j and UNIT i
-static inline void outer_block(const float* a, const float* b, int64_t rows, float* total) {
-    Vec sums[OUTER_COLUMNS][2];
-    for (int j = 0; j < OUTER_COLUMNS; ++j)
+// total[j][i] += sum over rows of a[row][j] b[row][i], for C columns j and UNIT i
+template <int C>
+static __attribute__((noinline)) void outer_block(const float* a, const float* b, int64_t rows, float* total) {
+    Vec sums[C][2];
+    for (int j = 0; j < C; ++j)
         for (int v = 0; v < 2; ++v) sums[j][v] = load(total + j * PANEL + v * W);
 #pragma GCC unroll 2
     for (int64_t r = 0; r < rows; ++r) {
         const Vec b0 = load(b + r * PANEL), b1 = load(b + r * PANEL + W);
-        for (int j = 0; j < OUTER_COLUMNS; ++j) {
+        for (int j = 0; j < C; ++j) {
             const Vec x = broadcast(a[r * PANEL + j]);
             sums[j][0] += x * b0;
             sums[j][1] += x * b1;
         }
     }
-    for (int j = 0; j < OUTER_COLUMNS; ++j)
+    for (int j = 0; j < C; ++j)
         for (int v = 0; v < 2; ++v) store(total + j * PANEL + v * W, sums[j][v]);
+}
+
+// The same for `columns` of a and `width` of b: C at a time as long as that fits, then the rest.
+template <int C>
+static inline void outer_columns(const float* a, const float* b, int64_t rows, int columns, int width, float* total) {
+    for (; columns >= C; columns -= C, a += C, total += C * PANEL)
+        for (int i = 0; i < width; i += UNIT) outer_block<C>(a, b + i, rows, total + i);
+    if constexpr (C > 1) {
+        if (columns) outer_columns<C - 1>(a, b, rows, columns, width, total);
+    }
 }
 
 static void outer(const OuterJob& job) {
     alignas(64) float total[PANEL * PANEL] = {};
-    for (int64_t row = 0; row < job.rows; row += OUTER_ROWS) {
-        const int64_t rows = job.rows - row < OUTER_ROWS ? job.rows - row : OUTER_ROWS;
-        for (int j = 0; j < job.valid_a; j += OUTER_COLUMNS)
-            for (int i = 0; i < job.valid_b; i += UNIT)
-                outer_block(job.a + row * PANEL + j, job.b + row * PANEL + i, rows, total + j * PANEL + i);
-    }
-    for (int j = 0; j < job.valid_a; ++j)
-        for (int i = 0; i < job.valid_b; ++i) {
-            float* out = job.out + j * job.stride_a + i * job.stride_b;
-            *out = job.accumulate ? *out + total[j * PANEL + i] : total[j * PANEL + i];
+    for (int64_t row = 0; row < job.rows; row += OUTER_ROWS)
+        outer_columns<OUTER_COLUMNS>(job.a + row * PANEL, job.b + row * PANEL,
+                                     job.rows - row < OUTER_ROWS ? job.rows - row : OUTER_ROWS, job.valid_a,
+                                     job.valid_b, total);
+    for (int j = 0; j < job.valid_a; ++j) {
+        float* out = job.out + j * job.stride_a;
+        const float* from = total + j * PANEL;
+        if (job.stride_b == 1 && job.valid_b == PANEL) {
+            for (int i = 0; i < PANEL; i += W)
+                store(out + i, job.accumulate ? load(out + i) + load(from + i) : load(from + i));
+        } else {
+            for (int i = 0; i < job.valid_b; ++i, out += job.stride_b) *out = job.accumulate ? *out + from[i] : from[i];
         }
+    }
 }
 
 static void column_sums(const float* panel, int64_t rows, float* out, bool accumulate) {

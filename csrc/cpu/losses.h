@@ -17,7 +17,6 @@ static void bc_tile(const BcJob& job, int64_t first_row, int rows, float* scratc
     float *out = arena.take(size), *noise = arena.take(size), *target = arena.take(size);
     float* states = arena.take(panels(t.S) * panel);
     float* part = arena.take(wide);
-    float* spare = arena.take(wide);
     int32_t index[MAX_ROWS];
     gather_states(job.states, t.S, 1, first_row, rows, states, index);
     state_part(t, states, rows, nullptr, part);
@@ -55,7 +54,7 @@ static void bc_tile(const BcJob& job, int64_t first_row, int rows, float* scratc
             }
         job.row_loss[first_row + r] = loss;
     }
-    trunk_backward(t, rows, saved, first_row, nullptr, 0, spare);
+    trunk_backward(t, rows, saved, first_row, nullptr, 0);
 }
 
 static void critic_tile(const CriticJob& job, int64_t first_row, int rows, float* scratch) {
@@ -84,7 +83,7 @@ static void critic_tile(const CriticJob& job, int64_t first_row, int rows, float
         for (int c = 0; c < PANEL; ++c) d[c] = 0.0f;
         d[0] = job.target_q ? 2.0f / (float)job.R * (q[r * PANEL] - job.target_q[first_row + r]) : 1.0f;
     }
-    trunk_backward(t, rows, *saved, first_row, job.d_actions ? d_x : nullptr, panel, spare);
+    trunk_backward(t, rows, *saved, first_row, job.d_actions ? d_x : nullptr, panel);
     if (job.d_actions) from_panels(d_x, panel, rows, A, job.d_actions + first_row * A);
 }
 

@@ -18,15 +18,20 @@ static void pack_columns(const float* in, int64_t stride, int64_t columns, int64
             const int64_t ks = K - k < 16 ? K - k : 16;
             float* to = out + k * width;
             int64_t c = 0;
-            for (; c < valid; ++c) {
-                const float* row = in + (first + c) * stride + k;
-                if (ks == 16) {
-#pragma GCC unroll 16
-                    for (int i = 0; i < 16; ++i) to[i * width + c] = row[i];
-                } else {
-                    for (int64_t i = 0; i < ks; ++i) to[i * width + c] = row[i];
+            for (; c + W <= valid; c += W) {
+                const float* rows = in + (first + c) * stride + k;
+                int64_t i = 0;
+                for (; i + 4 <= ks; i += 4) {
+                    Vec quads[4];
+                    for (int j = 0; j < 4; ++j) quads[j] = load_quads(rows + j * stride + i, 4 * stride);
+                    transpose_blocks(quads);
+                    for (int j = 0; j < 4; ++j) store(to + (i + j) * width + c, quads[j]);
                 }
+                for (; i < ks; ++i)
+                    for (int j = 0; j < W; ++j) to[i * width + c + j] = rows[j * stride + i];
             }
+            for (; c < valid; ++c)
+                for (int64_t i = 0; i < ks; ++i) to[i * width + c] = in[(first + c) * stride + k + i];
             for (; c < width; ++c)
                 for (int64_t i = 0; i < ks; ++i) to[i * width + c] = 0.0f;
         }
@@ -164,9 +169,6 @@ struct Layer {
     Product product;
     int activation;     // of the result, or -1
     float* slope;       // its derivative, panels as `out`; or null
-    const float* times; // instead of an activation: a factor, panels of `times_panel`; or null
-    float* product_to;  // ... and where the product with it goes, which may be `times` itself
-    int64_t times_panel;
 };
 
 struct RunUnits {
@@ -188,16 +190,10 @@ struct RunLayer {
         for (int64_t panel = 0; panel < P; panel += TOGETHER) {
             const int64_t count = P - panel < TOGETHER ? P - panel : TOGETHER;
             in_groups<R, units(R)>(panel * UNITS_OF_PANEL, count * UNITS_OF_PANEL, RunUnits{p});
-            for (int64_t q = panel; q < panel + count; ++q) {
-                float* out = p.out + q * p.out_panel;
-                if (layer.activation >= 0)
-                    activate(layer.activation, out, layer.slope ? layer.slope + q * p.out_panel : nullptr, R * PANEL);
-                if (layer.times) {
-                    const float* times = layer.times + q * layer.times_panel;
-                    float* to = layer.product_to + q * layer.times_panel;
-                    for (int i = 0; i < R * PANEL; i += W) store(to + i, load(out + i) * load(times + i));
-                }
-            }
+            if (layer.activation < 0) continue;
+            for (int64_t q = panel; q < panel + count; ++q)
+                activate(layer.activation, p.out + q * p.out_panel,
+                         layer.slope ? layer.slope + q * p.out_panel : nullptr, R * PANEL);
         }
     }
 };
@@ -291,6 +287,7 @@ static inline void trunk_forward(const Trunk& t, int rows, const float* x, int64
                      base, base_panel, base_row, places.hidden[0], places.panel};
     first.activation = t.activation;
     first.slope = places.slope[0];
+    first.product.fetch = places.slope[0];
     run_layer(first, rows, t.P);
 #if defined(__AVX512BF16__)
     if (rounded) {
@@ -329,15 +326,15 @@ static inline void trunk_forward(const Trunk& t, int rows, const float* x, int64
         layer.product.out_panel = places.panel;
         layer.activation = t.activation;
         layer.slope = places.slope[l];
+        layer.product.fetch = places.slope[l];
         run_layer(layer, rows, t.P);
     }
     dot(places.hidden[t.L - 1], places.panel, rows, t.out_weight, t.P, t.out_bias, t.O, out, out_panel);
 }
 
 // d_out, rows `row` .. of saved.d_out, -> saved.d_z of all layers, and d_x [panels(X)][rows][32] unless null.
-// scratch: P * rows * 32, since d_z may lie where the slope is read.
 static inline void trunk_backward(const Trunk& t, int rows, const Saved& saved, int64_t row, float* d_x,
-                                  int64_t d_x_panel, float* scratch) {
+                                  int64_t d_x_panel) {
     const int64_t panel = saved.rows * PANEL, at = row * PANEL;
     for (int l = t.L - 1; l >= 0; --l) {
         const bool last = l == t.L - 1;
@@ -347,12 +344,10 @@ static inline void trunk_backward(const Trunk& t, int rows, const Saved& saved, 
         layer.product.K = last ? t.O : t.P * PANEL;
         layer.product.weight = last ? t.out_weight_t : t.hidden_weight_t[l];
         layer.product.P = t.P;
-        layer.product.out = scratch;
-        layer.product.out_panel = rows * PANEL;
+        layer.product.out = saved.d_z[l] + at;
+        layer.product.out_panel = panel;
+        layer.product.times = layer.product.fetch = saved.slope[l] + at;
         layer.activation = -1;
-        layer.times = saved.slope[l] + at;
-        layer.product_to = saved.d_z[l] + at;
-        layer.times_panel = panel;
         run_layer(layer, rows, t.P);
     }
     if (d_x) dot(saved.d_z[0] + at, panel, rows, t.x_weight_t, t.P, nullptr, t.X, d_x, d_x_panel);

@@ -96,6 +96,22 @@ DQL_INLINE Vec square_root(Vec v) {
 #endif
 }
 
+// Four floats from each of p, p + stride, ...
+DQL_INLINE Vec load_quads(const float* p, int64_t stride) {
+#if defined(__AVX512F__)
+    const Vec first = _mm512_maskz_broadcast_f32x4((__mmask16)-1, _mm_loadu_ps(p));
+    const Vec two = _mm512_mask_broadcast_f32x4(first, 0x00f0, _mm_loadu_ps(p + stride));
+    const Vec three = _mm512_mask_broadcast_f32x4(two, 0x0f00, _mm_loadu_ps(p + 2 * stride));
+    return _mm512_mask_broadcast_f32x4(three, 0xf000, _mm_loadu_ps(p + 3 * stride));
+#elif defined(__AVX2__)
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride), 1);
+#else
+    Vec v;
+    for (int i = 0; i < W; ++i) v[i] = p[i / 4 * stride + i % 4];
+    return v;
+#endif
+}
+
 // Transposes every 4 x 4 block: lane 4 g + j of v[i] and lane 4 g + i of v[j] change places.
 DQL_INLINE void transpose_blocks(Vec v[4]) {
 #if defined(__SSE__)
