@@ -166,13 +166,11 @@ def test_results_that_cannot_be_are_refused(line, settings, tmp_path):
 
 
 def test_an_evaluation_that_failed_in_training_is_done_again(settings, tmp_path, monkeypatch):
-    from dql import loop
-
     whole = cells_of("steps", (2,), settings, tmp_path / "whole")[2, 0]
     finish(whole, QUIET)
     cell = cells_of("steps", (2,), settings, tmp_path / "failed")[2, 0]
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "evaluate", lambda *_, **__: 1 / 0)
+        patch.setattr("dql.session.evaluate_all", lambda agents, *_, **__: [ZeroDivisionError()] * len(agents))
         complete(cell.run, console=QUIET)
     assert np.isnan(read_rows(RunDir(cell.folder).evaluations_path)[-1]["return_mean"])
     finish(cell, QUIET)
