@@ -186,6 +186,8 @@ def _train(runs: Sequence[RunConfig], dataset: TransitionDataset | None, console
             # each draws rows of its own from what it shares with the others
             name, kind = _name(run, runs), Loop if writes else Following
             loops.append(kind(run, folder, copy.copy(data), info, agent, console, origin, name=name))
+        if shard is not None:
+            shard.check_same(loops[0].config, loops[0].agent, fingerprint)
         with _all_or_none(folders if writes else []):
             for loop in loops if writes else ():
                 described = _describe(loop.config, data, info, fingerprint, each, in_memory=dataset is not None)
@@ -349,8 +351,8 @@ def _resume(
             _last_checkpoint(folder, run, data, info, fingerprint, device)
             for folder, run in zip(folders, runs, strict=True)
         ]
-        if shard is not None:
-            shard.wait()  # before the first process changes what the others read
+        if shard is not None:  # before the first process changes what the others read
+            shard.check_same(runs[0], found[0][0], fingerprint)
         loops = []
         for run, folder, written, (agent, state) in zip(runs, folders, all_written, found, strict=True):
             in_memory = bool(written["dataset"].get("in_memory"))
