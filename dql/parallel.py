@@ -215,6 +215,7 @@ class ShardedUpdate:
         """
         agent, shard = self.agent, self.shard
         batch = checked_batch(batch, agent.policy)
+        agent.check_optimizers()
         seeds = UpdateSeeds.of(agent.config.seed, agent.step)
         whole = draws_of(agent, seeds, len(batch.states) * shard.size)
         draws = Draws(**vars(whole) | {"t": shard.part(whole.t), "shard": shard})

@@ -63,6 +63,7 @@ class GraphedUpdate:
     def _prepare(self, agent: DiffusionBC | DiffusionQL, batch_size: int) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a positive integer, got {shown(batch_size)}")
+        agent.check_optimizers()
         self.agent, self.batch_size = agent, batch_size
         S, A, device, dtype = agent.policy.state_dim, agent.policy.action_dim, agent.device, agent.policy.dtype
         with torch.inference_mode(False):

@@ -78,6 +78,7 @@ def advance(
     """
     jobs = []
     for agent, own, n in zip(agents, data, counts, strict=True):
+        agent.check_optimizers()
         rows = own.rows(agent.config.batch_size, agent.config.seed, agent.step)[:n]
         own.fetch(rows.reshape(-1))
         seeds = _seeds(agent.config.seed, agent.step, len(rows))

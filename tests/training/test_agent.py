@@ -2,6 +2,7 @@
 
 import json
 import math
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -513,3 +514,15 @@ def test_a_batch_with_a_graph_is_data():
 def test_an_unknown_backend_is_refused_at_once():
     with pytest.raises(ValueError, match="unknown backend 'tritn'"):
         dql.DiffusionQL(3, 2, dql.Config(backend="tritn"))
+
+
+@pytest.mark.parametrize("algorithm", ["diffusion-ql", "diffusion-bc", "td3-bc", "iql", "bc"])
+def test_a_network_in_anothers_place_is_refused(algorithm):
+    """Its optimizer would have gone on with the one before: metrics that look well, and nothing is learnt."""
+    agent = make_agent(S, A, CONFIG.of(algorithm), dtype=torch.float64)
+    agent.update(make_batch(0))
+    at, name = (agent.policy, "denoiser") if hasattr(agent, "policy") else (agent, "actor")
+    setattr(at, name, deepcopy(getattr(at, name)))
+    with pytest.raises(RuntimeError, match="the agent's actor was replaced"):
+        agent.update(make_batch(1))
+    assert agent.step == 1
