@@ -15,6 +15,7 @@ from support.cases import TOLERANCES, assert_close
 import dql
 from dql.agents.registry import make_agent
 from dql.backend.eager import EagerBackend
+from dql.schedule import NoiseSchedule
 from dql.update import update_actor, update_critic
 
 Tensor = torch.Tensor
@@ -526,3 +527,23 @@ def test_a_network_in_anothers_place_is_refused(algorithm):
     with pytest.raises(RuntimeError, match="the agent's actor was replaced"):
         agent.update(make_batch(1))
     assert agent.step == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("schedule", NoiseSchedule("linear", 3)), ("max_action", 0.25), ("predict_epsilon", False)],
+    ids=["schedule", "max_action", "predict_epsilon"],
+)
+@pytest.mark.parametrize("policy", ["policy", "ema_policy"])
+def test_actors_of_two_kinds_are_the_same_in_native_code(policy, name, value, runs_here):
+    """The native update has one table for both chains: where each has its own, it is another path's."""
+    runs_here("cpp")
+    found = {}
+    for backend in ("eager", "cpp"):
+        agent = dql.DiffusionQL(S, A, replace(CONFIG, backend=backend))
+        setattr(getattr(agent, policy), name, value)
+        batch = make_batch(0)
+        batch = dql.Batch(*(tensor.float() for tensor in vars(batch).values()))
+        found[backend] = agent.update(batch)
+    for metric in ("critic/target_q", "actor/q_loss", "actor/bc_loss"):
+        torch.testing.assert_close(found["cpp"][metric], found["eager"][metric], rtol=1e-4, atol=1e-5, msg=metric)
