@@ -26,7 +26,7 @@ from dql.config import DIFFUSION, RunConfig
 from dql.data import SHARE, DatasetError, DatasetInfo, TransitionDataset, load_dataset
 from dql.evaluate import make_limited
 from dql.loop import Following, Loop, LoopState, RunResult, TrainingDivergedError, log_owed
-from dql.parallel import first_alone, sharded
+from dql.parallel import first_alone, processes, sharded
 from dql.rundir import RunDir, RunError, drop_rows_after
 from dql.session import SeedsFailedError, Session
 from dql.terminal import make_console
@@ -438,8 +438,10 @@ def complete(run: RunConfig, *, console: Console | None = None) -> tuple[Agent, 
         the agent, and the name of the signal that ended the run early, or None.
 
     Raises:
-        RunError: the folder holds a run of another config; and as `train`.
+        RunError: the folder holds a run of another config, or it is one of several processes; and as `train`.
     """
+    if processes() > 1:  # what one finds in the folder, another may have written meanwhile
+        raise RunError("several processes share a run of `dql train`, and nothing else; start one")
     folder = RunDir(run.run_dir or default_run_dir(run))
     if not folder.config_path.exists():
         result = train(run, console=console)

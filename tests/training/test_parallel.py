@@ -13,6 +13,7 @@ from dql.agents.registry import load
 from dql.config import RunConfig
 from dql.parallel import sharded
 from dql.rundir import RunDir, RunError, read_rows
+from dql.train import complete
 
 
 @pytest.fixture
@@ -137,3 +138,8 @@ def test_a_process_group_of_somebody_else_is_left_alone(of_two, monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     with pytest.raises(RunError, match="in a process group"):
         sharded([RunConfig("d", device="cuda")]).__enter__()
+
+
+def test_several_processes_share_nothing_but_a_run_of_train(of_two):
+    with pytest.raises(RunError, match="start one"):
+        complete(RunConfig("d", device="cpu"))
