@@ -45,6 +45,9 @@ class Cloner(Protocol):
     def trained(self) -> list[str]:
         """Names of those that have an optimizer."""
 
+    def check_optimizers(self) -> None:
+        """Raises RuntimeError for a network that was put in another's place."""
+
     def lr_scale(self, step: int | None = None) -> float:
         """Factor of the learning rates at this or another step."""
 

@@ -5,6 +5,8 @@ which it computes its rows. The flat gradient of each network is averaged over t
 all take the same step: a run is that of one process with the same batch, to rounding.
 """
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -59,8 +61,7 @@ class Shard:
 
     def wait(self) -> None:
         """For all processes to come as far as this."""
-        with _together():
-            dist.barrier()
+        self.agree(0, stop=False)
 
     def agree(self, count: int, stop: bool) -> tuple[int, bool]:
         """(The least count of all processes, whether one wants to stop)."""
@@ -69,6 +70,40 @@ class Shard:
             dist.all_reduce(told, dist.ReduceOp.MIN)
         least, wanted = told.tolist()
         return least, wanted < 0
+
+    def check_same(self, run: RunConfig, agent: Agent, fingerprint: str) -> None:
+        """Also waits for all processes to come as far as this.
+
+        Raises:
+            RunError: in all of them, for two that would drift apart or wait for each other in vain.
+        """
+        settings = {name: value for name, value in run.to_dict().items() if name not in _OF_A_PROCESS}
+        digests = {
+            "settings": _digest(json.dumps(settings, sort_keys=True, default=str).encode()),
+            "datasets": _digest(fingerprint.encode()),
+            "updates done": agent.step,
+            "networks and optimizers": _digest(
+                *(tensor.detach().cpu().contiguous().numpy().data for tensor in agent.tensors().values())
+            ),
+        }
+        own = torch.tensor(list(digests.values()), device=self.device)
+        least_and_most = torch.stack([own, -own])
+        with _together():
+            dist.all_reduce(least_and_most, dist.ReduceOp.MIN)
+        for name, least, most in zip(digests, *least_and_most.tolist(), strict=True):
+            if least != -most:
+                raise RunError(f"the processes of this run differ in their {name}; start all of them alike")
+
+
+_OF_A_PROCESS = ("run_dir", "device", "data_on")  # what changes nothing that is computed
+
+
+def _digest(*parts: bytes | memoryview) -> int:
+    """A number that int64 holds, and its negative too."""
+    digest = hashlib.blake2b(digest_size=7)
+    for part in parts:
+        digest.update(part)
+    return int.from_bytes(digest.digest(), "big")
 
 
 @contextmanager
@@ -115,20 +150,29 @@ def sharded(runs: Sequence[RunConfig]) -> Iterator[Shard | None]:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = run.device.startswith("cuda") or (run.device == "auto" and torch.cuda.is_available())
     if on_gpu and local >= torch.cuda.device_count():
+        here = os.environ.get("LOCAL_WORLD_SIZE", size)
         raise RunError(
-            f"there are {torch.cuda.device_count()} GPUs for {size} processes; start one process a GPU, or give "
+            f"there are {torch.cuda.device_count()} GPUs for {here} processes; start one process a GPU, or give "
             "--device cpu"
+        )
+    if dist.is_initialized():
+        raise RunError(
+            "this process is in a process group of torch.distributed already, and a run of several makes its own; end "
+            "that one first, or unset TORCHELASTIC_RUN_ID to train in this process alone"
         )
     device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_PATIENCE)
+    together = False
     try:
         shard = Shard(dist.get_rank(), size, device)
         yield shard
         shard.wait()  # they leave together: who went first would take a connection from the others
+        together = True
     finally:
-        dist.destroy_process_group()
+        if together or not on_gpu:  # NCCL's is ended by all at once: one that fails would wait for the others for hours
+            dist.destroy_process_group()
 
 
 @contextmanager
@@ -171,6 +215,7 @@ class ShardedUpdate:
         """
         agent, shard = self.agent, self.shard
         batch = checked_batch(batch, agent.policy)
+        agent.check_optimizers()
         seeds = UpdateSeeds.of(agent.config.seed, agent.step)
         whole = draws_of(agent, seeds, len(batch.states) * shard.size)
         draws = Draws(**vars(whole) | {"t": shard.part(whole.t), "shard": shard})

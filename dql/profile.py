@@ -21,6 +21,8 @@ from dql.config import RunConfig
 from dql.data import TransitionDataset
 from dql.ensemble import takes_blocks
 from dql.kernels.cpp import binding
+from dql.parallel import processes
+from dql.rundir import RunError
 from dql.staging import batches_on
 from dql.train import prepare, torch_threads
 from dql.update_graphed import GraphedUpdate
@@ -85,10 +87,13 @@ def profile(run: RunConfig, path: str | os.PathLike[str], updates: int = 100) ->
 
     Raises:
         ValueError: no updates.
+        RunError: it is one of several processes.
         CheckpointError: the file cannot be written. Else as `dql.train.train`.
     """
     if updates < 1:
         raise ValueError(f"updates must be at least 1, got {updates}")
+    if processes() > 1:
+        raise RunError("--profile measures an update of one process, and these are several; start one")
     path = Path(path)
     write_atomically(path, b"{}")  # so that a file that cannot be written costs no time
     agent, data = prepare(run)

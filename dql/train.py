@@ -26,7 +26,7 @@ from dql.config import DIFFUSION, RunConfig
 from dql.data import SHARE, DatasetError, DatasetInfo, TransitionDataset, load_dataset
 from dql.evaluate import make_limited
 from dql.loop import Following, Loop, LoopState, RunResult, TrainingDivergedError, log_owed
-from dql.parallel import first_alone, sharded
+from dql.parallel import first_alone, processes, sharded
 from dql.rundir import RunDir, RunError, drop_rows_after
 from dql.session import SeedsFailedError, Session
 from dql.terminal import make_console
@@ -186,6 +186,8 @@ def _train(runs: Sequence[RunConfig], dataset: TransitionDataset | None, console
             # each draws rows of its own from what it shares with the others
             name, kind = _name(run, runs), Loop if writes else Following
             loops.append(kind(run, folder, copy.copy(data), info, agent, console, origin, name=name))
+        if shard is not None:
+            shard.check_same(loops[0].config, loops[0].agent, fingerprint)
         with _all_or_none(folders if writes else []):
             for loop in loops if writes else ():
                 described = _describe(loop.config, data, info, fingerprint, each, in_memory=dataset is not None)
@@ -349,8 +351,8 @@ def _resume(
             _last_checkpoint(folder, run, data, info, fingerprint, device)
             for folder, run in zip(folders, runs, strict=True)
         ]
-        if shard is not None:
-            shard.wait()  # before the first process changes what the others read
+        if shard is not None:  # before the first process changes what the others read
+            shard.check_same(runs[0], found[0][0], fingerprint)
         loops = []
         for run, folder, written, (agent, state) in zip(runs, folders, all_written, found, strict=True):
             in_memory = bool(written["dataset"].get("in_memory"))
@@ -436,8 +438,10 @@ def complete(run: RunConfig, *, console: Console | None = None) -> tuple[Agent, 
         the agent, and the name of the signal that ended the run early, or None.
 
     Raises:
-        RunError: the folder holds a run of another config; and as `train`.
+        RunError: the folder holds a run of another config, or it is one of several processes; and as `train`.
     """
+    if processes() > 1:  # what one finds in the folder, another may have written meanwhile
+        raise RunError("several processes share a run of `dql train`, and nothing else; start one")
     folder = RunDir(run.run_dir or default_run_dir(run))
     if not folder.config_path.exists():
         result = train(run, console=console)

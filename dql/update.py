@@ -29,6 +29,7 @@ def update(agent: Cloner, batch: Batch) -> dict[str, Tensor]:
         scalar tensors by name, still on the device.
     """
     batch = checked_batch(batch, agent.policy)
+    agent.check_optimizers()
     seeds = UpdateSeeds.of(agent.config.seed, agent.step)
     backend = backend_for(batch.states, agent.policy, agent.config.backend)
     if update_native.runs_natively(agent, backend):

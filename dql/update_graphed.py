@@ -63,6 +63,7 @@ class GraphedUpdate:
     def _prepare(self, agent: DiffusionBC | DiffusionQL, batch_size: int) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a positive integer, got {shown(batch_size)}")
+        agent.check_optimizers()
         self.agent, self.batch_size = agent, batch_size
         S, A, device, dtype = agent.policy.state_dim, agent.policy.action_dim, agent.device, agent.policy.dtype
         with torch.inference_mode(False):
@@ -92,7 +93,7 @@ class GraphedUpdate:
             [dict(owner.kept) for owner in owners],
             [flat.grad for flat in self._flats],
         )
-        self._moments = agent.moments()
+        self._moments, self._chains = agent.moments(), _chains(agent)
 
     def _body(self) -> dict[str, Tensor]:
         """What is recorded: everything that it reads of an update lies in `_numbers` and `_batch`."""
@@ -152,7 +153,8 @@ class GraphedUpdate:
 
         Raises:
             ValueError: a batch of another size, dtype or device.
-            RuntimeError: a network was moved or cast, or an optimizer loaded, after the recording.
+            RuntimeError: a network was moved or cast, a policy's schedule, bound or prediction changed, or an optimizer
+                loaded, after the recording.
         """
         agent = self.agent
         batch = checked_batch(batch, agent.policy)
@@ -198,6 +200,11 @@ class GraphedUpdate:
                 "an optimizer of the agent was loaded or replaced after its update was recorded, and the graph has the "
                 "old one; make a new GraphedUpdate"
             )
+        if _chains(agent) != self._chains:
+            raise RuntimeError(
+                "the schedule, bound or prediction of the agent's policy was changed after its update was recorded; "
+                "record it anew"
+            )
 
     def _run(self) -> dict[str, Tensor]:
         self._replay()
@@ -205,6 +212,12 @@ class GraphedUpdate:
             torch.autograd.graph.increment_version(flat)
         self.agent.step += 1
         return self._metrics
+
+
+def _chains(agent: DiffusionBC | DiffusionQL) -> list[tuple[object, ...]]:
+    """What the chains are beside their denoisers: numbers that a graph holds."""
+    policies = (agent.policy, getattr(agent, "ema_policy", agent.policy))
+    return [(policy.schedule, policy.max_action, policy.predict_epsilon) for policy in policies]
 
 
 def record(body: Callable[[], dict[str, Tensor]], agent: DiffusionBC) -> tuple[Callable[[], None], dict[str, Tensor]]:

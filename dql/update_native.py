@@ -26,8 +26,12 @@ Tensor = torch.Tensor
 
 
 def runs_natively(agent: Cloner, backend: Backend) -> bool:
-    """Whether the backend is "cpp" and nothing of the agent is frozen: autograd would leave that alone."""
+    """Whether the backend is "cpp", nothing of the agent is frozen (autograd would leave that alone), and both actors'
+    chains are of one kind, for which the native update has one table and one bound."""
     if not isinstance(backend, CppBackend):
+        return False
+    actor, average = agent.policy, getattr(agent, "ema_policy", agent.policy)
+    if any(getattr(actor, name) != getattr(average, name) for name in _OF_A_CHAIN):
         return False
     modules, trained = agent.modules(), agent.trained()
     for name, module in modules.items():
@@ -78,6 +82,7 @@ def advance(
     """
     jobs = []
     for agent, own, n in zip(agents, data, counts, strict=True):
+        agent.check_optimizers()
         rows = own.rows(agent.config.batch_size, agent.config.seed, agent.step)[:n]
         own.fetch(rows.reshape(-1))
         seeds = _seeds(agent.config.seed, agent.step, len(rows))
@@ -112,6 +117,7 @@ def names(agent: Cloner) -> tuple[str, ...]:
     return _LEARNT if type(agent).update_natively is learn else _CLONED
 
 
+_OF_A_CHAIN = ("schedule", "max_action", "predict_epsilon")  # beside its denoiser
 _CLONED = ("actor/bc_loss", "actor/grad_norm")
 _LEARNT = (
     "critic/loss",

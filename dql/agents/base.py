@@ -198,6 +198,17 @@ class Agent(ABC):
         """Names of the networks that have an optimizer."""
         return [name.removesuffix("_adam") for name in self._optimizers()]
 
+    def check_optimizers(self) -> None:
+        """Raises RuntimeError for a network that was put in another's place: its optimizer would go on with that."""
+        modules = self.modules()
+        for name, optimizer in self._optimizers().items():
+            network = name.removesuffix("_adam")
+            if optimizer.module is not modules[network]:
+                raise RuntimeError(
+                    f"the agent's {network} was replaced, and its optimizer has the one before: nothing would "
+                    "be learnt; load parameters into the network that is there (load_state_dict) instead"
+                )
+
     def tensors(self) -> dict[str, Tensor]:
         """Everything an exact continuation needs, beside the config and the step."""
         tensors: dict[str, Tensor] = {}

@@ -55,6 +55,7 @@ class BC(Agent):
             scalar tensors by name, still on the device: `actor/bc_loss`, `actor/grad_norm`.
         """
         batch = checked_batch(batch, self)
+        self.check_optimizers()
         loss = self._loss(batch.states, batch.actions)
         norm = self.actor_adam.step(loss, self.lr_scale())
         self.step += 1

@@ -85,6 +85,7 @@ class IQL(Agent):
             `actor/bc_loss` (-log pi(a | s), unweighted), `actor/grad_norm`.
         """
         c, batch = self.config, checked_batch(batch, self)
+        self.check_optimizers()
         with torch.no_grad():
             q = self.critic_target.q_min(batch.states, batch.actions)  # [B]
 

@@ -108,6 +108,7 @@ class TD3BC(Agent):
             `critic/grad_norm`, `actor/loss`, `actor/bc_loss`, `actor/q_loss`.
         """
         c, batch = self.config, checked_batch(batch, self)
+        self.check_optimizers()
         states, next_states = self._standard(batch.states), self._standard(batch.next_states)
         y = self._target(batch, next_states)
         q1, q2 = self.critic(states, batch.actions)

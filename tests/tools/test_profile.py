@@ -8,6 +8,7 @@ import torch
 from dql.config import Config, RunConfig
 from dql.kernels.cpp.binding import PHASES
 from dql.profile import profile
+from dql.rundir import RunError
 
 SMALL = {"hidden_dim": 32, "num_hidden": 2, "batch_size": 32}
 
@@ -60,3 +61,12 @@ def test_the_command(dql, pendulum, tmp_path):
     done = dql(*flags, "--profile", tmp_path / "t.json")
     assert done.code == 0, done.err
     assert "an update takes" in done.out and "perfetto" in done.out
+
+
+def test_one_of_several_processes_is_refused(tmp_path, monkeypatch):
+    """It would measure the update of one, and all would write one file."""
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RunError, match="measures an update of one process"):
+        profile(RunConfig("d"), tmp_path / "trace.json")
+    assert not (tmp_path / "trace.json").exists()

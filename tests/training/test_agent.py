@@ -2,6 +2,7 @@
 
 import json
 import math
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from support.cases import TOLERANCES, assert_close
 import dql
 from dql.agents.registry import make_agent
 from dql.backend.eager import EagerBackend
+from dql.schedule import NoiseSchedule
 from dql.update import update_actor, update_critic
 
 Tensor = torch.Tensor
@@ -513,3 +515,35 @@ def test_a_batch_with_a_graph_is_data():
 def test_an_unknown_backend_is_refused_at_once():
     with pytest.raises(ValueError, match="unknown backend 'tritn'"):
         dql.DiffusionQL(3, 2, dql.Config(backend="tritn"))
+
+
+@pytest.mark.parametrize("algorithm", ["diffusion-ql", "diffusion-bc", "td3-bc", "iql", "bc"])
+def test_a_network_in_anothers_place_is_refused(algorithm):
+    """Its optimizer would have gone on with the one before: metrics that look well, and nothing is learnt."""
+    agent = make_agent(S, A, CONFIG.of(algorithm), dtype=torch.float64)
+    agent.update(make_batch(0))
+    at, name = (agent.policy, "denoiser") if hasattr(agent, "policy") else (agent, "actor")
+    setattr(at, name, deepcopy(getattr(at, name)))
+    with pytest.raises(RuntimeError, match="the agent's actor was replaced"):
+        agent.update(make_batch(1))
+    assert agent.step == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("schedule", NoiseSchedule("linear", 3)), ("max_action", 0.25), ("predict_epsilon", False)],
+    ids=["schedule", "max_action", "predict_epsilon"],
+)
+@pytest.mark.parametrize("policy", ["policy", "ema_policy"])
+def test_actors_of_two_kinds_are_the_same_in_native_code(policy, name, value, runs_here):
+    """The native update has one table for both chains: where each has its own, it is another path's."""
+    runs_here("cpp")
+    found = {}
+    for backend in ("eager", "cpp"):
+        agent = dql.DiffusionQL(S, A, replace(CONFIG, backend=backend))
+        setattr(getattr(agent, policy), name, value)
+        batch = make_batch(0)
+        batch = dql.Batch(*(tensor.float() for tensor in vars(batch).values()))
+        found[backend] = agent.update(batch)
+    for metric in ("critic/target_q", "actor/q_loss", "actor/bc_loss"):
+        torch.testing.assert_close(found["cpp"][metric], found["eager"][metric], rtol=1e-4, atol=1e-5, msg=metric)

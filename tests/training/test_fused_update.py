@@ -15,6 +15,7 @@ from dql.backend.registry import of_gpus, registry
 from dql.data import DatasetInfo
 from dql.kernels.cuda import binding
 from dql.sampler import backend_for
+from dql.schedule import NoiseSchedule
 from dql.update_graphed import GraphedUpdate
 
 Tensor = torch.Tensor
@@ -219,6 +220,22 @@ def test_launches_of_a_recorded_update(runs_here, monkeypatch):
     for _ in range(2):  # with and without an average
         assert counted(lambda: update.update_from(data)) == (beginning | QL, {"add": 1})
     assert counted(lambda: update.update(batch)) == (beginning | QL, {"add": 1})
+
+
+@pytest.mark.parametrize("policy", ["policy", "ema_policy"])
+@pytest.mark.parametrize(("name", "value"), [("schedule", NoiseSchedule("linear", 3)), ("max_action", 0.25)])
+def test_a_chain_changed_after_the_recording_is_refused(policy, name, value, monkeypatch):
+    """The graph has the numbers of the one before, and would go on with them."""
+    monkeypatch.setattr(update_graphed, "record", lambda body, agent: (body, body()))
+    monkeypatch.setattr(GraphedUpdate, "__init__", GraphedUpdate._prepare)
+    agent = dql.DiffusionQL(3, 2, dql.Config(backend="eager", hidden_dim=8, num_hidden=1))
+    batch = dql.Batch(*(torch.zeros(shape) for shape in ((4, 3), (4, 2), (4,), (4, 3), (4,))))
+    update = GraphedUpdate(agent, 4)
+    update.update(batch)
+    setattr(getattr(agent, policy), name, value)
+    with pytest.raises(RuntimeError, match="changed after its update was recorded"):
+        update.update(batch)
+    assert agent.step == 1
 
 
 def counted(run) -> tuple[dict[str, int], dict[str, int]]:

@@ -7,9 +7,13 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from dql.agents.registry import load
-from dql.rundir import RunDir, read_rows
+from dql.config import RunConfig
+from dql.parallel import sharded
+from dql.rundir import RunDir, RunError, read_rows
+from dql.train import complete
 
 
 @pytest.fixture
@@ -98,3 +102,44 @@ def test_what_is_refused(more, said, command, tmp_path):
     assert done.returncode != 0
     assert said in done.stderr
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_processes_that_differ_are_refused(command, tmp_path):
+    start, wanted = command("run", 2)[:7], command("run", 2)[8:]
+    script = tmp_path / "differing.py"
+    script.write_text(
+        "import os, sys\nfrom dql.cli import main\n"
+        "sys.exit(main([*sys.argv[1:], '--lr', '1e-' + str(3 + int(os.environ['RANK']))]))\n"
+    )
+    done = subprocess.run([*start[:-1], str(script), *wanted], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "the processes of this run differ in their settings" in done.stderr
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.fixture
+def of_two(monkeypatch):
+    """As torchrun would start the first of two processes on GPUs, but for the processes."""
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+
+
+def test_one_that_fails_on_a_gpu_waits_for_no_other(of_two, monkeypatch):
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: pytest.fail("NCCL waits there for the others"))
+    with pytest.raises(RunError, match="diverged"), sharded([RunConfig("d", device="cuda")]):
+        raise RunError("diverged")
+
+
+def test_a_process_group_of_somebody_else_is_left_alone(of_two, monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    with pytest.raises(RunError, match="in a process group"):
+        sharded([RunConfig("d", device="cuda")]).__enter__()
+
+
+def test_several_processes_share_nothing_but_a_run_of_train(of_two):
+    with pytest.raises(RunError, match="start one"):
+        complete(RunConfig("d", device="cpu"))
