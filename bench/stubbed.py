@@ -28,11 +28,21 @@ def impossible(backend: str) -> str | None:
         return "Triton is not installed: pip install triton (Linux only)"
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         return "TRITON_INTERPRET is set: the interpreter launches nothing"
-    try:
-        _launcher()(1, 1, 1, 0, 0, b"", None, None, None)
-    except (AttributeError, TypeError) as error:
-        return f"this Triton's launcher wants more than the stub has ({error})"
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            _stub_driver(patch)
+            _launcher()(1, 1, 1, 0, 0, b"", None, None, None)
+        except (AttributeError, TypeError) as error:
+            return f"this Triton's launcher wants more than the stub has ({error})"
     return None
+
+
+def _stub_driver(patch: pytest.MonkeyPatch) -> None:
+    """Where there is none: Triton 3.9's launcher looks at it before it needs it."""
+    from triton.runtime import driver
+
+    if not torch.cuda.is_available():
+        patch.setattr(driver, "_active", SimpleNamespace(), raising=False)
 
 
 def _no_cuda() -> str | None:
@@ -94,6 +104,7 @@ def _triton(patch: pytest.MonkeyPatch, device: torch.device, launched: list[Laun
         return SimpleNamespace(run=run, function=0, packed_metadata=b"", metadata=metadata)
 
     patch.setattr(launch.Kernel, "compile", compile)
+    _stub_driver(patch)
     if device.type == "cpu":
         patch.setattr(TRITON, "stands_in", lambda: True)
         patch.setattr(TRITON, "unavailable", lambda ordinal=None: None)
@@ -129,7 +140,7 @@ def _launcher() -> Any:
 
     launcher = object.__new__(CudaLauncher)  # its __init__ asks the driver
     sizes = ("global_scratch_size", "global_scratch_align", "profile_scratch_size", "profile_scratch_align")
-    flags = {"launch_cooperative_grid": False, "launch_pdl": False}
+    flags = {"launch_cooperative_grid": False, "launch_pdl": False, "gsan_enabled": False}
     vars(launcher).update(dict.fromkeys(sizes, 0) | flags | {"arg_annotations": (), "kernel_signature": b""})
     launcher.num_ctas, launcher.launch = 1, lambda *_: None
     return launcher

@@ -23,7 +23,7 @@ def update_actor(agent: Learner, batch: Batch, draws: Draws, backend: Backend) -
     else:
         bc_loss = bc_loss_of(agent.policy, batch, draws, backend)
         shape = (len(batch), agent.policy.action_dim)
-        given = draws.of_chain(draws.actor, agent.policy.T, shape, batch.states)
+        given = draws.of_chain(draws.actor, agent.policy.T, shape, batch.states, backend)
         actions = run_chain(batch.states, agent.policy, backend=name, picked=backend, at_once=True, **given)
     with frozen(agent.critic):
         q_loss = _q_loss(agent, batch.states, actions, draws, backend)
@@ -62,9 +62,7 @@ def one_step(policy: DiffusionPolicy, batch: Batch, draws: Draws, backend: Backe
 
 def _noise(policy: DiffusionPolicy, batch: Batch, draws: Draws, backend: Backend) -> Tensor:
     B, A = batch.actions.shape
-    if draws.shard is not None:
-        return draws.of_chain(draws.bc_noise, 1, (B, A), policy.denoiser.buffer)["noise"][0]
-    return backend.normal(draws.bc_noise, 1, B, A, policy.denoiser.buffer)[0]
+    return draws.normal(draws.bc_noise, 1, B, A, policy.denoiser.buffer, backend)[0]
 
 
 def _q_loss(agent: Learner, states: Tensor, actions: Tensor, draws: Draws, backend: Backend) -> Tensor:

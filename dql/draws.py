@@ -2,12 +2,15 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from dql import noise
+
+if TYPE_CHECKING:
+    from dql.backend.base import Backend
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,10 @@ class UpdateSeeds:
 
 class Part(Protocol):
     """A process's part of a batch, see `dql.parallel`."""
+
+    @property
+    def size(self) -> int:
+        """How many parts there are."""
 
     def first_row(self, rows: int) -> int:
         """The number, in the whole batch, of the first of its so many rows."""
@@ -61,15 +68,23 @@ class Draws:
     shard: "Part | None" = None
     """Which part of a larger batch the rows are, where several processes share one."""
 
-    def of_chain(self, seed: int | Tensor, K: int, shape: tuple[int, ...], like: Tensor) -> dict[str, Any]:
+    def of_chain(
+        self, seed: int | Tensor, K: int, shape: tuple[int, ...], like: Tensor, backend: "Backend"
+    ) -> dict[str, Any]:
         """What a chain of actions of that shape, [B, A] or [B, N, A], is handed: its seed or, of a part of a batch, the
         noise of its rows."""
         if self.shard is None:
             return {"seed": seed}
         *rows, A = shape
-        first = self.shard.first_row(math.prod(rows))
-        drawn = noise.normal(seed, K, math.prod(rows), A, row_offset=first, dtype=like.dtype, device=like.device)
-        return {"noise": drawn.reshape(K, *shape)}
+        return {"noise": self.normal(seed, K, math.prod(rows), A, like, backend).reshape(K, *shape)}
+
+    def normal(self, seed: int | Tensor, K: int, B: int, A: int, like: Tensor, backend: "Backend") -> Tensor:
+        """Noise [K, B, A] of these rows: of a part of a batch, that which they have in the whole, all of which is drawn
+        (in one launch, where the backend has a kernel for it)."""
+        if self.shard is None:
+            return backend.normal(seed, K, B, A, like)
+        first = self.shard.first_row(B)
+        return backend.normal(seed, K, B * self.shard.size, A, like)[:, first : first + B]
 
 
 SEEDS = ("target", "bc_noise", "actor")  # those that kernels read, in the order in which they stand

@@ -7,6 +7,7 @@ leaves Python out; other backends and algorithms take turns in Python and comput
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -119,8 +120,11 @@ class Ensemble:
         Who writes into it writes what the agents read.
 
         Raises:
+            ValueError: there is no such network.
             RuntimeError: an agent was moved, cast or put into another ensemble, and its parameters are elsewhere.
         """
+        if network not in self._parameters:
+            raise ValueError(f"the agents have no network {shown(network)}; they have {', '.join(self._parameters)}")
         memory = self._parameters[network]
         for i, (agent, row) in enumerate(zip(self.agents, memory, strict=True)):
             if agent.modules()[network].flat.data_ptr() != row.data_ptr():
@@ -144,8 +148,8 @@ class Ensemble:
             raise ValueError(
                 f"there are {len(self)} agents and {len(given)} batches; give one for each, or one for all"
             )
-        tasks = [_Task(agent.update, batch) for agent, batch in zip(self.agents, given, strict=True)]
-        metrics = self._all_of(range(len(self)), tasks)
+        tasks = [partial(agent.update, batch) for agent, batch in zip(self.agents, given, strict=True)]
+        metrics = self._all_of(tasks)
         return {name: torch.stack([of[name] for of in metrics]) for name in metrics[0]}
 
     def advance(
@@ -162,6 +166,10 @@ class Ensemble:
         Returns:
             for each agent what it did, an update at least; None where its count is 0.
         """
+        if not len(data) == len(counts) == len(self):
+            raise ValueError(
+                f"there are {len(self)} agents, {len(data)} datasets and {len(counts)} counts; give each agent its own"
+            )
         blocks: list[Block | None] = [None] * len(self)
         chosen = [i for i, count in enumerate(counts) if count > 0]
         native = [i for i in chosen if takes_blocks(self.agents[i], data[i])]
@@ -175,8 +183,8 @@ class Ensemble:
             for i, values in zip(native, found, strict=True):
                 blocks[i] = list(update_native.names(self.agents[i])), values.double()  # type: ignore[arg-type]
         others = [i for i in chosen if i not in native]
-        tasks = [_Task(_one_by_one, self.agents[i], data[i], counts[i], stop) for i in others]
-        for i, block in zip(others, self._all_of(others, tasks), strict=True):
+        tasks = [partial(one_by_one, partial(_next, self.agents[i], data[i]), counts[i], stop) for i in others]
+        for i, block in zip(others, self._all_of(tasks), strict=True):
             blocks[i] = block
         return blocks
 
@@ -190,6 +198,10 @@ class Ensemble:
         Returns:
             [M, B, A], a tensor or array as the states were.
         """
+        if not isinstance(states, (Tensor, np.ndarray)):
+            raise TypeError(f"states must be a tensor or a NumPy array, got {type(states).__name__}; use np.asarray")
+        if seeds is not None and len(seeds) != len(self):
+            raise ValueError(f"there are {len(self)} agents and {len(seeds)} seeds; give one for each")
         if states.ndim != 3 or states.shape[0] != len(self):
             raise ValueError(f"states must be [{len(self)}, B, {self.agents[0].state_dim}], got {list(states.shape)}")
         each = [None] * len(self) if seeds is None else list(seeds)
@@ -198,18 +210,18 @@ class Ensemble:
                 agent.act(own, seed=seed) for agent, own, seed in zip(self.agents, states, each, strict=True)
             ]
         else:
-            tasks = [_Task(agent.act, own, seed=s) for agent, own, s in zip(self.agents, states, each, strict=True)]
-            actions = self._all_of(range(len(self)), tasks)
+            tasks = [partial(agent.act, own, seed=s) for agent, own, s in zip(self.agents, states, each, strict=True)]
+            actions = self._all_of(tasks)
         return torch.stack(actions) if isinstance(states, Tensor) else np.stack(actions)
 
-    def _all_of(self, indices: Sequence[int], tasks: Sequence["_Task"]) -> list[Any]:
-        """What the tasks return, each of the agent of that index; on a CPU several at a time."""
+    def _all_of(self, tasks: Sequence[Callable[[], Any]]) -> list[Any]:
+        """What the tasks return, each an agent's own; on a CPU several at a time."""
         workers = min(self.threads, len(tasks))
         if workers < 2 or self.agents[0].device.type != "cpu":
             return [task() for task in tasks]
         # torch's kernels leave the interpreter to others while they compute, and each thread has its share of the cores
         with ThreadPoolExecutor(workers) as pool:
-            return list(pool.map(_Task.__call__, tasks))
+            return list(pool.map(lambda task: task(), tasks))
 
     def _stacked(self, name: str) -> Tensor:
         modules = [agent.modules()[name] for agent in self.agents]
@@ -221,14 +233,6 @@ class Ensemble:
             # no view: each network's version is counted apart, and who saves or sends one agent does not all
             module.move_into(torch.from_dlpack(memory[i, :size]))
         return memory[:, :size]
-
-
-class _Task:
-    def __init__(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
-        self.call, self.arguments, self.options = call, arguments, options
-
-    def __call__(self) -> Any:
-        return self.call(*self.arguments, **self.options)
 
 
 def _kind(agent: Agent) -> dict[str, Any]:
@@ -251,10 +255,14 @@ def takes_blocks(agent: Agent, data: Source) -> bool:
     )
 
 
-def _one_by_one(agent: Agent, data: Source, count: int, stop: Callable[[], bool]) -> Block:
+def _next(agent: Agent, data: Source) -> dict[str, Tensor]:
+    return agent.update(data.sample(agent.config.batch_size, agent.config.seed, agent.step))
+
+
+def one_by_one(update: Callable[[], dict[str, Tensor]], count: int, stop: Callable[[], bool]) -> Block:
+    """Updates one after the other, one at least, until there are enough or `stop` says so."""
     values: list[Tensor] = []
-    c = agent.config
     while len(values) < count and not (values and stop()):
-        metrics = agent.update(data.sample(c.batch_size, c.seed, agent.step))
+        metrics = update()
         values.append(torch.stack(list(metrics.values())).double())
     return list(metrics), torch.stack(values)

@@ -111,6 +111,8 @@ def _together() -> Iterator[None]:
     """What all processes do at the same time fails in the others when one has ended."""
     try:
         yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # its own
+        raise
     except RuntimeError as error:
         raise RunError(
             f"another process of this run ended, and with it this one ({said(error)}); its own last words say why"
@@ -119,12 +121,20 @@ def _together() -> Iterator[None]:
 
 def processes() -> int:
     """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    return _number_of("WORLD_SIZE", 1) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def _number_of(variable: str, default: int) -> int:
+    """One of torchrun's in the environment."""
+    value = os.environ.get(variable, str(default))
+    if not value.isdecimal():
+        raise RunError(f"{variable} is {value!r:.80} in the environment, which torchrun sets to a number; unset it")
+    return int(value)
 
 
 def is_first() -> bool:
     """Whether this process is the one that writes and speaks."""
-    return processes() == 1 or os.environ.get("RANK", "0") == "0"
+    return processes() == 1 or _number_of("RANK", 0) == 0
 
 
 @contextmanager
@@ -147,10 +157,10 @@ def sharded(runs: Sequence[RunConfig]) -> Iterator[Shard | None]:
         raise RunError(f"--batch-size {c.batch_size} cannot be cut into {size} equal parts, one for each process")
     if run.graphed:
         raise RunError("--graphed records an update of one process; leave it out, or start one process")
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = _number_of("LOCAL_RANK", 0)
     on_gpu = run.device.startswith("cuda") or (run.device == "auto" and torch.cuda.is_available())
     if on_gpu and local >= torch.cuda.device_count():
-        here = os.environ.get("LOCAL_WORLD_SIZE", size)
+        here = _number_of("LOCAL_WORLD_SIZE", size)
         raise RunError(
             f"there are {torch.cuda.device_count()} GPUs for {here} processes; start one process a GPU, or give "
             "--device cpu"

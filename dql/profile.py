@@ -86,7 +86,7 @@ def profile(run: RunConfig, path: str | os.PathLike[str], updates: int = 100) ->
         updates: how many are measured, after some that are not.
 
     Raises:
-        ValueError: no updates.
+        ValueError: the file is a folder; no updates.
         RunError: it is one of several processes.
         CheckpointError: the file cannot be written. Else as `dql.train.train`.
     """
@@ -95,6 +95,8 @@ def profile(run: RunConfig, path: str | os.PathLike[str], updates: int = 100) ->
     if processes() > 1:
         raise RunError("--profile measures an update of one process, and these are several; start one")
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"the trace is a file, and {path} is a folder; name a file in it")
     write_atomically(path, b"{}")  # so that a file that cannot be written costs no time
     agent, data = prepare(run)
     with torch_threads(run.threads or torch.get_num_threads()):

@@ -18,7 +18,7 @@ from rich.console import Console
 from dql.agents.diffusion import DiffusionBC
 from dql.checkpoint import CheckpointError
 from dql.data import TransitionDataset
-from dql.ensemble import Block, Ensemble
+from dql.ensemble import Block, Ensemble, one_by_one
 from dql.evaluate import Evaluation, EvaluationStopped, evaluate_all
 from dql.loop import Loop, RunResult
 from dql.parallel import Shard, ShardedUpdate
@@ -91,8 +91,6 @@ class Session:
             TrainingDivergedError: of a single run: a loss became NaN.
             SeedsFailedError: that, of some of several.
         """
-        for loop in self.loops:
-            self._guard(loop, loop.begin)
         config, step = self.loops[0].config.agent, min(loop.agent.step for loop in self.loops)
         with (
             _signals(self._on_signal),
@@ -100,6 +98,7 @@ class Session:
             contextlib.ExitStack() as staged,
         ):
             for loop in self.loops:
+                self._guard(loop, loop.begin)
                 loop.batches = staged.enter_context(batches_on(loop.data, loop.agent.device))
             self._evaluate()
             began = [loop.state.seconds for loop in self.loops]
@@ -160,7 +159,8 @@ class Session:
         began = time.perf_counter()
         blocks: dict[Loop, Block] = {}
         if self.own:
-            blocks = {loop: self._one_by_one(self.own[loop], count) for loop, count in counts.items()}
+            stop = self._asked_to_stop if self.shard is None else lambda: False  # several processes stop together
+            blocks = {loop: one_by_one(self.own[loop], count, stop) for loop, count in counts.items()}
         else:
             found = self.ensemble.advance(
                 [loop.batches for loop in self.loops], [counts.get(loop, 0) for loop in self.loops], self._asked_to_stop
@@ -170,14 +170,6 @@ class Session:
         each = (time.perf_counter() - began) / done
         self._block = max(1, min(int(_A_BLOCK / max(each, 1e-9)), 2 * done, _MOST))
         return blocks
-
-    def _one_by_one(self, update: OwnUpdate, count: int) -> Block:
-        values: list[torch.Tensor] = []
-        alone = self.shard is None  # several processes stop together
-        while len(values) < count and not (alone and values and self._asked_to_stop()):
-            metrics = update()
-            values.append(torch.stack(list(metrics.values())).double())
-        return list(metrics), torch.stack(values)
 
     def _evaluate(self) -> float:
         """The evaluations that checkpoints owe; they stay owed if a signal ends them. Runs that are complete with them

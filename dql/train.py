@@ -134,7 +134,11 @@ def train_seeds(
     Raises: as `train`, for the first run that cannot begin: then none has; once they have begun,
         SeedsFailedError: some failed, and the others have ended.
     """
-    return _train(of_seeds(run, seeds), dataset, console or make_console())
+    runs = of_seeds(run, seeds)
+    for own in runs if run.run_dir is not None else ():
+        if own.run_dir is not None and own.run_dir.is_symlink():  # who names a link means it; nobody named this one
+            raise RunError(f"{own.run_dir} is a symbolic link; remove it, or choose another folder with --run-dir")
+    return _train(runs, dataset, console or make_console())
 
 
 def of_seeds(run: RunConfig, seeds: Sequence[int]) -> list[RunConfig]:
@@ -279,9 +283,17 @@ def resume(
     Raises: as `train`; also RunError for a folder that is no run, has no checkpoint, whose checkpoint is not its own,
         or whose dataset has changed; DatasetError for an environment that is named here and cannot be used.
     """
-    changes = {"eval_every": eval_every, "eval_episodes": eval_episodes, "eval_max_steps": eval_max_steps, "env": env}
-    changes["data_on"] = data_on
-    (result,) = _resume([path], num_updates, changes, dataset, console or make_console())
+    (result,) = resume_seeds(
+        [path],
+        num_updates=num_updates,
+        data_on=data_on,
+        eval_every=eval_every,
+        eval_episodes=eval_episodes,
+        eval_max_steps=eval_max_steps,
+        env=env,
+        dataset=dataset,
+        console=console,
+    )
     return result
 
 
@@ -306,19 +318,10 @@ def resume_seeds(
     Raises: as `resume`, for the first run that cannot go on: then none does; RunError also for runs that differ in more
         than their seeds; SeedsFailedError: some failed on the way, and the others have ended.
     """
-    changes = {"eval_every": eval_every, "eval_episodes": eval_episodes, "eval_max_steps": eval_max_steps, "env": env}
-    changes["data_on"] = data_on
-    return _resume(paths, num_updates, changes, dataset, console or make_console())
-
-
-def _resume(
-    paths: Sequence[str | os.PathLike[str]],
-    num_updates: int | None,
-    changes: dict[str, Any],
-    dataset: TransitionDataset | None,
-    console: Console,
-) -> list[RunResult]:
-    folders, env = [RunDir(path) for path in paths], changes["env"]
+    changes = {"data_on": data_on, "eval_every": eval_every, "eval_episodes": eval_episodes, "env": env}
+    changes["eval_max_steps"] = eval_max_steps
+    console = console or make_console()
+    folders = [RunDir(path) for path in paths]
     all_written = [folder.read_config() for folder in folders]
     runs = [_changed(RunConfig.from_dict(written["run"]), changes) for written in all_written]
     if len({folder.path.resolve() for folder in folders}) != len(folders):

@@ -86,7 +86,7 @@ def target_q(
     given: dict[str, Any] = {"seed": seed}
     if draws is not None:
         shape = (len(batch), policy.action_dim) if N is None else (len(batch), N, policy.action_dim)
-        given = draws.of_chain(seed, policy.T, shape, batch.next_states)
+        given = draws.of_chain(seed, policy.T, shape, batch.next_states, backend)
     next_actions = run_chain(batch.next_states, policy, backend=c.backend, picked=backend, num_candidates=N, **given)
     q1, q2 = q_values(agent.critic_target, batch.next_states, next_actions, backend)
     if c.max_q_backup:

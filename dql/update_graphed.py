@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -76,10 +77,12 @@ class GraphedUpdate:
         self._seeds, self._scalars = [seed[:1] for seed in seeds.split(2)], scalars.view(torch.float64)
         self._backend = backend_for(self._batch.states, agent.policy, agent.config.backend)
         # A backend may do all that in one launch; the four numbers are float32 then.
-        self._beginning, make = None, getattr(self._backend.ops, "beginning", None)
-        if make is not None and dtype is torch.float32:
+        self._beginning, ops = None, self._backend.ops
+        if ops is not None and dtype is torch.float32:
             self._scalars = scalars.view(torch.float32)[:4]
-            self._beginning = make(list(vars(self._batch).values()), self._t, seeds, self._scalars, agent.policy.T)
+            self._beginning = ops.Beginning(
+                list(vars(self._batch).values()), self._t, seeds, self._scalars, agent.policy.T
+            )
         self._flats = [module.flat for module in agent.modules().values()]
         self._drawn: _Drawn | None = None
         self._stage(list(vars(self._batch).values()))
@@ -119,7 +122,9 @@ class GraphedUpdate:
         row, step = drawn.rows[agent.step - drawn.first], agent.step
         if self._beginning is not None:
             with on_device_of(self._numbers):
-                self._beginning.run(source, rows, row, agent.lr_scale(step), agent.ema_weight(step))
+                self._beginning.run(
+                    source, rows, cast(tuple[int, ...], row), agent.lr_scale(step), agent.ema_weight(step)
+                )
             return
         self._numbers.copy_(row)  # type: ignore[arg-type]
         torch._foreach_copy_(list(vars(self._batch).values()), source)

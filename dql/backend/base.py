@@ -6,7 +6,7 @@ The same sentence serves `BackendUnavailable`, `dql.backends()`, `dql doctor` an
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -113,8 +113,20 @@ class ActorRunner(Protocol):
         parameter lies. It is written `into` memory that is given."""
 
 
+class Beginning(Protocol):
+    """Brings what an update begins with to memory that stays where it is, see kernels/beginning.py."""
+
+    def run(
+        self, source: Sequence[Tensor], rows: tuple[int, int] | None, seeds: Sequence[int], lr_scale: float, ema: float
+    ) -> None:
+        """Writes all of it, in one launch."""
+
+
 class UpdateOps(Protocol):
     """What an update does beside chains and critics, as functions of a package of kernels; see `dql.update_fused`."""
+
+    def Beginning(self, batch: Sequence[Tensor], t: Tensor, seeds: Tensor, scalars: Tensor, T: int) -> Beginning:
+        """What gathers a batch and makes an update's draws, into this memory."""
 
     def critic_loss(
         self, q_target: Tensor, rewards: Tensor, masks: Tensor, q: Tensor, discount: float, candidates: int
@@ -150,8 +162,12 @@ class Backend(ABC):
     """A way to run chains. `name` is what callers say; see `register` for the order of "auto"."""
 
     name: str
-    ops: UpdateOps | None = None  # an update's, if `actor` and `critic` have kernels too: see dql/update_fused.py
     finds_bad_states: bool = False  # by itself, on the device, without waiting for it: see dql/finite.py
+
+    @property
+    def ops(self) -> UpdateOps | None:
+        """What an update needs beside `actor` and `critic`, if those have kernels, too: see `dql.update_fused`."""
+        return None
 
     def only_by_name(self) -> str | None:
         """Why "auto" must not take it here although it can run, or None."""

@@ -5,7 +5,7 @@ belong to.
 """
 
 import contextlib
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 
@@ -89,6 +89,21 @@ class Kernels(Protocol):
     def critic_runner(self, spec: CriticSpec, precision: str, device: torch.device) -> CriticRunner:
         """What runs such critics."""
 
+    def actor_runner(
+        self,
+        spec: DenoiserSpec,
+        table: Tensor,
+        embedding: Tensor,
+        q_sample: Tensor,
+        max_action: float,
+        predict_epsilon: bool,
+        precision: str,
+    ) -> ActorRunner:
+        """What runs the actor's losses; q_sample is [T, 2], the factors of data and noise at each timestep."""
+
+    def update_ops(self) -> UpdateOps:
+        """What an update does beside chains and critics."""
+
     def choose(self, q: Tensor, actions: Tensor, candidates: int, draw_seed: int | Tensor) -> Tensor:
         """Of each state's candidates one [B, A], drawn from softmax(min(Q_1, Q_2)); q is [2, R], actions [R, A]."""
 
@@ -106,7 +121,10 @@ class GpuBackend(Backend):
     def __init__(self, name: str, kernels: Kernels) -> None:
         self.name, self.kernels = name, kernels
         self.stands_in, self.unavailable = kernels.stands_in, kernels.unavailable
-        self.ops = cast(UpdateOps, kernels) if hasattr(kernels, "actor_runner") else None
+
+    @property
+    def ops(self) -> UpdateOps:
+        return self.kernels.update_ops()
 
     def only_by_name(self) -> str | None:
         variable, being = self.kernels.STAND_IN
@@ -168,19 +186,20 @@ class GpuBackend(Backend):
 
     def actor(self, policy: DiffusionPolicy) -> ActorRunner | None:
         denoiser = policy.denoiser
-        if self.ops is None or not self._is_mine(denoiser) or not self._takes(denoiser, "fp32"):
+        if not self._is_mine(denoiser) or not self._takes(denoiser, "fp32"):
             return None
         table, device = policy.step_table(), denoiser.buffer.device
         key = (self.name, "actor", denoiser.spec, device, policy.max_action)
         made = table.kept.get(key)
         if made is None:
             refuse_while_capturing()
-            make = self.kernels.actor_runner  # type: ignore[attr-defined]
             rows, embedding = _on_device(table, denoiser.spec, device)
             q_sample = policy.q_sample_table(denoiser.buffer)
-            made = make(denoiser.spec, rows, embedding, q_sample, policy.max_action, policy.predict_epsilon, "fp32")
+            made = self.kernels.actor_runner(
+                denoiser.spec, rows, embedding, q_sample, policy.max_action, policy.predict_epsilon, "fp32"
+            )
             table.kept[key] = made
-        return cast(ActorRunner, made)
+        return made
 
     def _is_mine(self, module: FlatModule) -> bool:
         """Whether its parameters are of the dtype and where the kernels take them."""

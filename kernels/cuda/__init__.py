@@ -4,8 +4,7 @@ where the GPU can do that (compute capability 9.0 and up), else they are streame
 The extension `dql.kernels._cuda` is loaded when it is first asked for.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from .actor import ActorRunner
     from .chain import ChainRunner
     from .critic import CriticRunner
-    from .update import Beginning
 
 Tensor = torch.Tensor
 STAND_IN = ("DQL_CUDA_EMULATE", "emulated")
@@ -71,44 +69,11 @@ def actor_runner(
     return ActorRunner(spec, table, embedding, q_sample, max_action, predict_epsilon, precision)
 
 
-def beginning(batch: Sequence[Tensor], t: Tensor, seeds: Tensor, scalars: Tensor, T: int) -> "Beginning":
-    """What gathers a batch and draws what an update has of its own, into this memory."""
-    from .update import Beginning
-
-    return Beginning(batch, t, seeds, scalars, T)
-
-
-def critic_loss(
-    q_target: Tensor, rewards: Tensor, masks: Tensor, q: Tensor, discount: float, candidates: int
-) -> tuple[Tensor, Tensor]:
-    """(d_q [2, B], metrics [3]) of the critics' loss: see `update.critic_loss`."""
+def update_ops() -> Any:
+    """What an update does beside chains and critics: the module `update`."""
     from . import update
 
-    return update.critic_loss(q_target, rewards, masks, q, discount, candidates)
-
-
-def q_loss(q: Tensor, maximised: int | Tensor, eta: float) -> tuple[Tensor, Tensor]:
-    """(d_q [2, B], loss [1]) of the actor's Q term: see `update.q_loss`."""
-    from . import update
-
-    return update.q_loss(q, maximised, eta)
-
-
-def adam(
-    flat: Tensor,
-    gradient: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
-    lr: float,
-    lr_scale: float | Tensor,
-    max_norm: float,
-    average: tuple[Tensor, float | Tensor] | None = None,
-) -> Tensor:
-    """A step of Adam and of an average; the gradient's norm [1]: see `update.adam`."""
-    from . import update
-
-    return update.adam(flat, gradient, exp_avg, exp_avg_sq, step, lr, lr_scale, max_norm, average)
+    return update
 
 
 def choose(q: Tensor, actions: Tensor, candidates: int, draw_seed: int | Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .. import beginning
 from ..limits import check_memory
 from . import binding
 from .chain import address, current_stream
@@ -16,61 +17,28 @@ Tensor = torch.Tensor
 _MOST_SUMS = 256  # csrc/cuda/host.h
 
 
-class Beginning:
-    """Brings what an update begins with to memory that stays where it is: for one that was recorded.
-
-    Args:
-        batch: states [B, S], actions [B, A], rewards [B], next states [B, S], masks [B], to be written.
-        t: int64 [B], to be written.
-        seeds: int64 [6], to be written: in each second one of a chain's noise.
-        scalars: float32 [4], to be written.
-        T: timesteps are 0 .. T - 1.
-    """
+class Beginning(beginning.Beginning):
+    """By a kernel of its own, whose fixed arguments are those of the source before."""
 
     def __init__(self, batch: Sequence[Tensor], t: Tensor, seeds: Tensor, scalars: Tensor, T: int) -> None:
-        self.device, self.held, self.T = t.device, (*batch, t, seeds, scalars), T
-        B, S = batch[0].shape
-        self.sizes = (B, S, batch[1].shape[1])
-        self._check(batch, B)
-        check_memory(self.device, scalars=(scalars, 4))
-        for name, tensor, count in (("t", t, B), ("seeds", seeds, 6)):
-            if tensor.shape != (count,) or tensor.dtype is not torch.int64 or not tensor.is_contiguous():
-                raise ValueError(
-                    f"{name} must be int64 [{count}] in one piece, got {tensor.dtype} {list(tensor.shape)}"
-                )
+        super().__init__(batch, t, seeds, scalars, T)
         self._of_last: tuple[tuple[int, ...], bytes] | None = None
 
-    def _check(self, tensors: Sequence[Tensor], rows: int) -> None:
-        _, S, A = self.sizes
-        names = ("states", "actions", "rewards", "next_states", "masks")
-        counts = (rows * S, rows * A, rows, rows * S, rows)
-        check_memory(self.device, **dict(zip(names, zip(tensors, counts, strict=True), strict=True)))
-
-    def run(
-        self, source: Sequence[Tensor], rows: tuple[int, int] | None, seeds: Sequence[int], lr_scale: float, ema: float
+    def _launch(
+        self,
+        source: Sequence[Tensor],
+        size: int,
+        rows: tuple[int, int],
+        seeds: Sequence[int],
+        lr_scale: float,
+        ema: float,
     ) -> None:
-        """Writes all of it, in one launch.
-
-        Args:
-            source: the five of a dataset, [n, ...], or of a batch of B rows.
-            rows: (seed, first): row b is that of number integers(seed, n, ...)[first + b]; None: row b.
-            seeds: of both chains' noise and the loss's (target, bc_noise, actor), of the timesteps and of the coin.
-            lr_scale: goes to scalars[2], behind a 1 for the Q that the coin chooses and a 0.
-            ema: goes to scalars[3].
-        """
-        n = source[2].size(0)
-        self._check(source, n)
-        if rows is None and n != self.sizes[0]:
-            raise ValueError(f"a batch has {self.sizes[0]} rows, got {n}")
         call = binding.calls(binding.emulating())["begin"]
-        key = (*(tensor.data_ptr() for tensor in source), 0 if rows is None else n)
+        key = (*(tensor.data_ptr() for tensor in source), size)
         if self._of_last is None or self._of_last[0] != key:
             self._of_last = (key, self._fixed(call, key))
-        child, first = rows or (0, 0)
         target, bc_noise, actor, bc_t, coin = seeds
-        moving = call.move(
-            child, first, bc_t, coin, target, bc_noise, actor, lr_scale, ema, current_stream(self.device)
-        )
+        moving = call.move(*rows, bc_t, coin, target, bc_noise, actor, lr_scale, ema, current_stream(self.device))
         binding.module().begin(moving + self._of_last[1])
 
     def _fixed(self, call: binding.Call, source: tuple[int, ...]) -> bytes:

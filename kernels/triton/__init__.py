@@ -7,9 +7,8 @@ Triton itself is imported when the first of them is made.
 import importlib.util
 import os
 import shutil
-from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,7 +17,6 @@ from . import internals
 
 if TYPE_CHECKING:
     from .actor import ActorRunner
-    from .begin import Beginning
     from .critic import CriticRunner
     from .runner import ChainRunner
 
@@ -90,44 +88,11 @@ def actor_runner(
     return ActorRunner(spec, table, embedding, q_sample, max_action, predict_epsilon, precision)
 
 
-def beginning(batch: Sequence[Tensor], t: Tensor, seeds: Tensor, scalars: Tensor, T: int) -> "Beginning":
-    """What gathers a batch and draws what an update has of its own, into this memory."""
-    from .begin import Beginning
-
-    return Beginning(batch, t, seeds, scalars, T)
-
-
-def critic_loss(
-    q_target: Tensor, rewards: Tensor, masks: Tensor, q: Tensor, discount: float, candidates: int
-) -> tuple[Tensor, Tensor]:
-    """(d_q [2, B], metrics [3]): see `update.critic_loss`."""
+def update_ops() -> Any:
+    """What an update does beside chains and critics: the module `update`."""
     from . import update
 
-    return update.critic_loss(q_target, rewards, masks, q, discount, candidates)
-
-
-def q_loss(q: Tensor, maximised: int | Tensor, eta: float) -> tuple[Tensor, Tensor]:
-    """(d_q [2, B], the loss [1]): see `update.q_loss`."""
-    from . import update
-
-    return update.q_loss(q, maximised, eta)
-
-
-def adam(
-    flat: Tensor,
-    gradient: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
-    lr: float,
-    lr_scale: float | Tensor,
-    max_norm: float,
-    average: tuple[Tensor, float | Tensor] | None = None,
-) -> Tensor:
-    """The gradient's norm [1]: see `update.adam`."""
-    from . import update
-
-    return update.adam(flat, gradient, exp_avg, exp_avg_sq, step, lr, lr_scale, max_norm, average)
+    return update
 
 
 def choose(q: Tensor, actions: Tensor, candidates: int, draw_seed: int | Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def rows_forward(
         if not HOLD:
             of_state = tl.load(at_state)
         if LOSS:  # whose rows have theirs
-            z = tl.load(time_table + k * HP + column, k < K, 0.0)[None, :] + of_state
+            z = tl.load(time_table + k * HP + column, column < (K - k) * HP, 0.0)[None, :] + of_state
         else:
             z = tl.load(time_table + k * HP + column)[None, :] + of_state
         x_at = xs + (k if SAVE else 0) * RP * AP
@@ -184,12 +184,17 @@ def rows_forward(
         x0_previous = x0
     if LOSS:
         x = tl.where(live, x, 0.0)
-        tl.store(errors + tile, tl.sum(tl.sum(x * x, axis=1), axis=0), of_loss != 0)
-        live &= of_loss == 0
         tl.store(raws + (planes + of_loss) * RP * AP + corner, x)
     elif SAVE:
         tl.store(raws + planes * RP * AP + corner, x)
-    tl.store(actions + cell, tl.where(x > max_action, max_action, tl.where(x < -max_action, -max_action, x)), live)
+    bounded = tl.where(x > max_action, max_action, tl.where(x < -max_action, -max_action, x))
+    if LOSS:
+        if of_loss != 0:
+            tl.store(errors + tile, tl.sum(tl.sum(x * x, axis=1), axis=0))
+        else:
+            tl.store(actions + cell, bounded, live)
+    else:
+        tl.store(actions + cell, bounded, live)
 
 
 @triton.jit
@@ -264,8 +269,8 @@ def rows_backward(
 
     sums = d_floats + planes * RP * AP + (tile * ROWS) * HP + place
     begin, end, acting = 0, K, live
-    if LOSS:
-        begin, end, acting = -of_loss, K * (1 - of_loss), live & (of_loss == 0)  # number K is before the chain's last
+    if LOSS:  # number K is before the chain's last
+        begin, end, acting = -of_loss, K * (1 - of_loss), live & (dim < A * (1 - of_loss))[None, :]
         sums += of_loss * RP * HP
     last = tl.load(raws + planes * RP * AP + corner)
     d_x = tl.load(d_actions + row[:, None] * A + dim[None, :], acting, 0.0)  # [ROWS, AP]

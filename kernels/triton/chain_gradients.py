@@ -204,8 +204,8 @@ def _chain_products(
             for start in range(first, last, CHUNK):
                 r = start + tl.arange(0, CHUNK)
                 there = r < last
-                if LOSS:
-                    there &= of_chain != 0
+                if LOSS:  # without a chain (0) none
+                    there = r < last * of_chain
                 d_z = tl.load(d_operands + (k * RP + r)[:, None] * HP + column[None, :], there[:, None], 0.0)
                 sums += tl.sum(d_z.to(tl.float32), axis=0)
                 if LOSS:  # those of this step's timestep

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from ..limits import check_memory
+from .begin import Beginning as Beginning
 from .launch import Kernel
 from .packing import cdiv
 

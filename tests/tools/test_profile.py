@@ -55,7 +55,7 @@ def test_torchs_operations(pendulum, tmp_path):
 def test_the_command(dql, pendulum, tmp_path):
     flags = ["train", "--dataset", pendulum, "--device", "cpu", "--hidden-dim", "16", "--num-hidden", "2"]
     done = dql(*flags, "--profile", tmp_path)
-    assert "is a" in done.refused().lower()  # a folder
+    assert "is a folder; name a file in it" in done.refused()
     done = dql(*flags, "--seeds", "0-1", "--profile", tmp_path / "t.json")
     assert "leave --seeds out" in done.refused()
     done = dql(*flags, "--profile", tmp_path / "t.json")

@@ -19,7 +19,7 @@ from dql.schedule import NoiseSchedule
 from dql.update_graphed import GraphedUpdate
 
 Tensor = torch.Tensor
-FUSED = [name for name in of_gpus() if registry()[name].ops is not None]
+FUSED = of_gpus()
 VARIANTS = {
     "plain": {},
     "clipping": {"grad_norm": 0.3},

@@ -227,6 +227,9 @@ def test_what_a_subclass_changes_is_done_in_blocks_too(pendulum, runs_here):
         (lambda: dql.Ensemble.of(3, 1, seeds=(1, 1)), "different"),
         (lambda: dql.Ensemble([dql.BC(3, 1)]).update([]), "1 agents and 0 batches"),
         (lambda: dql.Ensemble([dql.BC(3, 1)]).act(torch.zeros(4, 3)), r"states must be \[1, B, 3\]"),
+        (lambda: dql.Ensemble([dql.BC(3, 1)]).act(torch.zeros(1, 4, 3), seeds=[1, 2]), "1 agents and 2 seeds"),
+        (lambda: dql.Ensemble([dql.BC(3, 1)]).parameters("critic"), "no network 'critic'; they have actor"),
+        (lambda: dql.Ensemble([dql.BC(3, 1)]).advance([], [1]), "1 agents, 0 datasets and 1 counts"),
     ],
 )
 def test_what_an_ensemble_refuses(make, said):
@@ -337,6 +340,17 @@ def test_none_begins_if_one_cannot(pendulum, tmp_path):
         quietly(train_seeds, run, (0, 1, 2))
     assert not (run.run_dir / "seed0").exists()
     assert not (run.run_dir / "seed2").exists()
+
+
+def test_a_seeds_folder_is_no_link(pendulum, tmp_path):
+    run = replace(brief_run(pendulum, tmp_path / "runs"), eval_every=0)
+    (tmp_path / "elsewhere").mkdir()
+    run.run_dir.mkdir()
+    (run.run_dir / "seed1").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunError, match="seed1 is a symbolic link"):
+        quietly(train_seeds, run, (0, 1))
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert not (run.run_dir / "seed0").exists()
 
 
 def test_runs_that_differ_do_not_go_on_together(pendulum, tmp_path):

@@ -26,7 +26,7 @@ def made(B: int, S: int, A: int, T: int):
     """(the beginning, its batch, t, seeds, scalars)."""
     batch = [torch.empty_like(tensor) for tensor in rows(B, S, A)]
     t, seeds, scalars = torch.full((B,), -1), torch.full((6,), -1), torch.empty(4)
-    return kernels.beginning(batch, t, seeds, scalars, T), batch, t, seeds, scalars
+    return kernels.update_ops().Beginning(batch, t, seeds, scalars, T), batch, t, seeds, scalars
 
 
 @pytest.mark.parametrize(("B", "S", "A", "T", "n"), [(1, 1, 1, 1, 1), (37, 17, 6, 5, 1000), (64, 130, 20, 1000, 2**17)])
@@ -75,4 +75,4 @@ def test_memory_that_the_kernel_would_leave():
         beginning.run(rows(0, 3, 2), (1, 0), SEEDS, 1.0, 0.0)
     for wrong in ((t.int(), seeds, scalars), (t, seeds[:5], scalars), (t, seeds, scalars.double())):
         with pytest.raises(ValueError, match=r"must be .* in one piece"):
-            kernels.beginning(batch, *wrong, 5)
+            kernels.update_ops().Beginning(batch, *wrong, 5)
